@@ -1,0 +1,2 @@
+//! Stacks of sign blocks (under construction).
+#![forbid(unsafe_code)]
