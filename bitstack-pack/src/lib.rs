@@ -1,7 +1,19 @@
-//! Matrices of signs as packed bits.
+#![doc = include_str!("../README.md")]
+// Unsafe code lives in `kernel` only: the instructions a CPU may lack, and the loads and stores made with them.
+#![deny(unsafe_code)]
 
 mod error;
+#[expect(unsafe_code, reason = "vector loads and stores, and calls that need instructions found at run time")]
+mod kernel;
+mod layout;
+mod level;
 mod matrix;
+mod reference;
 
 pub use error::PackError;
-pub use matrix::{BIT_ORDER, BitOrder, SignMatrix, SignView, packed_len, row_bytes};
+pub use layout::{BIT_ORDER, BitOrder, packed_len, row_bytes};
+pub use level::Level;
+pub use matrix::{SignMatrix, SignView, pack_into};
+
+#[doc(hidden)]
+pub use matrix::pack_into_at;
