@@ -1,2 +1,43 @@
-//! Stacks of sign blocks (under construction).
+#![doc = include_str!("../README.md")]
+//!
+//! # The vocabulary
+//!
+//! A weight W is a `rows x cols` matrix (output x input features), stored as a stack of blocks 1..B. Block `i` holds
+//! - a **sign plane** Sᵢ, `rows x cols`, one bit per weight ([`SignMatrix`]);
+//! - optionally a **basis** Vᵢ, `rank x cols` ([`Basis`]); absent means the basis of the last block that has one;
+//! - **coefficients** U, `rows x planes x rank` ([`Coefficients`]).
+//!
+//! With `b` blocks resident the weight is at **level** `b`:
+//!
+//! ```text
+//! W_b = Σ_{i<=b} S_i ⊙ ( U_i^(b) · V_i )        U_i^(b): rows x rank
+//! ```
+//!
+//! - *additive* blocks (arXiv 2410.23918, section 3.1) bring the coefficients of their own plane only, `planes = 1`, once and for all;
+//! - *refitted* blocks bring new coefficients for all planes up to their own, `planes = i`, which replace the earlier ones.
+//!
+//! A stack may mix both: at level `b` plane `i` takes its coefficients from the last block `j` in `i..=b` that brings some for it.
+//! Any prefix of a stack is a complete, usable weight, and going up or down one level touches only one block.
+//!
+//! # What is not here
+//! No file access ([`bitstack-format`](https://docs.rs/bitstack-format)), no decomposition
+//! ([`bitstack-decomp`](https://docs.rs/bitstack-decomp)), no fast kernels: [`Level`] is the plain arithmetic that those are checked against.
 #![forbid(unsafe_code)]
+
+mod block;
+mod error;
+mod level;
+mod scale;
+mod shape;
+mod stack;
+mod stats;
+
+pub use bitstack_pack::{SignMatrix, SignView};
+pub use block::{Basis, BasisRef, Block, BlockRef, Coefficients, CoefficientsRef, FactorType, Values, ValuesRef};
+pub use error::CoreError;
+pub use half::f16;
+pub use level::{Level, Plane};
+pub use scale::Scales;
+pub use shape::{BlockLayout, Shape};
+pub use stack::WeightStack;
+pub use stats::{ActivationStats, Collect};

@@ -1,0 +1,348 @@
+use crate::{BlockLayout, CoreError, Shape};
+use bitstack_pack::{SignMatrix, SignView};
+use half::f16;
+
+/// How the values of a basis or of coefficients are stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum FactorType {
+    /// IEEE half precision.
+    F16,
+    /// Signed bytes, with one f16 scale per vector: value = scale · code.
+    I8,
+}
+
+impl FactorType {
+    /// Bytes of `n_values` values in `n_vectors` vectors, `None` on overflow.
+    pub(crate) fn bytes(self, n_values: u64, n_vectors: u64) -> Option<u64> {
+        match self {
+            Self::F16 => n_values.checked_mul(2),
+            Self::I8 => n_vectors.checked_mul(2)?.checked_add(n_values),
+        }
+    }
+}
+
+/// The stored values of a factor, owned. Which values make a *vector* (and share a scale) is said by [`Basis`] and [`Coefficients`].
+#[derive(Debug, Clone, PartialEq)]
+pub enum Values {
+    /// Half precision.
+    F16(Vec<f16>),
+    /// Signed bytes, with one scale per vector.
+    I8 {
+        /// The codes, in the order of the values.
+        codes: Vec<i8>,
+        /// One scale per vector.
+        scales: Vec<f16>,
+    },
+}
+
+/// The stored values of a factor, borrowed.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum ValuesRef<'a> {
+    /// Half precision.
+    F16(&'a [f16]),
+    /// Signed bytes, with one scale per vector.
+    I8 {
+        /// The codes, in the order of the values.
+        codes: &'a [i8],
+        /// One scale per vector.
+        scales: &'a [f16],
+    },
+}
+
+impl Values {
+    /// The same values, borrowed.
+    pub fn view(&self) -> ValuesRef<'_> {
+        match self {
+            Self::F16(values) => ValuesRef::F16(values),
+            Self::I8 { codes, scales } => ValuesRef::I8 { codes, scales },
+        }
+    }
+}
+
+impl ValuesRef<'_> {
+    /// How the values are stored.
+    pub fn factor_type(self) -> FactorType {
+        match self {
+            Self::F16(_) => FactorType::F16,
+            Self::I8 { .. } => FactorType::I8,
+        }
+    }
+
+    /// A copy that owns its values.
+    pub fn to_owned(self) -> Values {
+        match self {
+            Self::F16(values) => Values::F16(values.to_vec()),
+            Self::I8 { codes, scales } => Values::I8 { codes: codes.to_vec(), scales: scales.to_vec() },
+        }
+    }
+
+    fn check(self, what: &'static str, n_values: Option<usize>, n_vectors: usize) -> Result<(), CoreError> {
+        let expected = n_values.unwrap_or(usize::MAX);
+        let (actual, finite) = match self {
+            Self::F16(values) => (values.len(), values),
+            Self::I8 { codes, scales } => {
+                if scales.len() != n_vectors {
+                    let what = "the number of scales of an 8-bit factor";
+                    return Err(CoreError::Mismatch { what, expected: n_vectors, actual: scales.len() });
+                }
+                (codes.len(), scales)
+            }
+        };
+        if actual != expected {
+            return Err(CoreError::Mismatch { what, expected, actual });
+        }
+        match finite.iter().position(|x| !x.is_finite()) {
+            Some(index) => Err(CoreError::NotFinite { what, index }),
+            None => Ok(()),
+        }
+    }
+
+    fn get(self, index: usize, vector: usize) -> f32 {
+        match self {
+            Self::F16(values) => values[index].to_f32(),
+            Self::I8 { codes, scales } => f32::from(codes[index]) * scales[vector].to_f32(),
+        }
+    }
+}
+
+/// A basis V, `rank x cols`, row-major; each of its `rank` rows is a vector.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Basis {
+    rank: usize,
+    cols: usize,
+    values: Values,
+}
+
+/// A borrowed [`Basis`].
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct BasisRef<'a> {
+    rank: usize,
+    cols: usize,
+    values: ValuesRef<'a>,
+}
+
+/// Coefficients U, `rows x planes x rank`, row-major; for each plane and rank the `rows` values are a vector.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Coefficients {
+    rows: usize,
+    planes: usize,
+    rank: usize,
+    values: Values,
+}
+
+/// Borrowed [`Coefficients`].
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct CoefficientsRef<'a> {
+    rows: usize,
+    planes: usize,
+    rank: usize,
+    values: ValuesRef<'a>,
+}
+
+impl Basis {
+    /// Takes `rank * cols` finite values.
+    pub fn new(rank: usize, cols: usize, values: Values) -> Result<Self, CoreError> {
+        BasisRef::new(rank, cols, values.view())?;
+        Ok(Self { rank, cols, values })
+    }
+
+    /// The same basis, borrowed.
+    pub fn view(&self) -> BasisRef<'_> {
+        BasisRef { rank: self.rank, cols: self.cols, values: self.values.view() }
+    }
+}
+
+impl<'a> BasisRef<'a> {
+    /// Borrows `rank * cols` finite values.
+    pub fn new(rank: usize, cols: usize, values: ValuesRef<'a>) -> Result<Self, CoreError> {
+        at_least_one("the rank of a basis", rank)?;
+        values.check("the number of values of a basis", rank.checked_mul(cols), rank)?;
+        Ok(Self { rank, cols, values })
+    }
+
+    /// Rows of V.
+    pub fn rank(self) -> usize {
+        self.rank
+    }
+
+    /// Columns of V.
+    pub fn cols(self) -> usize {
+        self.cols
+    }
+
+    /// The stored values.
+    pub fn values(self) -> ValuesRef<'a> {
+        self.values
+    }
+
+    /// V[k, col]. Panics when there is no such element.
+    pub fn get(self, k: usize, col: usize) -> f32 {
+        assert!(k < self.rank && col < self.cols, "element ({k}, {col}) of a {} x {} basis", self.rank, self.cols);
+        self.values.get(k * self.cols + col, k)
+    }
+}
+
+impl Coefficients {
+    /// Takes `rows * planes * rank` finite values.
+    pub fn new(rows: usize, planes: usize, rank: usize, values: Values) -> Result<Self, CoreError> {
+        CoefficientsRef::new(rows, planes, rank, values.view())?;
+        Ok(Self { rows, planes, rank, values })
+    }
+
+    /// The same coefficients, borrowed.
+    pub fn view(&self) -> CoefficientsRef<'_> {
+        CoefficientsRef { rows: self.rows, planes: self.planes, rank: self.rank, values: self.values.view() }
+    }
+}
+
+impl<'a> CoefficientsRef<'a> {
+    /// Borrows `rows * planes * rank` finite values.
+    pub fn new(rows: usize, planes: usize, rank: usize, values: ValuesRef<'a>) -> Result<Self, CoreError> {
+        at_least_one("the planes of coefficients", planes)?;
+        at_least_one("the rank of coefficients", rank)?;
+        let vectors = planes.saturating_mul(rank);
+        values.check("the number of coefficients", rows.checked_mul(vectors), vectors)?;
+        Ok(Self { rows, planes, rank, values })
+    }
+
+    /// Rows of the weight.
+    pub fn rows(self) -> usize {
+        self.rows
+    }
+
+    /// Planes these coefficients are for.
+    pub fn planes(self) -> usize {
+        self.planes
+    }
+
+    /// Coefficients per row and plane.
+    pub fn rank(self) -> usize {
+        self.rank
+    }
+
+    /// The stored values.
+    pub fn values(self) -> ValuesRef<'a> {
+        self.values
+    }
+
+    /// U[row, plane, k], planes counted from 0. Panics when there is no such element.
+    pub fn get(self, row: usize, plane: usize, k: usize) -> f32 {
+        assert!(
+            row < self.rows && plane < self.planes && k < self.rank,
+            "element ({row}, {plane}, {k}) of {} x {} x {} coefficients",
+            self.rows,
+            self.planes,
+            self.rank
+        );
+        let vector = plane * self.rank + k;
+        self.values.get(row * self.planes * self.rank + vector, vector)
+    }
+}
+
+/// One block of a stack, owned. That its parts fit together, and fit a weight, is checked where it joins one
+/// ([`crate::WeightStack::push`], [`crate::Level::new`]).
+#[derive(Debug, Clone, PartialEq)]
+pub struct Block {
+    /// The sign plane, `rows x cols`.
+    pub signs: SignMatrix,
+    /// The basis, `rank x cols`; `None`: that of the last block before which has one.
+    pub basis: Option<Basis>,
+    /// The coefficients, `rows x planes x rank`.
+    pub coefficients: Coefficients,
+}
+
+/// One block of a stack, borrowed.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct BlockRef<'a> {
+    /// The sign plane, `rows x cols`.
+    pub signs: SignView<'a>,
+    /// The basis, `rank x cols`; `None`: that of the last block before which has one.
+    pub basis: Option<BasisRef<'a>>,
+    /// The coefficients, `rows x planes x rank`.
+    pub coefficients: CoefficientsRef<'a>,
+}
+
+impl Block {
+    /// The same block, borrowed.
+    pub fn view(&self) -> BlockRef<'_> {
+        BlockRef {
+            signs: self.signs.view(),
+            basis: self.basis.as_ref().map(Basis::view),
+            coefficients: self.coefficients.view(),
+        }
+    }
+}
+
+impl BlockRef<'_> {
+    /// What the block is made of.
+    pub fn layout(&self) -> Result<BlockLayout, CoreError> {
+        Ok(BlockLayout {
+            shape: Shape::new(self.signs.rows(), self.signs.cols())?,
+            rank: self.coefficients.rank,
+            planes: self.coefficients.planes,
+            basis: self.basis.map(|v| v.values.factor_type()),
+            coefficients: self.coefficients.values.factor_type(),
+        })
+    }
+
+    /// Checks that the parts agree with each other and with a weight of this shape, as its block number `number` (from 1), `rank`
+    /// being that of the blocks before.
+    pub(crate) fn check(&self, shape: Shape, number: usize, rank: Option<usize>) -> Result<(), CoreError> {
+        let equal = |what, expected, actual| {
+            if expected == actual { Ok(()) } else { Err(CoreError::Mismatch { what, expected, actual }) }
+        };
+        equal("rows of the signs", shape.rows(), self.signs.rows())?;
+        equal("columns of the signs", shape.cols(), self.signs.cols())?;
+        equal("rows of the coefficients", shape.rows(), self.coefficients.rows)?;
+        if let Some(rank) = rank {
+            equal("the rank of all blocks of a weight", rank, self.coefficients.rank)?;
+        }
+        if let Some(basis) = self.basis {
+            equal("columns of the basis", shape.cols(), basis.cols)?;
+            equal("the rank of the basis", self.coefficients.rank, basis.rank)?;
+        } else if number == 1 {
+            return Err(CoreError::NoBasis);
+        }
+        let planes = self.coefficients.planes;
+        if planes != 1 && planes != number {
+            return Err(CoreError::Planes { block: number, planes });
+        }
+        Ok(())
+    }
+}
+
+fn at_least_one(what: &'static str, n: usize) -> Result<(), CoreError> {
+    if n == 0 { Err(CoreError::Mismatch { what, expected: 1, actual: 0 }) } else { Ok(()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn halves(values: &[f32]) -> Values {
+        Values::F16(values.iter().map(|&x| f16::from_f32(x)).collect())
+    }
+
+    #[test]
+    fn eight_bit_values_take_the_scale_of_their_vector() {
+        let scales = vec![f16::from_f32(0.5), f16::from_f32(2.0)];
+        let codes = vec![1, 2, 3, -4, -5, -6];
+        let v = Basis::new(2, 3, Values::I8 { codes: codes.clone(), scales: scales.clone() }).unwrap();
+        assert_eq!([v.view().get(0, 2), v.view().get(1, 0)], [1.5, -8.0]); // a vector is a row of V
+        let u = Coefficients::new(3, 2, 1, Values::I8 { codes, scales }).unwrap();
+        assert_eq!([u.view().get(0, 1, 0), u.view().get(2, 0, 0)], [4.0, -2.5]); // a vector is a column of U
+    }
+
+    #[test]
+    fn wrong_lengths_and_values_are_rejected() {
+        assert!(matches!(Basis::new(1, 3, halves(&[1.0; 2])), Err(CoreError::Mismatch { expected: 3, actual: 2, .. })));
+        assert!(matches!(Basis::new(0, 3, halves(&[])), Err(CoreError::Mismatch { expected: 1, actual: 0, .. })));
+        assert!(matches!(Basis::new(1, 2, halves(&[1.0, f32::INFINITY])), Err(CoreError::NotFinite { index: 1, .. })));
+        assert!(Coefficients::new(usize::MAX, 2, 2, halves(&[])).is_err());
+        let one_scale_short = Values::I8 { codes: vec![0; 4], scales: vec![f16::ONE] };
+        assert!(matches!(
+            Coefficients::new(2, 2, 1, one_scale_short),
+            Err(CoreError::Mismatch { expected: 2, actual: 1, .. })
+        ));
+    }
+}

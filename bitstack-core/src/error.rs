@@ -1,0 +1,60 @@
+use crate::Shape;
+
+/// What can be wrong with shapes, blocks and statistics.
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+#[non_exhaustive]
+pub enum CoreError {
+    /// A shape with no elements, or too many to address.
+    #[error("a {rows} x {cols} weight is empty or does not fit in memory")]
+    BadShape {
+        /// Rows asked for.
+        rows: usize,
+        /// Columns asked for.
+        cols: usize,
+    },
+    /// Something has another size than its place demands.
+    #[error("{what} must be {expected}, got {actual}")]
+    Mismatch {
+        /// What is counted, with its place.
+        what: &'static str,
+        /// The size demanded.
+        expected: usize,
+        /// The size given.
+        actual: usize,
+    },
+    /// The first block of a stack must bring a basis.
+    #[error("the first block of a stack has no basis")]
+    NoBasis,
+    /// A block brings coefficients for a number of planes that is neither 1 nor its own number.
+    #[error("block {block} brings coefficients for {planes} planes; it must be 1 (additive) or {block} (refitted)")]
+    Planes {
+        /// The number of the block, counted from 1.
+        block: usize,
+        /// The planes it has coefficients for.
+        planes: usize,
+    },
+    /// A level above the number of blocks, or below 1.
+    #[error("level {level} of a stack of {blocks} blocks")]
+    NoSuchLevel {
+        /// The level asked for.
+        level: usize,
+        /// The blocks there are.
+        blocks: usize,
+    },
+    /// A value that must be finite is not.
+    #[error("{what} has a value that is not finite at index {index}")]
+    NotFinite {
+        /// What was looked at.
+        what: &'static str,
+        /// The flat index of the first such value.
+        index: usize,
+    },
+    /// A sign matrix is not what it should be.
+    #[error("signs of a {shape} weight: {source}")]
+    Signs {
+        /// The shape of the weight.
+        shape: Shape,
+        /// What is wrong.
+        source: bitstack_pack::PackError,
+    },
+}

@@ -1,0 +1,137 @@
+use crate::CoreError;
+use ndarray::linalg::general_mat_mul;
+use ndarray::{Array2, ArrayView2};
+
+/// How much to keep of the inputs of a weight.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Collect {
+    /// The diagonal of H only: `cols` numbers.
+    Diagonal,
+    /// All of H: `cols x cols` numbers, and one matrix product per sequence.
+    Gram,
+}
+
+/// Statistics of the inputs of a weight, streamed: one sequence of activations at a time, none of them kept.
+///
+/// H = XᵀX / tokens is the input Gram matrix; with it the squared error of a weight's outputs is tr((W−W_b) H (W−W_b)ᵀ) per token.
+///
+/// ```
+/// use bitstack_core::{ActivationStats, Collect};
+/// use ndarray::array;
+/// let mut stats = ActivationStats::new(2, Collect::Gram);
+/// stats.update(array![[1.0, 2.0], [3.0, 0.0]].view())?; // tokens x cols
+/// assert_eq!(stats.gram().unwrap(), array![[5.0, 1.0], [1.0, 2.0]]);
+/// # Ok::<(), bitstack_core::CoreError>(())
+/// ```
+#[derive(Debug, Clone, PartialEq)]
+pub struct ActivationStats {
+    cols: usize,
+    tokens: u64,
+    sequences: u64,
+    sum_square: Vec<f64>,
+    sum_norm: Vec<f64>,
+    gram: Option<Array2<f64>>,
+}
+
+impl ActivationStats {
+    /// Nothing seen yet, for inputs of `cols` channels.
+    pub fn new(cols: usize, collect: Collect) -> Self {
+        let gram = (collect == Collect::Gram).then(|| Array2::zeros((cols, cols)));
+        Self { cols, tokens: 0, sequences: 0, sum_square: vec![0.0; cols], sum_norm: vec![0.0; cols], gram }
+    }
+
+    /// Adds one sequence of inputs, `tokens x cols`. Products are summed in f32 within a sequence, in f64 over sequences.
+    ///
+    /// # Errors
+    /// [`CoreError::Mismatch`] for another number of columns, [`CoreError::NotFinite`] for a value that is not finite or whose
+    /// square is not; nothing is added then.
+    pub fn update(&mut self, x: ArrayView2<'_, f32>) -> Result<(), CoreError> {
+        if x.ncols() != self.cols {
+            let what = "columns of the activations";
+            return Err(CoreError::Mismatch { what, expected: self.cols, actual: x.ncols() });
+        }
+        let mut squares = vec![0.0f64; self.cols];
+        for row in x.rows() {
+            for (s, &x) in squares.iter_mut().zip(row) {
+                *s += f64::from(x) * f64::from(x);
+            }
+        }
+        // The diagonal bounds the other products, and f32 must hold them.
+        if let Some(index) =
+            squares.iter().position(|s| s.partial_cmp(&f64::from(f32::MAX)) != Some(std::cmp::Ordering::Less))
+        {
+            return Err(CoreError::NotFinite { what: "squared activations", index });
+        }
+        if let Some(gram) = &mut self.gram {
+            let mut product = Array2::<f32>::zeros((self.cols, self.cols));
+            general_mat_mul(1.0, &x.t(), &x, 0.0, &mut product);
+            gram.zip_mut_with(&product, |g, &p| *g += f64::from(p));
+        }
+        for (c, square) in squares.into_iter().enumerate() {
+            self.sum_square[c] += square;
+            self.sum_norm[c] += square.sqrt();
+        }
+        self.tokens += x.nrows() as u64;
+        self.sequences += 1;
+        Ok(())
+    }
+
+    /// Input channels.
+    pub fn cols(&self) -> usize {
+        self.cols
+    }
+
+    /// Tokens seen.
+    pub fn tokens(&self) -> u64 {
+        self.tokens
+    }
+
+    /// The diagonal of H: the mean square of each channel; zeros when nothing was seen.
+    pub fn mean_square(&self) -> Vec<f64> {
+        self.sum_square.iter().map(|s| s / self.tokens.max(1) as f64).collect()
+    }
+
+    /// The l2 norm of each channel over a sequence, averaged over sequences; zeros when nothing was seen.
+    pub fn mean_sequence_norm(&self) -> Vec<f64> {
+        self.sum_norm.iter().map(|s| s / self.sequences.max(1) as f64).collect()
+    }
+
+    /// H = XᵀX / tokens, exactly symmetric, `cols x cols`; `None` when only the diagonal is collected.
+    pub fn gram(&self) -> Option<Array2<f64>> {
+        let gram = self.gram.as_ref()?;
+        Some((gram + &gram.t()) / (2.0 * self.tokens.max(1) as f64))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use ndarray::array;
+
+    #[test]
+    fn streaming_equals_one_pass_and_gram_carries_the_diagonal() {
+        let x = Array2::from_shape_fn((11, 5), |(t, c)| ((t * 7 + c * 3) % 13) as f32 - 6.0);
+        let mut whole = ActivationStats::new(5, Collect::Gram);
+        whole.update(x.view()).unwrap();
+        let mut parts = ActivationStats::new(5, Collect::Gram);
+        let (first, second) = x.view().split_at(ndarray::Axis(0), 4);
+        parts.update(first).unwrap();
+        parts.update(second).unwrap();
+        // Small integers: every sum is exact.
+        assert_eq!(whole.gram(), parts.gram());
+        assert_eq!(whole.gram().unwrap().diag().to_vec(), whole.mean_square());
+        assert_eq!(whole.gram().unwrap(), x.mapv(f64::from).t().dot(&x.mapv(f64::from)) / 11.0);
+        assert_eq!((parts.tokens(), parts.cols()), (11, 5));
+    }
+
+    #[test]
+    fn activations_that_are_not_finite_are_rejected_and_change_nothing() {
+        let mut stats = ActivationStats::new(2, Collect::Gram);
+        for bad in [f32::NAN, f32::INFINITY, 1e30] {
+            let error = stats.update(array![[1.0, bad]].view()).unwrap_err();
+            assert_eq!(error, CoreError::NotFinite { what: "squared activations", index: 1 });
+        }
+        assert_eq!(stats, ActivationStats::new(2, Collect::Gram));
+        assert!(matches!(stats.update(array![[1.0]].view()), Err(CoreError::Mismatch { expected: 2, actual: 1, .. })));
+    }
+}

@@ -1,0 +1,141 @@
+//! What a level is: the definition, element by element, against the crate's arithmetic, over every kind of stack.
+
+use bitstack_core::{
+    Basis, Block, BlockRef, Coefficients, CoreError, Level, Shape, SignMatrix, Values, WeightStack, f16,
+};
+use proptest::prelude::*;
+
+/// Small numbers that are exact in f16, from a seed: the arithmetic must then be exact in f32, so `==` is the right comparison.
+struct Numbers(u64);
+
+impl Numbers {
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+        self.0 >> 33
+    }
+
+    fn small(&mut self) -> f32 {
+        (self.next() % 17) as f32 / 8.0 - 1.0
+    }
+
+    fn values(&mut self, n_values: usize, n_vectors: usize, eight_bit: bool) -> Values {
+        if eight_bit {
+            let codes = (0..n_values).map(|_| (self.next() % 9) as i8 - 4).collect();
+            Values::I8 {
+                codes,
+                scales: (0..n_vectors).map(|_| f16::from_f32([0.5, 0.25, 1.0][(self.next() % 3) as usize])).collect(),
+            }
+        } else {
+            Values::F16((0..n_values).map(|_| f16::from_f32(self.small())).collect())
+        }
+    }
+
+    fn block(&mut self, shape: Shape, rank: usize, planes: usize, with_basis: bool, eight_bit: bool) -> Block {
+        let (rows, cols) = (shape.rows(), shape.cols());
+        let signs: Vec<f32> = (0..rows * cols).map(|_| self.small()).collect();
+        Block {
+            signs: SignMatrix::from_f32(rows, cols, &signs).unwrap(),
+            basis: with_basis.then(|| Basis::new(rank, cols, self.values(rank * cols, rank, eight_bit)).unwrap()),
+            coefficients: Coefficients::new(
+                rows,
+                planes,
+                rank,
+                self.values(rows * planes * rank, planes * rank, eight_bit),
+            )
+            .unwrap(),
+        }
+    }
+}
+
+/// W_b[r, c] straight from the definition in the crate's documentation.
+fn definition(blocks: &[BlockRef<'_>], r: usize, c: usize) -> f64 {
+    let mut sum = 0.0;
+    for i in 0..blocks.len() {
+        let basis = blocks[..=i].iter().rev().find_map(|b| b.basis).unwrap();
+        // The last block that has coefficients for plane i.
+        let (u, plane) = (i..blocks.len())
+            .rev()
+            .find_map(|j| match blocks[j].coefficients {
+                u if j == i => Some((u, u.planes() - 1)),
+                u if u.planes() > 1 => Some((u, i)),
+                _ => None,
+            })
+            .unwrap();
+        for k in 0..u.rank() {
+            sum += f64::from(blocks[i].signs.get(r, c)) * f64::from(u.get(r, plane, k)) * f64::from(basis.get(k, c));
+        }
+    }
+    sum
+}
+
+proptest! {
+    #[test]
+    fn every_level_of_every_kind_of_stack_is_its_definition(
+        rows in 1usize..7, cols in 1usize..20, rank in 1usize..4, seed: u64,
+        kinds in prop::collection::vec((any::<bool>(), any::<bool>(), any::<bool>()), 1..6),
+    ) {
+        let shape = Shape::new(rows, cols).unwrap();
+        let mut numbers = Numbers(seed);
+        let mut stack = WeightStack::new(shape);
+        for (i, &(refitted, with_basis, eight_bit)) in kinds.iter().enumerate() {
+            let planes = if refitted { i + 1 } else { 1 };
+            stack.push(numbers.block(shape, rank, planes, with_basis || i == 0, eight_bit)).unwrap();
+        }
+        let x: Vec<f32> = (0..cols).map(|_| numbers.small()).collect();
+        for level in 1..=kinds.len() {
+            let blocks: Vec<_> = stack.blocks()[..level].iter().map(Block::view).collect();
+            let expected: Vec<f64> = (0..rows * cols).map(|i| definition(&blocks, i / cols, i % cols)).collect();
+            let at = stack.level(level).unwrap();
+            prop_assert_eq!(at.reconstruct().into_iter().map(f64::from).collect::<Vec<_>>(), expected.clone());
+            let mut last_row = vec![f32::NAN; cols];
+            at.reconstruct_rows(rows - 1, &mut last_row).unwrap();
+            prop_assert_eq!(&last_row[..], &at.reconstruct()[(rows - 1) * cols..]);
+            let y: Vec<f64> = expected.chunks(cols).map(|w| w.iter().zip(&x).map(|(w, &x)| w * f64::from(x)).sum()).collect();
+            for (a, e) in at.matvec(&x).unwrap().into_iter().zip(y) {
+                // The sums run in another order: a few units of f64 rounding on values below 20 · 6 · 4.
+                prop_assert!((a - e).abs() <= 1e-11, "{a} against {e}");
+            }
+            let bytes: u64 = blocks.iter().map(|b| b.layout().unwrap().bytes().unwrap()).sum();
+            prop_assert_eq!(stack.bytes(level), bytes);
+        }
+    }
+}
+
+#[test]
+fn blocks_that_do_not_fit_are_rejected_and_leave_the_stack_as_it_was() {
+    let shape = Shape::new(3, 5).unwrap();
+    let mut numbers = Numbers(1);
+    let mut stack = WeightStack::new(shape);
+    assert_eq!(stack.push(numbers.block(shape, 2, 1, false, false)), Err(CoreError::NoBasis));
+    assert_eq!(stack.push(numbers.block(shape, 2, 2, true, false)), Err(CoreError::Planes { block: 1, planes: 2 }));
+    stack.push(numbers.block(shape, 2, 1, true, false)).unwrap();
+    let other = Shape::new(3, 6).unwrap();
+    for bad in [
+        numbers.block(other, 2, 1, true, false),
+        numbers.block(Shape::new(4, 5).unwrap(), 2, 1, true, false),
+        numbers.block(shape, 3, 1, true, false),
+        Block { basis: numbers.block(other, 2, 1, true, false).basis, ..numbers.block(shape, 2, 1, true, false) },
+        Block {
+            coefficients: numbers.block(shape, 3, 1, true, false).coefficients,
+            ..numbers.block(shape, 2, 1, true, false)
+        },
+    ] {
+        assert!(matches!(stack.push(bad), Err(CoreError::Mismatch { .. })));
+    }
+    assert_eq!(stack.push(numbers.block(shape, 2, 3, true, false)), Err(CoreError::Planes { block: 2, planes: 3 }));
+    assert_eq!((stack.blocks().len(), stack.rank()), (1, Some(2)));
+}
+
+#[test]
+fn levels_that_do_not_exist_are_errors() {
+    let shape = Shape::new(1, 1).unwrap();
+    let mut stack = WeightStack::new(shape);
+    assert_eq!(stack.level(1).err(), Some(CoreError::NoSuchLevel { level: 1, blocks: 0 }));
+    stack.push(Numbers(1).block(shape, 1, 1, true, false)).unwrap();
+    assert_eq!(stack.level(0).err(), Some(CoreError::NoSuchLevel { level: 0, blocks: 1 }));
+    assert_eq!(stack.level(2).err(), Some(CoreError::NoSuchLevel { level: 2, blocks: 1 }));
+    assert!(Level::new(shape, []).is_err());
+    let level = stack.level(1).unwrap();
+    assert!(level.reconstruct_rows(1, &mut [0.0]).is_err());
+    assert!(level.matvec(&[]).is_err());
+}
