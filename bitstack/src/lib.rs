@@ -1,2 +1,13 @@
-//! Under construction.
+#![doc = include_str!("../README.md")]
 #![forbid(unsafe_code)]
+
+pub use bitstack_core as core;
+#[cfg(feature = "decomp")]
+pub use bitstack_decomp as decomp;
+#[cfg(feature = "format")]
+pub use bitstack_format as format;
+#[cfg(feature = "llm")]
+pub use bitstack_llm as llm;
+pub use bitstack_pack as pack;
+#[cfg(feature = "sort")]
+pub use bitstack_sort as sort;
