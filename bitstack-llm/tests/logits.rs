@@ -44,13 +44,17 @@ fn check(logits: &Array2<f32>, expected: &Expected, tolerance: f32, name: &str) 
     }
 }
 
-/// The expected values are rounded to six decimals and the sums run in another order: both far below 1e-4.
+/// At the first position no rotation is made, so everything but the rotary frequencies is held to the error of f32 sums in
+/// another order. Elsewhere the expected logits carry frequencies rounded to bf16, as `tests/data/README.md` says, and the
+/// public decoder keeps them in f32; a unit test of the decoder makes the same rounding and holds all positions to 2e-5.
 #[test]
-fn logits_of_every_architecture_are_those_of_the_reference_library() {
+fn logits_differ_from_the_reference_library_by_the_rounding_of_frequencies_only() {
     for name in ARCHITECTURES {
-        let (model, expected) = load(name);
+        let (model, mut expected) = load(name);
         let logits = model.forward(&expected.input_ids, &mut Pass::new()).unwrap();
-        check(&logits, &expected, 1e-4, name);
+        check(&logits, &expected, 1e-2, name);
+        expected.logits.retain(|&position, _| position == 0);
+        check(&logits, &expected, 2e-5, name);
     }
 }
 
