@@ -30,7 +30,7 @@ pub fn decompose(weight: ArrayView2<'_, f32>, options: &DecomposeOptions<'_>) ->
 /// Decomposes a weight, `rows x cols`, block after block: each is computed when it is asked for, so one can stop at an error that is
 /// low enough.
 ///
-/// Takes about 2 · 4 · rows · cols bytes, for the residual and its absolute values, and 4 · cols² more when there is a Gram matrix.
+/// Takes about 4 bytes per weight while it runs, and 4 · cols² more when there is a Gram matrix; [`crate::Svd::Exact`] several times that.
 ///
 /// # Errors
 /// When the weight is empty or has values that are not finite, when the rank is 0 or above min(rows, cols), when no blocks are asked
@@ -52,15 +52,16 @@ pub fn blocks(weight: ArrayView2<'_, f32>, options: &DecomposeOptions<'_>) -> Re
         Some(scales) => scales.as_slice().to_vec(),
         None => vec![1.0; cols],
     };
-    let (residual, exponent) = scaled(weight, &scales)?;
-    let magnitude: Vec<f32> = residual.iter().map(|r| r.abs()).collect();
-    let squared = residual.chunks_exact(cols).map(sum_of_squares).sum();
+    let (mut magnitude, exponent) = scaled(weight, &scales)?;
+    let signs = SignMatrix::from_f32(rows, cols, &magnitude)?;
+    magnitude.iter_mut().for_each(|r| *r = r.abs());
+    let squared = magnitude.chunks_exact(cols).map(sum_of_squares).sum();
     let par = options.parallelism.par();
     let mut metric = None;
     if let Some(gram) = options.gram {
         let inverse: Vec<f64> = scales.iter().map(|&s| 1.0 / f64::from(s)).collect();
         let mut m = OutputMetric::new(gram, &inverse)?;
-        let base = m.squared(&residual, rows, par);
+        let base = m.squared(signs.view(), &magnitude, par);
         metric = Some((m, base));
     }
     Ok(Blocks {
@@ -72,7 +73,7 @@ pub fn blocks(weight: ArrayView2<'_, f32>, options: &DecomposeOptions<'_>) -> Re
         parallelism: options.parallelism,
         scales,
         exponent,
-        residual,
+        signs,
         magnitude,
         squared,
         base: squared,
@@ -94,18 +95,18 @@ pub struct Blocks {
     svd: TruncatedSvd,
     parallelism: Parallelism,
     scales: Vec<f32>,
-    /// R in the weight's units is `residual` · 2^exponent.
+    /// |R| in the weight's units is `magnitude` · 2^exponent.
     exponent: i32,
-    /// R, `rows x cols`, row-major.
-    residual: Vec<f32>,
-    /// |R|.
+    /// sign(R), `rows x cols`.
+    signs: SignMatrix,
+    /// |R|, `rows x cols`, row-major.
     magnitude: Vec<f32>,
-    /// ‖R‖², and that of W·diag(s), both in the units of `residual`.
+    /// ‖R‖², and that of W·diag(s), both in the units of `magnitude`.
     squared: f64,
     base: f64,
     /// How to measure the outputs, and the measure of W.
     metric: Option<(OutputMetric, f64)>,
-    /// The factors as stored, in the units of `residual`: `rows x rank` and `rank x cols`, row-major.
+    /// The factors as stored, in the units of `magnitude`: `rows x rank` and `rank x cols`, row-major.
     u: Vec<f32>,
     v: Vec<f32>,
 }
@@ -133,9 +134,9 @@ impl Blocks {
     fn step(&mut self) -> Result<Step, DecompError> {
         let (rows, cols, rank) = (self.shape.rows(), self.shape.cols(), self.rank);
         let (u, v) = self.factors()?;
-        let signs = self.subtract()?;
+        let next = self.subtract()?;
         let block = Block {
-            signs: SignMatrix::from_bytes(rows, cols, signs)?,
+            signs: std::mem::replace(&mut self.signs, next),
             basis: Some(Basis::new(rank, cols, Values::F16(v))?),
             coefficients: Coefficients::new(rows, 1, rank, Values::F16(u))?,
         };
@@ -190,37 +191,28 @@ impl Blocks {
         Ok((u16, v16))
     }
 
-    /// Packs the signs of R, subtracts S ⊙ (U V) from it, and brings |R| and ‖R‖² up to date, panel of rows by panel of rows, while each
-    /// is in cache.
-    fn subtract(&mut self) -> Result<Vec<u8>, DecompError> {
-        let (cols, rank) = (self.shape.cols(), self.rank);
-        let mut signs = vec![0u8; packed_len(self.shape.rows(), cols)?];
+    /// Subtracts S ⊙ (U V) from R, panel of rows by panel of rows, and returns the signs of what is left.
+    fn subtract(&mut self) -> Result<SignMatrix, DecompError> {
+        let (rows, cols, rank) = (self.shape.rows(), self.shape.cols(), self.rank);
+        let mut signs = self.signs.as_bytes().to_vec();
         let v = MatRef::from_row_major_slice(&self.v, rank, cols);
-        let panel = |fit: &mut Vec<f32>, (((r, a), s), u): Panel<'_>| {
-            pack_into(r.len() / cols, cols, r, s)?;
-            Ok(subtract_panel(r, a, MatRef::from_row_major_slice(u, u.len() / rank, rank), v, fit))
+        let panel = |scratch: &mut Scratch, ((a, s), u): Panel<'_>| {
+            subtract_panel(a, s, MatRef::from_row_major_slice(u, u.len() / rank, rank), v, scratch)
         };
-        let (r, a) = (&mut self.residual, &mut self.magnitude);
+        let (a_len, s_len, u_len) = (PANEL_ROWS * cols, PANEL_ROWS * row_bytes(cols), PANEL_ROWS * rank);
         let sums: Result<Vec<f64>, DecompError> = match self.parallelism {
             Parallelism::Seq => {
-                let fit = &mut vec![0.0; PANEL_ROWS * PANEL_COLS];
-                r.chunks_mut(PANEL_ROWS * cols)
-                    .zip(a.chunks_mut(PANEL_ROWS * cols))
-                    .zip(signs.chunks_mut(PANEL_ROWS * row_bytes(cols)))
-                    .zip(self.u.chunks(PANEL_ROWS * rank))
-                    .map(|p| panel(fit, p))
-                    .collect()
+                let scratch = &mut Scratch::new();
+                let panels = self.magnitude.chunks_mut(a_len).zip(signs.chunks_mut(s_len)).zip(self.u.chunks(u_len));
+                panels.map(|p| panel(scratch, p)).collect()
             }
-            Parallelism::Rayon => r
-                .par_chunks_mut(PANEL_ROWS * cols)
-                .zip(a.par_chunks_mut(PANEL_ROWS * cols))
-                .zip(signs.par_chunks_mut(PANEL_ROWS * row_bytes(cols)))
-                .zip(self.u.par_chunks(PANEL_ROWS * rank))
-                .map_init(|| vec![0.0; PANEL_ROWS * PANEL_COLS], panel)
-                .collect(),
+            Parallelism::Rayon => {
+                let panels = self.magnitude.par_chunks_mut(a_len).zip(signs.par_chunks_mut(s_len));
+                panels.zip(self.u.par_chunks(u_len)).map_init(Scratch::new, panel).collect()
+            }
         };
         self.squared = sums?.iter().sum();
-        Ok(signs)
+        Ok(SignMatrix::from_bytes(rows, cols, signs)?)
     }
 
     fn error(&mut self) -> LevelError {
@@ -228,49 +220,74 @@ impl Blocks {
         let unit = exp2(2 * self.exponent);
         let par = self.parallelism.par();
         let output = self.metric.as_mut().map(|(metric, base)| {
-            let squared = metric.squared(&self.residual, self.shape.rows(), par);
+            let squared = metric.squared(self.signs.view(), &self.magnitude, par);
             OutputError { squared_error: squared * unit, relative_error: ratio(squared, *base) }
         });
-        LevelError {
-            squared_error: self.squared * unit,
-            relative_error: ratio(self.squared, self.base).sqrt(),
-            output,
-        }
+        LevelError { squared_error: self.squared * unit, relative_error: ratio(self.squared, self.base).sqrt(), output }
     }
 }
 
-type Panel<'a> = (((&'a mut [f32], &'a mut [f32]), &'a mut [u8]), &'a [f32]);
+/// |R|, packed signs and U of some rows.
+type Panel<'a> = ((&'a mut [f32], &'a mut [u8]), &'a [f32]);
 
 const PANEL_ROWS: usize = 64;
+/// A whole number of bytes of signs.
 const PANEL_COLS: usize = 512;
 
-/// R −= sign(R) ⊙ (U V) and A = |R| for some rows; returns ‖R‖².
+/// Room for a tile of U V and its signs.
+struct Scratch {
+    fit: Vec<f32>,
+    signs: Vec<u8>,
+}
+
+impl Scratch {
+    fn new() -> Self {
+        Self { fit: vec![0.0; PANEL_ROWS * PANEL_COLS], signs: vec![0; PANEL_ROWS * PANEL_COLS / 8] }
+    }
+}
+
+/// R − S ⊙ (U V) = S ⊙ (|R| − U V), so the signs change where |R| − U V is negative, and its absolute values are the new |R|. Returns
+/// their sum of squares.
 fn subtract_panel(
-    residual: &mut [f32],
     magnitude: &mut [f32],
+    signs: &mut [u8],
     u: MatRef<'_, f32>,
     v: MatRef<'_, f32>,
-    fit: &mut [f32],
-) -> f64 {
+    scratch: &mut Scratch,
+) -> Result<f64, DecompError> {
     let (rows, cols) = (u.nrows(), v.ncols());
     let mut sum = 0.0;
-    for c in (0..cols).step_by(PANEL_COLS) {
-        let width = PANEL_COLS.min(cols - c);
-        let fit = &mut fit[..rows * width];
+    for col in (0..cols).step_by(PANEL_COLS) {
+        let width = PANEL_COLS.min(cols - col);
+        let fit = &mut scratch.fit[..rows * width];
         let out = MatMut::from_row_major_slice_mut(fit, rows, width);
-        matmul(out, Accum::Replace, u, v.subcols(c, width), 1.0, Par::Seq);
-        for (row, fit) in fit.chunks_exact(width).enumerate() {
-            let r = &mut residual[row * cols + c..][..width];
-            let a = &mut magnitude[row * cols + c..][..width];
-            for ((r, a), &t) in r.iter_mut().zip(a.iter_mut()).zip(fit) {
-                // Subtracting from |R| is the same thing: R − S ⊙ T = S ⊙ (|R| − T). sign(0) = +1, as packed.
-                *r = if *r >= 0.0 { *r - t } else { *r + t };
-                *a = r.abs();
+        matmul(out, Accum::Replace, u, v.subcols(col, width), 1.0, Par::Seq);
+        for (a, d) in magnitude.chunks_exact_mut(cols).zip(fit.chunks_exact_mut(width)) {
+            let a = &mut a[col..col + width];
+            for (a, d) in a.iter_mut().zip(d) {
+                *d = *a - *d;
+                *a = d.abs();
             }
             sum += sum_of_squares(a);
         }
+        let kept = &mut scratch.signs[..packed_len(rows, width)?];
+        pack_into(rows, width, fit, kept)?;
+        let rows = signs.chunks_exact_mut(row_bytes(cols)).zip(kept.chunks_exact(row_bytes(width)));
+        for ((s, kept), d) in rows.zip(fit.chunks_exact(width)) {
+            let s = &mut s[col / 8..][..kept.len()];
+            for (s, kept) in s.iter_mut().zip(kept) {
+                *s = !(*s ^ kept);
+            }
+            if !width.is_multiple_of(8) {
+                s[kept.len() - 1] &= (1 << (width % 8)) - 1;
+            }
+            // What is left of a residual fitted exactly has no sign of its own: sign(0) = +1.
+            if d.contains(&0.0) {
+                d.iter().enumerate().filter(|(_, d)| **d == 0.0).for_each(|(c, _)| s[c / 8] |= 1 << (c % 8));
+            }
+        }
     }
-    sum
+    Ok(sum)
 }
 
 /// In f32 over short runs, in f64 over those.
@@ -296,11 +313,11 @@ fn sum_of_squares(values: &[f32]) -> f64 {
 /// stay in f32's range whatever the weight's. The powers of two are exact.
 fn scaled(weight: ArrayView2<'_, f32>, scales: &[f32]) -> Result<(Vec<f32>, i32), DecompError> {
     let mut largest = 0.0f32;
-    for ((row, col), &value) in weight.indexed_iter() {
-        if !value.is_finite() {
+    for (row, values) in weight.rows().into_iter().enumerate() {
+        if let Some((col, &value)) = values.iter().enumerate().find(|(_, w)| !w.is_finite()) {
             return Err(DecompError::WeightNotFinite { row, col, value });
         }
-        largest = largest.max(value.abs());
+        largest = values.iter().fold(largest, |m, w| m.max(w.abs()));
     }
     if largest == 0.0 {
         return Ok((vec![0.0; weight.len()], 0));

@@ -41,8 +41,10 @@ impl Parallelism {
 /// use bitstack_core::Scales;
 /// use bitstack_decomp::DecomposeOptions;
 /// let options = DecomposeOptions::new(16, 8).seed(42);
-/// let scales = Scales::none(64);
-/// let of_one_weight = options.clone().scales(&scales);
+/// for cols in [64, 128] {
+///     let scales = Scales::none(cols);
+///     let of_one_weight = options.clone().scales(&scales);
+/// }
 /// ```
 #[derive(Debug, Clone)]
 pub struct DecomposeOptions<'a> {
@@ -85,13 +87,35 @@ impl<'a> DecomposeOptions<'a> {
     }
 
     /// Activation scales s, one per column: W·diag(s) is decomposed, and the basis divided by s.
-    pub fn scales(self, scales: &'a Scales) -> Self {
-        Self { scales: Some(scales), ..self }
+    pub fn scales<'b>(self, scales: &'b Scales) -> DecomposeOptions<'b>
+    where
+        'a: 'b,
+    {
+        DecomposeOptions { scales: Some(scales), ..self.shorten() }
     }
 
     /// The input Gram matrix H, `cols x cols`, for [`crate::LevelError::output`]. It is measured with, not optimised for. Each block
     /// then costs another `rows · cols²` floating-point operations, more than the block itself on a large weight.
-    pub fn gram(self, gram: ArrayView2<'a, f64>) -> Self {
-        Self { gram: Some(gram), ..self }
+    pub fn gram<'b>(self, gram: ArrayView2<'b, f64>) -> DecomposeOptions<'b>
+    where
+        'a: 'b,
+    {
+        DecomposeOptions { gram: Some(gram), ..self.shorten() }
+    }
+
+    /// Array views are invariant in their lifetime, so the compiler does not do this by itself.
+    fn shorten<'b>(self) -> DecomposeOptions<'b>
+    where
+        'a: 'b,
+    {
+        DecomposeOptions {
+            rank: self.rank,
+            n_blocks: self.n_blocks,
+            seed: self.seed,
+            svd: self.svd,
+            parallelism: self.parallelism,
+            scales: self.scales,
+            gram: self.gram.map(ArrayView2::reborrow),
+        }
     }
 }

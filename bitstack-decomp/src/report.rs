@@ -1,7 +1,7 @@
 //! What a decomposition hands out, and the error of a weight's outputs.
 
 use crate::DecompError;
-use bitstack_core::{Block, WeightStack};
+use bitstack_core::{Block, SignView, WeightStack};
 use faer::linalg::matmul::matmul;
 use faer::{Accum, Mat, MatMut, MatRef, Par};
 use ndarray::ArrayView2;
@@ -58,6 +58,8 @@ pub(crate) struct OutputMetric {
     /// the values, so that each pair of columns is multiplied once.
     gram: Mat<f32>,
     unit: f64,
+    /// Some rows of R, and their product with a panel of G.
+    residual: Vec<f32>,
     product: Vec<f32>,
 }
 
@@ -90,25 +92,29 @@ impl OutputMetric {
             };
             (weight * factor * scaled(i, j)) as f32
         });
-        Ok(Self { gram, unit, product: vec![0.0; PANEL_ROWS * PANEL_COLS] })
+        Ok(Self { gram, unit, residual: vec![0.0; PANEL_ROWS * cols], product: vec![0.0; PANEL_ROWS * PANEL_COLS] })
     }
 
-    /// The trace for R `rows x cols`, row-major. Products in f32, their sum in f64.
-    pub(crate) fn squared(&mut self, residual: &[f32], rows: usize, par: Par) -> f64 {
-        let cols = self.gram.ncols();
-        let matrix = MatRef::from_row_major_slice(residual, rows, cols);
+    /// The trace for R = signs ⊙ magnitude. Products in f32, their sum in f64.
+    pub(crate) fn squared(&mut self, signs: SignView<'_>, magnitude: &[f32], par: Par) -> f64 {
+        let (rows, cols) = (signs.rows(), signs.cols());
         let mut sum = 0.0f64;
-        for j in (0..cols).step_by(PANEL_COLS) {
-            let width = PANEL_COLS.min(cols - j);
-            let gram = self.gram.as_ref().get(j.., j..j + width);
-            for i in (0..rows).step_by(PANEL_ROWS) {
-                let height = PANEL_ROWS.min(rows - i);
+        for first in (0..rows).step_by(PANEL_ROWS) {
+            let height = PANEL_ROWS.min(rows - first);
+            let residual = &mut self.residual[..height * cols];
+            residual.copy_from_slice(&magnitude[first * cols..][..height * cols]);
+            for (row, r) in (first..).zip(residual.chunks_exact_mut(cols)) {
+                signs.apply_row(row, r);
+            }
+            let matrix = MatRef::from_row_major_slice(residual, height, cols);
+            for j in (0..cols).step_by(PANEL_COLS) {
+                let width = PANEL_COLS.min(cols - j);
+                let gram = self.gram.as_ref().get(j.., j..j + width);
                 let product = &mut self.product[..height * width];
                 let t = MatMut::from_row_major_slice_mut(product, height, width);
-                matmul(t, Accum::Replace, matrix.get(i..i + height, j..), gram, 1.0, par);
-                for (row, t) in (i..).zip(product.chunks_exact(width)) {
-                    let r = &residual[row * cols + j..][..width];
-                    sum += r.iter().zip(t).map(|(&r, &t)| f64::from(r) * f64::from(t)).sum::<f64>();
+                matmul(t, Accum::Replace, matrix.get(.., j..), gram, 1.0, par);
+                for (r, t) in residual.chunks_exact(cols).zip(product.chunks_exact(width)) {
+                    sum += r[j..].iter().zip(t).map(|(&r, &t)| f64::from(r) * f64::from(t)).sum::<f64>();
                 }
             }
         }
