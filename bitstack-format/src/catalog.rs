@@ -22,6 +22,8 @@ pub(crate) const BASE_DTYPES: &[Dtype] = &[Dtype::F32, Dtype::F16, Dtype::BF16];
 pub(crate) const FACTOR_DTYPES: &[Dtype] = &[Dtype::F16, Dtype::I8];
 /// The longest name of a tensor, a weight or a method, in bytes.
 pub(crate) const MAX_NAME_BYTES: usize = 1024;
+/// The longest name of a companion file, in bytes.
+pub(crate) const MAX_FILE_NAME_BYTES: usize = 255;
 /// The most dimensions of an unstacked tensor.
 pub(crate) const MAX_DIMS: usize = 8;
 const COPY_BYTES: u64 = 1 << 20;
@@ -381,7 +383,7 @@ pub(crate) fn check_model_name(what: &'static str, name: &str) -> Result<(), For
 /// A companion file may end up in a directory: its name is a plain one.
 pub(crate) fn check_file_name(name: &str) -> Result<(), FormatError> {
     let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
-    if name.is_empty() || name.len() > 255 || name.starts_with('.') || !name.chars().all(plain) {
+    if name.is_empty() || name.len() > MAX_FILE_NAME_BYTES || name.starts_with('.') || !name.chars().all(plain) {
         let reason = "it must be 1 to 255 letters, digits, dots, hyphens and underscores, and not begin with a dot";
         return Err(FormatError::Name { what: "file", name: name.chars().take(64).collect(), reason });
     }

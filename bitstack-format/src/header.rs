@@ -337,3 +337,50 @@ impl<'de> Deserialize<'de> for UniqueStrings {
         deserializer.deserialize_map(StringsVisitor)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::catalog::{
+        BASE_DTYPES, BASIS, COEFFICIENTS, FACTOR_DTYPES, FILE_PREFIX, MAX_FILE_NAME_BYTES, MAX_NAME_BYTES, PAD_PREFIX,
+        SCALE_SUFFIX, SIGNS,
+    };
+
+    /// The second column of a table of FORMAT.md, found by the first.
+    fn documented(row: &str) -> &'static str {
+        let document = include_str!("../FORMAT.md");
+        let cells = |line: &'static str| line.split('|').map(str::trim).collect::<Vec<_>>();
+        let found = document.lines().map(cells).find(|cells| cells.len() > 3 && cells[1] == row);
+        found.unwrap_or_else(|| panic!("FORMAT.md has no row {row:?}"))[2].trim_matches('`')
+    }
+
+    #[test]
+    fn the_constants_of_the_document_are_those_of_the_code() {
+        let names = |dtypes: &[Dtype]| dtypes.iter().map(|d| d.name()).collect::<Vec<_>>().join(", ");
+        for (row, value) in [
+            ("format version", VERSION.to_owned()),
+            ("alignment", ALIGNMENT.to_string()),
+            ("largest header", MAX_HEADER_BYTES.to_string()),
+            ("length of the header's length", LENGTH_BYTES.to_string()),
+            ("start of every header", format!("{MAGIC}{VERSION}{AFTER_VERSION}")),
+            ("offset of the header's hash", HASH_OFFSET.to_string()),
+            ("digits of a hash", HASH_DIGITS.to_string()),
+            ("prefix of provenance keys", PROVENANCE_PREFIX.to_owned()),
+            ("prefix of companion files", FILE_PREFIX.to_owned()),
+            ("prefix of pads", PAD_PREFIX.to_owned()),
+            ("longest name", MAX_NAME_BYTES.to_string()),
+            ("longest name of a companion file", MAX_FILE_NAME_BYTES.to_string()),
+            ("most dimensions", MAX_DIMS.to_string()),
+            ("types of unstacked tensors", names(BASE_DTYPES)),
+            ("types of factors", names(FACTOR_DTYPES)),
+            ("name of the signs", format!("<weight>.block.<i>.{SIGNS}")),
+            ("name of the basis", format!("<weight>.block.<i>.{BASIS}")),
+            ("name of the coefficients", format!("<weight>.block.<i>.{COEFFICIENTS}")),
+            ("suffix of scales", SCALE_SUFFIX.to_owned()),
+            ("block kind", BlockKind::Sign.name().to_owned()),
+            ("bit order", format!("{:?}", bitstack_pack::BIT_ORDER)),
+        ] {
+            assert_eq!(documented(row), value, "{row}");
+        }
+    }
+}
