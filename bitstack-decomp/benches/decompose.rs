@@ -1,5 +1,4 @@
 //! Time per block of absolute-value decomposition, on one thread. `decomp/avd/exact` is the full thin SVD that the fast way replaces.
-#![expect(missing_docs, reason = "criterion_group! makes public functions")]
 
 use bitstack_decomp::{DecomposeOptions, Svd, decompose};
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};

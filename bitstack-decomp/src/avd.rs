@@ -85,7 +85,7 @@ pub fn blocks(weight: ArrayView2<'_, f32>, options: &DecomposeOptions<'_>) -> Re
 
 /// The blocks of a weight, each with the error of the weight up to it. Made by [`blocks`].
 ///
-/// An error ends the iteration: [`DecompError::FactorOverflow`] for weights beyond the range of f16 factors, above about 10⁸;
+/// An error ends the iteration: [`DecompError::FactorOverflow`] for weights beyond the range of f16 factors, above about 10⁹;
 /// [`DecompError::SvdFailed`].
 pub struct Blocks {
     shape: Shape,

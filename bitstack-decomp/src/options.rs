@@ -6,8 +6,8 @@ use ndarray::ArrayView2;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 #[non_exhaustive]
 pub enum Svd {
-    /// Block Krylov iteration, warm-started from the block before: within 0.2 % of the exact error at every block on the matrices it
-    /// was tuned on, in a small part of the time. Matrices so small that it would not save anything take the exact way.
+    /// Block Krylov iteration, warm-started from the block before: after 1, 4 and 8 blocks within 0.2 % of the exact error on the
+    /// matrices it was tuned on, in about a fiftieth of the time at 2048 x 2048. Matrices so small that it would not save anything take the exact way.
     #[default]
     Fast,
     /// A full thin SVD per block.

@@ -259,7 +259,8 @@ fn blocks_come_one_by_one_and_are_those_of_the_whole() {
     let w = weight(30, 40, 0.5, 15);
     let options = DecomposeOptions::new(2, 4);
     let all = decompose(w.view(), &options).unwrap();
-    let mut iterator = blocks(w.view(), &options).unwrap();
+    let iterator = blocks(w.view(), &options).unwrap();
+    let mut iterator = std::thread::spawn(move || iterator).join().unwrap(); // it may move between threads
     for (left, (block, error)) in (0..4).rev().zip(all.stack.blocks().iter().zip(&all.errors)) {
         let step = iterator.next().unwrap().unwrap();
         assert_eq!((&step.block, &step.error, iterator.len()), (block, error, left));
