@@ -2,7 +2,7 @@
 //! in memory beyond a small multiple of the input's size.
 //!
 //! The hash of the header would stop nearly every mutation at the door, so the input is opened twice: as it is, and with the header's
-//! length and hash set right. What opens must also be consistent: whatever `verify` finds whole can be read, and a prefix that is
+//! hash set right. What opens must also be consistent: whatever `verify` finds whole can be read, and a prefix that is
 //! written opens again.
 #![no_main]
 
@@ -60,7 +60,7 @@ fn exercise(bytes: &[u8]) {
     }
 }
 
-/// The bytes with a header that ends at the last brace before the data, its hash set right.
+/// The bytes with the hash of the header set right, when there is a header and a place for it.
 fn seal(bytes: &[u8]) -> Option<Vec<u8>> {
     let mut bytes = bytes.to_vec();
     let length = u64::from_le_bytes(*bytes.first_chunk()?);
