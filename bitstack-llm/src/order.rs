@@ -63,7 +63,7 @@ pub(crate) fn perplexities<S: BlockSource + Sync + ?Sized>(
     progress.stage("perplexity (runs)", n_blocks.iter().map(|n| u64::from(n - 1)).sum());
     for level in 1..most {
         let levels: Vec<u32> = n_blocks.iter().map(|n| level.min(*n)).collect();
-        let mut decoder = StackModel::open(source, &levels)?.into_decoder();
+        let mut decoder = StackModel::open(source, &levels, &())?.into_decoder();
         let found = try_each(
             &mut decoder,
             source,
@@ -163,4 +163,47 @@ fn score(
     reference: Option<(&Decoder<Arc<Dense>>, &Array2<f32>)>,
 ) -> Result<Scores, LlmError> {
     crate::eval::score_hidden(decoder, hidden.view(), reference.map(|(d, h)| (d, h.view())), &window[1..])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{CompressOptions, Ordering, compress, eval};
+
+    #[test]
+    fn measurements_from_kept_states_equal_those_of_whole_runs() {
+        let data = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/");
+        for name in ["llama", "qwen2"] {
+            let checkpoint = Checkpoint::open(format!("{data}{name}")).unwrap();
+            let options = CompressOptions {
+                rank: Some(1),
+                n_blocks: 3,
+                samples: 2,
+                seq_len: Some(16),
+                ordering: Ordering::Random,
+                ..Default::default()
+            };
+            let draft = compress(&checkpoint, None, &options, &std::env::temp_dir(), &()).unwrap().draft;
+            let windows: Vec<Vec<u32>> = (0..3).map(|w| (0..20).map(|i| (w * 7 + i * i) % 96).collect()).collect();
+            let windows: Vec<&[u32]> = windows.iter().map(|w| &w[..]).collect();
+
+            let ones = vec![vec![1.0; 3]; draft.weights().len()];
+            let divergences = sensitivities(&checkpoint, &draft, &ones, &windows, &()).unwrap();
+            let scores = perplexities(&draft, &windows, &()).unwrap();
+            let original = Decoder::load(&checkpoint).unwrap();
+            for w in 0..draft.weights().len() {
+                let mut levels = vec![1; draft.weights().len()];
+                levels[w] = 2;
+                let model = StackModel::open(&draft, &levels, &()).unwrap().into_decoder();
+                let whole = eval::perplexity(&model, &windows, &|_, _| {}).unwrap().perplexity;
+                assert!((scores[w][1] / whole - 1.0).abs() < 1e-9, "{name} {w}: {} and {whole}", scores[w][1]);
+
+                let mut model = original.clone();
+                let index = model.config().weights().iter().position(|s| s.name == draft.weights()[w].name).unwrap();
+                model.replace(index, rebuild(&draft, w, 2).unwrap()).unwrap();
+                let whole = eval::compare(&model, &original, &windows, &|_, _| {}).unwrap().kl.unwrap().mean;
+                assert!((divergences[w] - whole).abs() < 1e-9, "{name} {w}: {} and {whole}", divergences[w]);
+            }
+        }
+    }
 }
