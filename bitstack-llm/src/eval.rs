@@ -120,8 +120,9 @@ impl Metrics {
         if windows.is_empty() {
             return Err(LlmError::NoWindows);
         }
-        let per_token =
-            |sum: fn(&Scores) -> f64| Estimate::of(&windows.iter().map(|w| sum(w) / w.tokens as f64).collect::<Vec<_>>());
+        let per_token = |sum: fn(&Scores) -> f64| {
+            Estimate::of(&windows.iter().map(|w| sum(w) / w.tokens as f64).collect::<Vec<_>>())
+        };
         let loss = per_token(|w| w.loss);
         let compared = reference == WithReference::Yes;
         Ok(Self {
@@ -152,7 +153,11 @@ pub type Progress<'a> = &'a (dyn Fn(usize, usize) + Sync);
 ///
 /// # Errors
 /// No windows, a window of fewer than 2 tokens or longer than the model's limit, a token outside the vocabulary.
-pub fn perplexity<L: LinearOp>(model: &Decoder<L>, windows: &[&[u32]], progress: Progress<'_>) -> Result<Metrics, LlmError> {
+pub fn perplexity<L: LinearOp>(
+    model: &Decoder<L>,
+    windows: &[&[u32]],
+    progress: Progress<'_>,
+) -> Result<Metrics, LlmError> {
     Metrics::of(&each_window(model, None::<&Decoder<L>>, windows, progress)?, WithReference::No)
 }
 
@@ -233,7 +238,8 @@ mod tests {
     /// Against the definition, term by term in f64.
     #[test]
     fn scores_follow_their_definitions() {
-        let make = |seed: usize| Array2::from_shape_fn((5, 300), |(r, c)| ((r * 91 + c * 57 + seed * 13) % 97) as f32 / 11.0);
+        let make =
+            |seed: usize| Array2::from_shape_fn((5, 300), |(r, c)| ((r * 91 + c * 57 + seed * 13) % 97) as f32 / 11.0);
         let (model, reference) = (make(1), make(2));
         let next = [3, 299, 0, 17, 255];
         let found = Scores::of(model.view(), Some(reference.view()), &next).unwrap();

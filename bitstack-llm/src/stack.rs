@@ -86,9 +86,8 @@ impl<'s, S: BlockSource + Sync + ?Sized> StackModel<'s, S> {
 /// # Errors
 /// No or malformed `config.json`.
 pub fn config<S: BlockSource + ?Sized>(source: &S) -> Result<ModelConfig, LlmError> {
-    let text = |name: &str| -> Result<String, LlmError> {
-        Ok(String::from_utf8_lossy(&source.read_file(name)?).into_owned())
-    };
+    let text =
+        |name: &str| -> Result<String, LlmError> { Ok(String::from_utf8_lossy(&source.read_file(name)?).into_owned()) };
     let mut config = ModelConfig::from_json(&text("config.json")?)?;
     if source.files().iter().any(|f| f.name == "generation_config.json") {
         config.add_generation_config(&text("generation_config.json")?)?;

@@ -38,7 +38,8 @@ fn every_block_brings_a_stack_nearer_to_its_model() {
     let original = Decoder::load(&checkpoint("llama")).unwrap();
     let windows = windows();
     let windows: Vec<&[u32]> = windows.iter().map(|w| &w[..]).collect();
-    let order = LoadOrder::from_weights(file.order(), &Sizes::new(file.base_bytes(), file.block_sizes()).unwrap()).unwrap();
+    let order =
+        LoadOrder::from_weights(file.order(), &Sizes::new(file.base_bytes(), file.block_sizes()).unwrap()).unwrap();
     let (least, most) = (order.minimum_bytes(), order.total_bytes());
     let mut model = StackModel::open(&file, &order.plan(least).unwrap().levels, &()).unwrap();
     let (mut first, mut last) = (None, f64::INFINITY);
@@ -60,7 +61,8 @@ fn every_block_brings_a_stack_nearer_to_its_model() {
 #[test]
 fn resident_bytes_are_those_of_the_tensors_loaded() {
     let (_, file) = file(&run("qwen2", &options()));
-    let order = LoadOrder::from_weights(file.order(), &Sizes::new(file.base_bytes(), file.block_sizes()).unwrap()).unwrap();
+    let order =
+        LoadOrder::from_weights(file.order(), &Sizes::new(file.base_bytes(), file.block_sizes()).unwrap()).unwrap();
     let plan = order.plan(order.total_bytes() * 2 / 3).unwrap();
     let base: u64 = file.base_tensors().iter().map(|t| file.read_tensor(&t.name).unwrap().data.len() as u64).sum();
     let mut blocks = 0;
@@ -128,7 +130,13 @@ fn a_model_can_be_calibrated_on_text_only_with_its_tokenizer() {
 
 #[test]
 fn impossible_options_are_named_with_the_weight() {
-    let error = compress(&checkpoint("llama"), None, &CompressOptions { rank: Some(65), ..options() }, &std::env::temp_dir(), &());
+    let error = compress(
+        &checkpoint("llama"),
+        None,
+        &CompressOptions { rank: Some(65), ..options() },
+        &std::env::temp_dir(),
+        &(),
+    );
     let error = error.unwrap_err().to_string();
     assert!(error.contains("model.embed_tokens") && error.contains("65"), "{error}");
 }
