@@ -8,7 +8,7 @@
 use ndarray::{ArrayView2, Axis, Slice};
 use rayon::prelude::*;
 
-use crate::{Decoder, LinearOp, LlmError, Pass, math};
+use crate::{Decoder, LinearOp, LlmError, Pass, Progress, math};
 
 /// A mean over windows and its standard error, which is NaN for a single window.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -144,19 +144,17 @@ pub enum WithReference {
     No,
 }
 
-/// Told `(windows done, windows in all)` as an evaluation goes on, from any thread.
-pub type Progress<'a> = &'a (dyn Fn(usize, usize) + Sync);
-
 /// Perplexity of a model on windows of text.
 ///
-/// Windows run side by side on the current rayon pool; the result does not depend on the number of threads.
+/// Windows run side by side on the current rayon pool; the result does not depend on the number of threads. `progress` is advanced by
+/// every window.
 ///
 /// # Errors
 /// No windows, a window of fewer than 2 tokens or longer than the model's limit, a token outside the vocabulary.
 pub fn perplexity<L: LinearOp>(
     model: &Decoder<L>,
     windows: &[&[u32]],
-    progress: Progress<'_>,
+    progress: &dyn Progress,
 ) -> Result<Metrics, LlmError> {
     Metrics::of(&each_window(model, None::<&Decoder<L>>, windows, progress)?, WithReference::No)
 }
@@ -169,7 +167,7 @@ pub fn compare<L: LinearOp, R: LinearOp>(
     model: &Decoder<L>,
     reference: &Decoder<R>,
     windows: &[&[u32]],
-    progress: Progress<'_>,
+    progress: &dyn Progress,
 ) -> Result<Metrics, LlmError> {
     let (m, r) = (model.config().vocab_size, reference.config().vocab_size);
     if m != r {
@@ -182,12 +180,11 @@ fn each_window<L: LinearOp, R: LinearOp>(
     model: &Decoder<L>,
     reference: Option<&Decoder<R>>,
     windows: &[&[u32]],
-    progress: Progress<'_>,
+    progress: &dyn Progress,
 ) -> Result<Vec<Scores>, LlmError> {
-    let done = std::sync::atomic::AtomicUsize::new(0);
     let score = |window: &&[u32]| {
         let scores = one_window(model, reference, window)?;
-        progress(done.fetch_add(1, std::sync::atomic::Ordering::Relaxed) + 1, windows.len());
+        progress.advance(1);
         Ok(scores)
     };
     windows.par_iter().with_max_len(1).map(score).collect()

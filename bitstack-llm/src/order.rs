@@ -195,13 +195,13 @@ mod tests {
                 let mut levels = vec![1; draft.weights().len()];
                 levels[w] = 2;
                 let model = StackModel::open(&draft, &levels, &()).unwrap().into_decoder();
-                let whole = eval::perplexity(&model, &windows, &|_, _| {}).unwrap().perplexity;
+                let whole = eval::perplexity(&model, &windows, &()).unwrap().perplexity;
                 assert!((scores[w][1] / whole - 1.0).abs() < 1e-9, "{name} {w}: {} and {whole}", scores[w][1]);
 
                 let mut model = original.clone();
                 let index = model.config().weights().iter().position(|s| s.name == draft.weights()[w].name).unwrap();
                 model.replace(index, rebuild(&draft, w, 2).unwrap()).unwrap();
-                let whole = eval::compare(&model, &original, &windows, &|_, _| {}).unwrap().kl.unwrap().mean;
+                let whole = eval::compare(&model, &original, &windows, &()).unwrap().kl.unwrap().mean;
                 assert!((divergences[w] - whole).abs() < 1e-9, "{name} {w}: {} and {whole}", divergences[w]);
             }
         }

@@ -46,7 +46,7 @@ fn every_block_brings_a_stack_nearer_to_its_model() {
     for quarter in 0..=4 {
         let plan = order.plan(least + (most - least) * quarter / 4).unwrap();
         model.set_levels(&plan.levels).unwrap();
-        let kl = compare(model.decoder(), &original, &windows, &|_, _| {}).unwrap().kl.unwrap().mean;
+        let kl = compare(model.decoder(), &original, &windows, &()).unwrap().kl.unwrap().mean;
         assert!(kl < last, "quarter {quarter}: {kl} after {last}");
         last = kl;
         first.get_or_insert(kl);
@@ -84,7 +84,7 @@ fn tied_embeddings_are_stored_once_and_read_both_ways() {
         let levels = vec![level; file.weights().len()];
         let model = StackModel::open(&file, &levels, &()).unwrap().into_decoder();
         assert_eq!(model.head_index(), 0);
-        compare(&model, &original, &[&tokens], &|_, _| {}).unwrap().kl.unwrap().mean
+        compare(&model, &original, &[&tokens], &()).unwrap().kl.unwrap().mean
     });
     assert!(high < low / 15.0, "{high} of {low}");
 }
@@ -152,5 +152,5 @@ fn levels_beyond_the_stack_are_errors() {
     // The model is still whole.
     model.set_levels(&[2; 16]).unwrap();
     let tokens: Vec<u32> = (0..30).collect();
-    assert!(perplexity(model.decoder(), &[&tokens], &|_, _| {}).unwrap().perplexity.is_finite());
+    assert!(perplexity(model.decoder(), &[&tokens], &()).unwrap().perplexity.is_finite());
 }

@@ -200,7 +200,7 @@ fn evaluation_is_the_same_on_any_number_of_threads() {
     let windows: Vec<&[u32]> = tokens.chunks_exact(33).collect();
     let with_threads = |n| {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(n).build().unwrap();
-        pool.install(|| compare(&model, &reference, &windows, &|_, _| {}).unwrap())
+        pool.install(|| compare(&model, &reference, &windows, &()).unwrap())
     };
     let metrics = with_threads(1);
     assert_eq!(metrics, with_threads(3));
@@ -208,21 +208,31 @@ fn evaluation_is_the_same_on_any_number_of_threads() {
     let (kl, top1) = (metrics.kl.unwrap(), metrics.top1.unwrap());
     assert!(kl.mean > 1e-4 && kl.stderr > 0.0 && kl.stderr < kl.mean, "{kl:?}");
     assert!(top1.mean > 0.2 && top1.mean < 1.0, "{top1:?}");
-    assert_eq!(perplexity(&model, &windows, &|_, _| {}).unwrap().perplexity, metrics.perplexity);
+    assert_eq!(perplexity(&model, &windows, &()).unwrap().perplexity, metrics.perplexity);
 
-    let same = compare(&reference, &reference, &windows, &|_, _| {}).unwrap();
+    let same = compare(&reference, &reference, &windows, &()).unwrap();
     assert_eq!((same.kl.unwrap().mean, same.top1.unwrap().mean), (0.0, 1.0));
+}
+
+/// Counts the steps it is told of.
+#[derive(Default)]
+struct Count(std::sync::atomic::AtomicU64);
+
+impl bitstack_llm::Progress for Count {
+    fn stage(&self, _name: &str, _total: u64) {}
+
+    fn advance(&self, steps: u64) {
+        self.0.fetch_add(steps, std::sync::atomic::Ordering::Relaxed);
+    }
 }
 
 #[test]
 fn progress_counts_every_window() {
     let model = Decoder::load(&checkpoint()).unwrap();
     let windows = [&[1_u32, 2, 3][..]; 5];
-    let seen = std::sync::Mutex::new(Vec::new());
-    perplexity(&model, &windows, &|done, total| seen.lock().unwrap().push((done, total))).unwrap();
-    let mut seen = seen.into_inner().unwrap();
-    seen.sort_unstable();
-    assert_eq!(seen, (1..=5).map(|i| (i, 5)).collect::<Vec<_>>());
-    assert!(matches!(perplexity(&model, &[], &|_, _| {}), Err(LlmError::NoWindows)));
-    assert!(matches!(perplexity(&model, &[&[1]], &|_, _| {}), Err(LlmError::BadSeqLen { .. })));
+    let seen = Count::default();
+    perplexity(&model, &windows, &seen).unwrap();
+    assert_eq!(seen.0.into_inner(), 5);
+    assert!(matches!(perplexity(&model, &[], &()), Err(LlmError::NoWindows)));
+    assert!(matches!(perplexity(&model, &[&[1]], &()), Err(LlmError::BadSeqLen { .. })));
 }

@@ -1,5 +1,6 @@
 //! The command as a user meets it: what it prints, where, and with which exit status.
 #![cfg(feature = "cli")]
+#![expect(clippy::print_stdout, reason = "a test that is skipped says so")]
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};

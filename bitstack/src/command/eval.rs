@@ -124,10 +124,9 @@ impl Measure<'_> {
     }
 
     fn metrics<L: LinearOp>(&self, model: &Decoder<L>, windows: &[&[u32]]) -> Result<Metrics> {
-        let step = |_, _| self.reporter.advance(1);
         Ok(match self.reference {
-            Some(reference) => compare(model, reference, windows, &step)?,
-            None => perplexity(model, windows, &step)?,
+            Some(reference) => compare(model, reference, windows, self.reporter)?,
+            None => perplexity(model, windows, self.reporter)?,
         })
     }
 }
