@@ -15,6 +15,12 @@ use std::path::Path;
 /// Windows on which orders are measured.
 const ORDER_WINDOWS: usize = 16;
 
+/// Windows for the order by gain: divergences are far less noisy than perplexities.
+const GAIN_WINDOWS: usize = 4;
+
+/// The level up to which all weights go together in the order by gain: below it errors are so large that they do not add up.
+const LOCKSTEP: usize = 3;
+
 /// How input channels are weighed against each other.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Scaling {
@@ -123,9 +129,9 @@ pub fn compress(
     let sizes = Sizes::new(draft.base_bytes(), draft.block_sizes())?;
     let order = match options.ordering {
         Ordering::Gain => {
-            let sensitivities = order::sensitivities(checkpoint, &draft, &errors, &validation, progress)?;
-            let weighted = errors.iter().zip(sensitivities).map(|(e, a)| e.iter().map(|e| a * e).collect::<Vec<_>>());
-            GainPerByte { errors: Scores::new(weighted) }.order(&sizes)?
+            let windows = &validation[..validation.len().min(GAIN_WINDOWS)];
+            let curves = order::divergence_curves(checkpoint, &draft, &errors, windows, progress)?;
+            GainPerByte::new(Scores::new(curves)).lockstep(LOCKSTEP).order(&sizes)?
         }
         Ordering::Perplexity => {
             let scores = order::perplexities(&draft, &validation, progress)?;
