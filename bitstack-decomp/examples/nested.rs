@@ -37,7 +37,8 @@ fn main() {
         weights: vec![0.3, 1., 1., 1., 1., 1., 1., 1.],
         omega: vec![0.0, 1., 1., 1., 1., 1., 1., 1.],
         ratio: 0.5,
-        clip: 0.0,
+        clip: 1.0,
+        start: vec![],
         gain: 1.15,
         tail: 1,
         rounds: 12,
@@ -45,6 +46,7 @@ fn main() {
         bytes: true,
     };
     let (mut m, mut n, mut nogram) = (768, 512, false);
+    let mut search = 0usize;
     for arg in std::env::args().skip(1) {
         let (k, v) = arg.split_once('=').unwrap();
         let list = || {
@@ -63,6 +65,8 @@ fn main() {
             "damp" => o.damping = v.parse().unwrap(),
             "w" => o.weights = list(),
             "omega" => o.omega = list(),
+            "start" => o.start = v.split(',').map(|x| x.parse().unwrap()).collect(),
+            "search" => search = v.parse().unwrap(),
             "clip" => o.clip = v.parse().unwrap(),
             "ratio" => o.ratio = v.parse().unwrap(),
             "gain" => o.gain = v.parse().unwrap(),
@@ -79,6 +83,26 @@ fn main() {
     let mut stats = ActivationStats::new(n, Collect::Diagonal);
     stats.update(Array2::from_shape_fn((1, n), |(_, c)| h[[c, c]].sqrt() as f32).view()).unwrap();
     let s = Scales::rms(&stats).unwrap();
+    if search > 0 {
+        let mut rng = StdRng::seed_from_u64(7);
+        let q = o.joint;
+        let mut best = f64::INFINITY;
+        let mut c: Vec<f64> = if o.start.is_empty() { (0..q).map(|i| o.clip * o.ratio.powi(i as i32)).collect() } else { o.start.clone() };
+        for it in 0..search {
+            let amount = if it < search / 2 { 0.08 } else { 0.04 };
+            let try_c: Vec<f64> = if it == 0 { c.clone() } else { c.iter().map(|c| c * (amount * gauss(&mut rng)).exp()).collect() };
+            let mut p = o.clone();
+            p.start = try_c.clone();
+            let steps = nested_blocks(w.view(), Some(&s), (!nogram).then(|| h.view()), &p).unwrap();
+            let obj: f64 = steps.iter().zip(&o.weights).map(|(s, w)| w * s.output.unwrap().1.ln()).sum();
+            if obj < best {
+                best = obj;
+                c = try_c;
+                println!("{it} {best:.3} {c:.3?} {}", steps.iter().map(|s| format!("{:.2e}", s.output.unwrap().1)).collect::<Vec<_>>().join(" "));
+            }
+        }
+        return;
+    }
     let start = std::time::Instant::now();
     let steps = nested_blocks(w.view(), Some(&s), (!nogram).then(|| h.view()), &o).unwrap();
     let time = start.elapsed().as_secs_f64();

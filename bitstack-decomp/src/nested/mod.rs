@@ -26,6 +26,7 @@ pub struct Nested {
     pub omega: Vec<f64>,
     pub ratio: f64,
     pub clip: f64,
+    pub start: Vec<f64>,
     pub gain: f64,
     pub tail: usize,
     pub rounds: usize,
@@ -97,7 +98,8 @@ pub fn nested_blocks(
     let q = options.joint.min(options.n_blocks);
     let inverse: Vec<f32> = v.iter().map(|v| if *v > 0.0 { (1.0 / v) as f32 } else { 0.0 }).collect();
     let sample = sample(weight, &envelope.rows, &inverse);
-    let levels = scalar::design(&sample, &options.weights[..q], options.ratio, options.clip, options.rounds);
+    let start: Vec<f64> = if options.start.is_empty() { (0..q).map(|i| options.clip * options.ratio.powi(i as i32)).collect() } else { options.start[..q].to_vec() };
+    let levels = scalar::design(&sample, &options.weights[..q], &start, options.rounds);
     if std::env::var("SHOW").is_ok() { eprintln!("design {:.5?}\n{:.3?}", levels.errors, levels.coefficients); }
     let omega: Vec<f64> = (0..q).map(|b| options.omega[b] / levels.errors[b]).collect();
     let a_max = envelope.rows.iter().fold(0.0f64, |m, a| m.max(*a));

@@ -10,15 +10,11 @@ pub(crate) struct Levels {
     pub(crate) errors: Vec<f64>,
 }
 
-/// Steps of the uniform quantiser of 1..=8 bits with the least squared error for a Gaussian (Max 1960).
-const GAUSSIAN_STEP: [f64; 8] = [1.596, 0.9957, 0.5860, 0.3352, 0.1881, 0.1041, 0.0569, 0.0308];
 
 /// Lloyd's iteration on the product of the levels' errors to the powers `weights`: codes that minimise Σ_b w_b/err_b (x − value_b)²,
 /// then least squares for the coefficients of each level. Starts from a uniform quantiser whose steps shrink by `ratio` per plane.
-pub(crate) fn design(sample: &[f32], weights: &[f64], ratio: f64, clip: f64, rounds: usize) -> Levels {
+pub(crate) fn design(sample: &[f32], weights: &[f64], start: &[f64], rounds: usize) -> Levels {
     let q = weights.len();
-    let first = if clip > 0.0 { clip } else { GAUSSIAN_STEP[q - 1] * 2f64.powi(q as i32 - 2) };
-    let start: Vec<f64> = (0..q).map(|i| first * ratio.powi(i as i32)).collect();
     let mut coefficients: Vec<Vec<f64>> = (0..q).map(|b| start[..=b].to_vec()).collect();
     let mut errors: Vec<f64> = (0..q).map(|b| 0.36 * 0.25f64.powi(b as i32)).collect();
     let sign = |z: usize, i: usize| if (z >> (q - 1 - i)) & 1 == 1 { 1.0 } else { -1.0 };

@@ -174,10 +174,12 @@ impl<'a> Tile<'a> {
             }
         } else {
             self.multiply();
-            for _ in 0..stage.sweeps {
+            let (t0, t1) = std::env::var("HEAT").map(|h| { let (a, b) = h.split_once(',').unwrap(); (a.parse::<f32>().unwrap(), b.parse::<f32>().unwrap()) }).unwrap_or((0.0, 1.0));
+            for k in 0..stage.sweeps {
                 self.products();
                 let weights = self.refit(stage);
-                self.sweep(&weights);
+                let heat = t0 * (1.0 - k as f32 / (stage.sweeps as f32 * t1)).max(0.0);
+                self.sweep(&weights, heat, k as u32);
             }
         }
         self.products();
@@ -339,7 +341,7 @@ impl<'a> Tile<'a> {
     }
 
     /// One round of coordinate descent over the codes of the last group on Σ_b weights_b · (x − x_b) H̃ (x − x_b)ᵀ.
-    fn sweep(&mut self, weights: &[Vec<f64>]) {
+    fn sweep(&mut self, weights: &[Vec<f64>], heat: f32, seed: u32) {
         let (n, p) = (self.n, self.planes());
         let (tables, roots) = self.tables(weights);
         let Some(lo) = self.groups.last().map(|g| g.lo) else { return };
@@ -394,8 +396,17 @@ impl<'a> Tile<'a> {
                         let inverse = if hjj > 0.0 { 1.0 / hjj } else { 0.0 };
                         let mut goals = [[0.0; LANES]; MAX_JOINT];
                         for b in 0..q {
+                            let mut noise = [0.0f32; LANES];
+                            if heat > 0.0 {
+                                for l in 0..LANES {
+                                    let mut x = (at as u32 * 16 + l as u32).wrapping_mul(0x9E3779B1) ^ seed.wrapping_mul(0x85EBCA6B) ^ (b as u32).wrapping_mul(0xC2B2AE35);
+                                    x ^= x >> 16; x = x.wrapping_mul(0x7feb352d); x ^= x >> 15; x = x.wrapping_mul(0x846ca68b); x ^= x >> 16;
+                                    let u = (x & 0xffff) as f32 + (x >> 16) as f32;
+                                    noise[l] = (u / 65536.0 - 1.0) * heat * coefficients[s][b * p + lo + b][l];
+                                }
+                            }
                             for l in 0..LANES {
-                                goals[b][l] = (values[b][l] - g[b][l] * inverse) * roots[s][b][l];
+                                goals[b][l] = (values[b][l] - g[b][l] * inverse + noise[l]) * roots[s][b][l];
                             }
                         }
                         let z = choose(&goals[..q], &tables[s], &mut self.costs);
