@@ -1,2 +1,22 @@
-//! Under construction.
+#![doc = include_str!("../README.md")]
 #![forbid(unsafe_code)]
+
+mod atomic;
+mod catalog;
+mod draft;
+mod error;
+mod header;
+mod order;
+mod read;
+mod source;
+mod tensor;
+mod write;
+
+pub use atomic::{Existing, write_atomically};
+pub use catalog::{BlockKind, BlockSource, WeightInfo};
+pub use draft::Draft;
+pub use error::FormatError;
+pub use header::{ALIGNMENT, MAX_HEADER_BYTES, VERSION};
+pub use read::{Damage, Limits, Missing, Report, StackFile};
+pub use source::ReadAt;
+pub use tensor::{Dtype, Tensor, TensorInfo};

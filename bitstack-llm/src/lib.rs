@@ -1,2 +1,28 @@
-//! Under construction.
+#![doc = include_str!("../README.md")]
 #![forbid(unsafe_code)]
+
+mod calibrate;
+mod checkpoint;
+mod compress;
+mod config;
+mod decoder;
+mod error;
+pub mod eval;
+mod linear;
+mod math;
+mod order;
+mod progress;
+pub mod sample;
+pub mod stack;
+pub mod text;
+mod tokenizer;
+
+pub use checkpoint::Checkpoint;
+pub use compress::{CompressOptions, Compressed, Ordering, Scaling, compress, default_rank};
+pub use config::{Architecture, Biases, Llama3Scaling, ModelConfig, RopeConfig, VectorSpec, WeightRole, WeightSpec};
+pub use decoder::{Decoder, KvCache, Observer, Pass};
+pub use error::LlmError;
+pub use linear::{Dense, Elements, LinearOp, Threads, apply_by_panels};
+pub use progress::Progress;
+pub use sample::SamplingOptions;
+pub use tokenizer::{TextStream, Tokenizer};

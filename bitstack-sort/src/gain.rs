@@ -139,6 +139,11 @@ mod tests {
     }
 
     #[test]
+    fn negative_zero_is_no_gain() {
+        check_order(&[vec![1.0, 1.0], vec![0.0, -0.0]], &[vec![1; 2], vec![1; 2]], &[0, 1, 0, 1]);
+    }
+
+    #[test]
     fn blocks_without_gain_come_last() {
         check_order(&[vec![1.0, 1.0, 1.5], vec![8.0, 4.0, 3.9]], &[vec![1; 3], vec![1; 3]], &[0, 1, 1, 1, 0, 0]);
     }

@@ -122,7 +122,7 @@ struct LogAxis {
 }
 
 impl Ranged for LogAxis {
-    type FormatOption = plotters::coord::ranged1d::NoDefaultFormatting;
+    type FormatOption = plotters::coord::ranged1d::DefaultFormatting;
     type ValueType = f64;
 
     fn map(&self, value: &f64, (low, high): (i32, i32)) -> i32 {

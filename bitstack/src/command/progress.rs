@@ -42,6 +42,13 @@ impl Reporter {
         Self { mode }
     }
 
+    /// Takes the bar away, before results are printed.
+    pub(crate) fn finish(&self) {
+        if let Mode::Bars(bar) = &self.mode {
+            bar.lock().unwrap_or_else(|e| e.into_inner()).finish_and_clear();
+        }
+    }
+
     /// A remark to the user, on stderr, unless quiet.
     pub(crate) fn say(&self, text: &str) {
         match &self.mode {
@@ -100,8 +107,6 @@ impl Progress for Reporter {
 
 impl Drop for Reporter {
     fn drop(&mut self) {
-        if let Mode::Bars(bar) = &self.mode {
-            bar.lock().unwrap_or_else(|e| e.into_inner()).finish_and_clear();
-        }
+        self.finish();
     }
 }

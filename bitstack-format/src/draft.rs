@@ -1,0 +1,271 @@
+use crate::catalog::{
+    BASE_DTYPES, BASIS, BlockParts, COEFFICIENTS, Catalog, FILE_PREFIX, FactorParts, MAX_DIMS, SCALE_SUFFIX, SIGNS,
+    Stored, check_file_name, check_model_name, check_name, part_name,
+};
+use crate::source::write_all_at;
+use crate::tensor::wrong;
+use crate::write::write_stack;
+use crate::{BlockKind, BlockSource, Dtype, FormatError, Tensor, TensorInfo, WeightInfo};
+use bitstack_core::{Block, BlockLayout, BlockRef, CoreError, Shape, ValuesRef, f16};
+use bitstack_pack::row_bytes;
+use std::borrow::Cow;
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+/// A stack in the making: everything goes to a scratch file as it comes, weight after weight, and [`Draft::finish`] puts it in load order.
+///
+/// The scratch file has no name and is gone with the draft, however the program ends. A draft can be read like a file
+/// ([`BlockSource`]), to measure what an order is made from.
+#[derive(Debug)]
+pub struct Draft {
+    scratch: File,
+    dir: PathBuf,
+    len_bytes: u64,
+    catalog: Catalog,
+}
+
+impl Draft {
+    /// An empty draft with its scratch file in `dir`, which needs room for the whole stack.
+    ///
+    /// # Errors
+    /// [`FormatError::File`] when no file can be created there.
+    pub fn create_in(dir: impl AsRef<Path>) -> Result<Self, FormatError> {
+        let dir = dir.as_ref().to_owned();
+        let scratch = tempfile::tempfile_in(&dir).map_err(|source| FormatError::File {
+            operation: "create a scratch file in",
+            path: dir.clone(),
+            source,
+        })?;
+        Ok(Self { scratch, dir, len_bytes: 0, catalog: Catalog::default() })
+    }
+
+    /// Notes where the stack comes from, under a key of the caller's: a model's name, options, a version. A key given again is replaced.
+    ///
+    /// # Errors
+    /// [`FormatError::Name`] for a key that is empty, too long or not printable.
+    pub fn set_provenance(&mut self, key: &str, value: &str) -> Result<(), FormatError> {
+        check_name("provenance key", key)?;
+        self.catalog.provenance.insert(key.to_owned(), value.to_owned());
+        Ok(())
+    }
+
+    /// Adds a companion file, such as `config.json`. Files keep the order in which they come.
+    ///
+    /// # Errors
+    /// [`FormatError::Name`], [`FormatError::Duplicate`], [`FormatError::Tensor`] when it is empty, [`FormatError::File`].
+    pub fn push_file(&mut self, name: &str, contents: &[u8]) -> Result<(), FormatError> {
+        check_file_name(name)?;
+        let info = TensorInfo::new(format!("{FILE_PREFIX}{name}"), Dtype::U8, vec![contents.len()])?;
+        let i = self.append(info, contents)?;
+        self.catalog.add_file(i)
+    }
+
+    /// Adds an unstacked tensor, `data` being its elements row-major and little-endian. Tensors keep the order in which they come.
+    ///
+    /// # Errors
+    /// [`FormatError::Name`], [`FormatError::Duplicate`], [`FormatError::Tensor`] for a type other than F32, F16 and BF16 or data of
+    /// another length than the shape demands, [`FormatError::File`].
+    pub fn push_base(&mut self, name: &str, dtype: Dtype, shape: &[usize], data: &[u8]) -> Result<(), FormatError> {
+        check_model_name("tensor", name)?;
+        if !BASE_DTYPES.contains(&dtype) {
+            return Err(wrong(name, "dtype", dtype, "F32, F16 or BF16"));
+        }
+        if self.weight_index(name).is_some() {
+            return Err(FormatError::Duplicate { name: name.to_owned() });
+        }
+        if shape.len() > MAX_DIMS {
+            return Err(wrong(name, "the number of dimensions", shape.len(), format!("at most {MAX_DIMS}")));
+        }
+        let info = TensorInfo::new(name.to_owned(), dtype, shape.to_vec())?;
+        let i = self.append(info, data)?;
+        self.catalog.base.push(i);
+        Ok(())
+    }
+
+    /// Adds a stacked weight without blocks and returns its index. `method` is a free string that says how the stack was made.
+    ///
+    /// # Errors
+    /// [`FormatError::Name`], [`FormatError::Duplicate`], [`FormatError::Tensor`] for rank 0.
+    pub fn add_weight(&mut self, name: &str, shape: Shape, rank: usize, method: &str) -> Result<usize, FormatError> {
+        check_model_name("weight", name)?;
+        check_name("method", method)?;
+        if self.weight_index(name).is_some() || self.catalog.contains(name) {
+            return Err(FormatError::Duplicate { name: name.to_owned() });
+        }
+        if rank == 0 {
+            return Err(wrong(name, "rank", 0, "at least 1"));
+        }
+        let (name, method) = (name.to_owned(), method.to_owned());
+        self.catalog.weights.push(WeightInfo { name, shape, rank, method, kind: BlockKind::Sign, blocks: Vec::new() });
+        self.catalog.blocks.push(Vec::new());
+        Ok(self.catalog.weights.len() - 1)
+    }
+
+    /// Adds the next block of a weight; on an error the draft is as it was.
+    ///
+    /// # Errors
+    /// [`FormatError::NoSuchWeight`], [`FormatError::Block`] when it does not fit the weight or the blocks before it,
+    /// [`FormatError::File`].
+    pub fn push_block(&mut self, weight: usize, block: BlockRef<'_>) -> Result<(), FormatError> {
+        let n_weights = self.catalog.weights.len();
+        let info = self.catalog.weights.get(weight).ok_or(FormatError::NoSuchWeight { weight, n_weights })?;
+        let name = info.name.clone();
+        let number = info.n_blocks() + 1;
+        let layout = checked_layout(info, &block).map_err(|source| FormatError::Block {
+            weight: name.clone(),
+            block: number,
+            source,
+        })?;
+
+        let (n_tensors, len_bytes) = (self.catalog.tensors.len(), self.len_bytes);
+        match self.append_block(&name, number, &layout, block) {
+            Ok(parts) => {
+                self.catalog.weights[weight].blocks.push(layout);
+                self.catalog.blocks[weight].push(parts);
+                Ok(())
+            }
+            Err(error) => {
+                self.catalog.truncate(n_tensors);
+                self.len_bytes = len_bytes;
+                Err(error)
+            }
+        }
+    }
+
+    /// Writes the file: companion files, unstacked tensors, then the blocks of `order`. Every byte is compared with its hash on the
+    /// way. Calls `progress` with the bytes done and the bytes in all; returns the bytes written. The draft stays as it is, so several
+    /// orders can be written. The same contents and order give the same bytes.
+    ///
+    /// `order` holds indices of weights; the k-th mention of a weight is its block k. It begins with every weight once. Last blocks of
+    /// a weight that it does not mention are left out.
+    ///
+    /// # Errors
+    /// [`FormatError::Order`], [`FormatError::Write`], [`FormatError::LimitExceeded`] for a header that no safetensors reader would take;
+    /// [`FormatError::Read`] and [`FormatError::Damaged`] when the scratch file fails.
+    pub fn finish(
+        &self,
+        order: &[u32],
+        out: impl Write,
+        progress: &mut dyn FnMut(u64, u64),
+    ) -> Result<u64, FormatError> {
+        write_stack(&self.catalog, &self.scratch, order, out, progress)
+    }
+
+    /// Writes a tensor at the end of the scratch file. On failure nothing has changed: the next one goes to the same place.
+    fn append(&mut self, info: TensorInfo, bytes: &[u8]) -> Result<usize, FormatError> {
+        if self.catalog.contains(&info.name) {
+            return Err(FormatError::Duplicate { name: info.name });
+        }
+        if info.len_bytes != bytes.len() as u64 {
+            return Err(wrong(&info.name, "the number of bytes", bytes.len(), info.len_bytes));
+        }
+        write_all_at(&self.scratch, bytes, self.len_bytes).map_err(|source| FormatError::File {
+            operation: "write to a scratch file in",
+            path: self.dir.clone(),
+            source,
+        })?;
+        let stored = Stored { info, offset_bytes: self.len_bytes, hash: *blake3::hash(bytes).as_bytes() };
+        self.len_bytes += bytes.len() as u64;
+        self.catalog.add(stored)
+    }
+
+    fn append_block(
+        &mut self,
+        weight: &str,
+        number: usize,
+        layout: &BlockLayout,
+        block: BlockRef<'_>,
+    ) -> Result<BlockParts, FormatError> {
+        let &BlockLayout { shape, rank, planes, .. } = layout;
+        let (rows, cols) = (shape.rows(), shape.cols());
+        let part = |part| part_name(weight, number, part);
+        let signs = TensorInfo::new(part(SIGNS), Dtype::U8, vec![rows, row_bytes(cols)])?;
+        let signs = self.append(signs, block.signs.as_bytes())?;
+        let basis = match block.basis {
+            Some(v) => Some(self.append_factor(part(BASIS), vec![rank, cols], vec![rank], v.values())?),
+            None => None,
+        };
+        let values = block.coefficients.values();
+        let coefficients =
+            self.append_factor(part(COEFFICIENTS), vec![rows, planes, rank], vec![planes, rank], values)?;
+        Ok(BlockParts { signs, basis, coefficients })
+    }
+
+    fn append_factor(
+        &mut self,
+        name: String,
+        shape: Vec<usize>,
+        scales_shape: Vec<usize>,
+        values: ValuesRef<'_>,
+    ) -> Result<FactorParts, FormatError> {
+        match values {
+            ValuesRef::F16(values) => {
+                let values = self.append(TensorInfo::new(name, Dtype::F16, shape)?, &little_endian(values))?;
+                Ok(FactorParts { values, scales: None })
+            }
+            ValuesRef::I8 { codes, scales } => {
+                let scales_name = format!("{name}{SCALE_SUFFIX}");
+                let values = self.append(TensorInfo::new(name, Dtype::I8, shape)?, bytemuck::cast_slice(codes))?;
+                let info = TensorInfo::new(scales_name, Dtype::F16, scales_shape)?;
+                let scales = self.append(info, &little_endian(scales))?;
+                Ok(FactorParts { values, scales: Some(scales) })
+            }
+        }
+    }
+}
+
+impl BlockSource for Draft {
+    fn weights(&self) -> &[WeightInfo] {
+        &self.catalog.weights
+    }
+
+    fn base_tensors(&self) -> Vec<&TensorInfo> {
+        self.catalog.base.iter().map(|&i| &self.catalog.tensors[i].info).collect()
+    }
+
+    fn files(&self) -> Vec<&TensorInfo> {
+        self.catalog.files.iter().map(|(info, _)| info).collect()
+    }
+
+    fn provenance(&self) -> &BTreeMap<String, String> {
+        &self.catalog.provenance
+    }
+
+    fn read_tensor(&self, name: &str) -> Result<Tensor, FormatError> {
+        self.catalog.load_tensor(&self.scratch, self.catalog.tensor_index(name)?)
+    }
+
+    fn read_file(&self, name: &str) -> Result<Vec<u8>, FormatError> {
+        self.catalog.load_bytes(&self.scratch, self.catalog.file_index(name)?)
+    }
+
+    fn read_block(&self, weight: usize, block: usize) -> Result<Block, FormatError> {
+        self.catalog.load_block(&self.scratch, weight, block)
+    }
+}
+
+/// The layout of a block, when its parts agree with each other and with the weight.
+fn checked_layout(weight: &WeightInfo, block: &BlockRef<'_>) -> Result<BlockLayout, CoreError> {
+    let layout = block.layout()?;
+    let equal = |what, expected, actual| {
+        if expected == actual { Ok(()) } else { Err(CoreError::Mismatch { what, expected, actual }) }
+    };
+    equal("rows of the coefficients", layout.shape.rows(), block.coefficients.rows())?;
+    if let Some(basis) = block.basis {
+        equal("columns of the basis", layout.shape.cols(), basis.cols())?;
+        equal("the rank of the basis", layout.rank, basis.rank())?;
+    }
+    weight.check_next(&layout)?;
+    Ok(layout)
+}
+
+/// The bytes of half-precision values, least significant first.
+fn little_endian(values: &[f16]) -> Cow<'_, [u8]> {
+    if cfg!(target_endian = "little") {
+        Cow::Borrowed(bytemuck::cast_slice(values))
+    } else {
+        Cow::Owned(values.iter().flat_map(|x| x.to_bits().to_le_bytes()).collect())
+    }
+}

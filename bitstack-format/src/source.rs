@@ -1,0 +1,122 @@
+use std::fs::File;
+use std::io;
+use std::sync::Arc;
+
+/// Bytes that can be read at any offset, by several threads at once: a file, a slice, an object store, ...
+///
+/// ```
+/// use bitstack_format::ReadAt;
+/// let mut two = [0; 2];
+/// b"stack".read_exact_at(&mut two, 3)?;
+/// assert_eq!(&two, b"ck");
+/// assert!(b"stack".read_exact_at(&mut two, 4).is_err());
+/// # Ok::<(), std::io::Error>(())
+/// ```
+pub trait ReadAt {
+    /// The number of bytes there are.
+    fn size_bytes(&self) -> io::Result<u64>;
+
+    /// Fills `buf` with the bytes from `offset_bytes` on.
+    ///
+    /// # Errors
+    /// [`io::ErrorKind::UnexpectedEof`] when there are not that many; `buf` is then unspecified.
+    fn read_exact_at(&self, buf: &mut [u8], offset_bytes: u64) -> io::Result<()>;
+}
+
+impl ReadAt for [u8] {
+    fn size_bytes(&self) -> io::Result<u64> {
+        Ok(self.len() as u64)
+    }
+
+    fn read_exact_at(&self, buf: &mut [u8], offset_bytes: u64) -> io::Result<()> {
+        let from = usize::try_from(offset_bytes).ok().and_then(|offset| self.get(offset..)?.get(..buf.len()));
+        buf.copy_from_slice(from.ok_or(io::ErrorKind::UnexpectedEof)?);
+        Ok(())
+    }
+}
+
+impl<const N: usize> ReadAt for [u8; N] {
+    fn size_bytes(&self) -> io::Result<u64> {
+        self[..].size_bytes()
+    }
+
+    fn read_exact_at(&self, buf: &mut [u8], offset_bytes: u64) -> io::Result<()> {
+        self[..].read_exact_at(buf, offset_bytes)
+    }
+}
+
+impl ReadAt for Vec<u8> {
+    fn size_bytes(&self) -> io::Result<u64> {
+        self[..].size_bytes()
+    }
+
+    fn read_exact_at(&self, buf: &mut [u8], offset_bytes: u64) -> io::Result<()> {
+        self[..].read_exact_at(buf, offset_bytes)
+    }
+}
+
+impl ReadAt for File {
+    fn size_bytes(&self) -> io::Result<u64> {
+        Ok(self.metadata()?.len())
+    }
+
+    #[cfg(unix)]
+    fn read_exact_at(&self, buf: &mut [u8], offset_bytes: u64) -> io::Result<()> {
+        std::os::unix::fs::FileExt::read_exact_at(self, buf, offset_bytes)
+    }
+
+    #[cfg(windows)]
+    fn read_exact_at(&self, mut buf: &mut [u8], mut offset_bytes: u64) -> io::Result<()> {
+        while !buf.is_empty() {
+            match std::os::windows::fs::FileExt::seek_read(self, buf, offset_bytes) {
+                Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+                Ok(n) => {
+                    buf = &mut buf[n..];
+                    offset_bytes += n as u64;
+                }
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Writes all of `buf` at an offset; the file's cursor is of no account.
+#[cfg(unix)]
+pub(crate) fn write_all_at(file: &File, buf: &[u8], offset_bytes: u64) -> io::Result<()> {
+    std::os::unix::fs::FileExt::write_all_at(file, buf, offset_bytes)
+}
+
+/// Writes all of `buf` at an offset; the file's cursor is of no account.
+#[cfg(windows)]
+pub(crate) fn write_all_at(file: &File, mut buf: &[u8], mut offset_bytes: u64) -> io::Result<()> {
+    while !buf.is_empty() {
+        match std::os::windows::fs::FileExt::seek_write(file, buf, offset_bytes) {
+            Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+            Ok(n) => {
+                buf = &buf[n..];
+                offset_bytes += n as u64;
+            }
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}
+
+macro_rules! read_at_through_pointer {
+    ($($pointer:ty),*) => {$(
+        impl<T: ReadAt + ?Sized> ReadAt for $pointer {
+            fn size_bytes(&self) -> io::Result<u64> {
+                (**self).size_bytes()
+            }
+
+            fn read_exact_at(&self, buf: &mut [u8], offset_bytes: u64) -> io::Result<()> {
+                (**self).read_exact_at(buf, offset_bytes)
+            }
+        }
+    )*};
+}
+
+read_at_through_pointer!(&T, Box<T>, Arc<T>);

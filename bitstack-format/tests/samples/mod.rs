@@ -1,0 +1,217 @@
+//! Small stacks with every feature of the format, and a forge that makes files no writer would write.
+#![allow(dead_code, reason = "every test file uses its own part of this")]
+
+use bitstack_core::{Basis, Block, Coefficients, FactorType, Shape, SignMatrix, Values, f16};
+use bitstack_format::{Draft, Dtype};
+use serde_json::{Map, Value, json};
+
+/// Small numbers that look random, the same on every machine.
+pub(crate) struct Numbers(pub(crate) u32);
+
+impl Numbers {
+    pub(crate) fn next(&mut self) -> u32 {
+        self.0 = self.0.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        self.0 >> 16
+    }
+
+    /// A multiple of 1/64 in -4..4: exact in f16.
+    pub(crate) fn half(&mut self) -> f16 {
+        f16::from_f32((self.next() % 512) as f32 / 64.0 - 4.0)
+    }
+
+    pub(crate) fn values(&mut self, factor: FactorType, n_values: usize, n_vectors: usize) -> Values {
+        match factor {
+            FactorType::F16 => Values::F16((0..n_values).map(|_| self.half()).collect()),
+            FactorType::I8 => Values::I8 {
+                codes: (0..n_values).map(|_| self.next() as i8).collect(),
+                scales: (0..n_vectors).map(|_| self.half()).collect(),
+            },
+        }
+    }
+}
+
+/// What a block is to be like.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Like {
+    pub(crate) planes: usize,
+    pub(crate) basis: Option<FactorType>,
+    pub(crate) coefficients: FactorType,
+}
+
+pub(crate) fn block(shape: Shape, rank: usize, like: Like, numbers: &mut Numbers) -> Block {
+    let (rows, cols) = (shape.rows(), shape.cols());
+    let signs: Vec<f32> = (0..rows * cols).map(|_| numbers.next() as f32 - 32768.0).collect();
+    Block {
+        signs: SignMatrix::from_f32(rows, cols, &signs).unwrap(),
+        basis: like.basis.map(|t| Basis::new(rank, cols, numbers.values(t, rank * cols, rank)).unwrap()),
+        coefficients: {
+            let vectors = like.planes * rank;
+            let values = numbers.values(like.coefficients, rows * vectors, vectors);
+            Coefficients::new(rows, like.planes, rank, values).unwrap()
+        },
+    }
+}
+
+/// A weight of a sample: name, shape, rank, blocks.
+pub(crate) type Weight = (&'static str, Shape, usize, Vec<Block>);
+
+/// Two weights with every kind of block: f16 and 8-bit factors, own and shared bases, additive and refitted coefficients, odd sizes.
+pub(crate) fn weights() -> Vec<Weight> {
+    use FactorType::{F16, I8};
+    let mut numbers = Numbers(1);
+    let mut weight = |name, rows, cols, rank, likes: &[Like]| {
+        let shape = Shape::new(rows, cols).unwrap();
+        (name, shape, rank, likes.iter().map(|&like| block(shape, rank, like, &mut numbers)).collect())
+    };
+    vec![
+        weight(
+            "layers.0.q_proj.weight",
+            3,
+            9,
+            2,
+            &[
+                Like { planes: 1, basis: Some(F16), coefficients: F16 },
+                Like { planes: 2, basis: None, coefficients: I8 },
+                Like { planes: 1, basis: Some(I8), coefficients: F16 },
+            ],
+        ),
+        weight(
+            "lm_head.weight",
+            5,
+            7,
+            1,
+            &[
+                Like { planes: 1, basis: Some(I8), coefficients: I8 },
+                Like { planes: 2, basis: None, coefficients: F16 },
+            ],
+        ),
+    ]
+}
+
+/// The load order of the sample: every first block, then the rest.
+pub(crate) const ORDER: [u32; 5] = [1, 0, 0, 1, 0];
+
+pub(crate) const CONFIG: &[u8] = b"{\"model_type\":\"sample\"}\n";
+pub(crate) const TOKENIZER: &[u8] = b"{\"version\":\"1.0\"}";
+
+/// The sample as a draft.
+pub(crate) fn draft() -> Draft {
+    let mut draft = Draft::create_in(std::env::temp_dir()).unwrap();
+    draft.set_provenance("source", "a sample \"model\"\n").unwrap();
+    draft.set_provenance("options", "--blocks 3").unwrap();
+    draft.push_file("config.json", CONFIG).unwrap();
+    draft.push_file("tokenizer.json", TOKENIZER).unwrap();
+    let norm: Vec<u8> = [1.0f32, -2.5, 0.125].iter().flat_map(|x| x.to_le_bytes()).collect();
+    draft.push_base("norm.weight", Dtype::F32, &[3], &norm).unwrap();
+    draft.push_base("layers.0.q_proj.bias", Dtype::BF16, &[3, 1], &[0x80, 0x3f, 0, 0x40, 0x40, 0x40]).unwrap();
+    for (name, shape, rank, blocks) in weights() {
+        let w = draft.add_weight(name, shape, rank, "avd").unwrap();
+        for block in &blocks {
+            draft.push_block(w, block.view()).unwrap();
+        }
+    }
+    draft
+}
+
+/// The bytes of the sample in its load order.
+pub(crate) fn file() -> Vec<u8> {
+    let mut bytes = Vec::new();
+    draft().finish(&ORDER, &mut bytes, &mut |_, _| {}).unwrap();
+    bytes
+}
+
+/// Where the data of a file begins.
+pub(crate) fn data_offset(file: &[u8]) -> usize {
+    8 + u64::from_le_bytes(file[..8].try_into().unwrap()) as usize
+}
+
+/// The header's text without its padding.
+pub(crate) fn header_text(file: &[u8]) -> &str {
+    std::str::from_utf8(&file[8..data_offset(file)]).unwrap().trim_end()
+}
+
+/// A file around any header text: padded, and with the right hash of the header, so that what is wrong with it is found later.
+pub(crate) fn seal(text: &str, data: &[u8]) -> Vec<u8> {
+    const FIELD: &str = "\"header_blake3\":\"";
+    let mut text = text.as_bytes().to_vec();
+    while !(8 + text.len()).is_multiple_of(64) {
+        text.push(b' ');
+    }
+    let length = (text.len() as u64).to_le_bytes();
+    if let Some(at) = text.windows(FIELD.len()).position(|w| w == FIELD.as_bytes()) {
+        let digits = at + FIELD.len()..at + FIELD.len() + 64;
+        text[digits.clone()].fill(b'0');
+        let hash = blake3::Hasher::new().update(&length).update(&text).finalize();
+        text[digits].copy_from_slice(hash.to_hex().as_bytes());
+    }
+    [&length[..], &text, data].concat()
+}
+
+/// A file taken apart, to be changed and put together again.
+pub(crate) struct Forge {
+    pub(crate) metadata: Map<String, Value>,
+    pub(crate) weights: Value,
+    pub(crate) order: Value,
+    pub(crate) tensors: Vec<(String, Value)>,
+    pub(crate) data: Vec<u8>,
+}
+
+impl Forge {
+    pub(crate) fn new(file: &[u8]) -> Self {
+        let mut header: Map<String, Value> = serde_json::from_str(header_text(file)).unwrap();
+        let Some(Value::Object(metadata)) = header.shift_remove("__metadata__") else { panic!("no metadata") };
+        let parse = |field: &str| serde_json::from_str(metadata[field].as_str().unwrap()).unwrap();
+        Self {
+            weights: parse("weights"),
+            order: parse("order"),
+            metadata,
+            tensors: header.into_iter().collect(),
+            data: file[data_offset(file)..].to_vec(),
+        }
+    }
+
+    pub(crate) fn tensor(&mut self, name: &str) -> &mut Value {
+        &mut self.tensors.iter_mut().find(|(n, _)| n == name).unwrap_or_else(|| panic!("no {name}")).1
+    }
+
+    pub(crate) fn position(&self, name: &str) -> usize {
+        self.tensors.iter().position(|(n, _)| n == name).unwrap_or_else(|| panic!("no {name}"))
+    }
+
+    /// Puts the tensors one after another, as long as their shapes and types say, and makes hashes and data as long.
+    pub(crate) fn lay_out(&mut self) {
+        let mut offset = 0;
+        for (_, t) in &mut self.tensors {
+            let bytes = match t["dtype"].as_str().unwrap() {
+                "U8" | "I8" => 1,
+                "F16" | "BF16" => 2,
+                "F32" => 4,
+                other => panic!("{other}"),
+            };
+            let len = t["shape"].as_array().unwrap().iter().fold(bytes, |n, d| n * d.as_u64().unwrap());
+            t["data_offsets"] = json!([offset, offset + len]);
+            offset += len;
+        }
+        self.data.resize(offset as usize, 0);
+        self.metadata["blake3"] = json!("0".repeat(64 * self.tensors.len()));
+    }
+
+    /// The header's text.
+    pub(crate) fn text(&self) -> String {
+        let mut metadata = self.metadata.clone();
+        for (field, value) in [("weights", &self.weights), ("order", &self.order)] {
+            if metadata.contains_key(field) {
+                metadata[field] = json!(value.to_string());
+            }
+        }
+        let mut text = format!("{{\"__metadata__\":{}", Value::Object(metadata));
+        for (name, tensor) in &self.tensors {
+            text += &format!(",{}:{tensor}", json!(name));
+        }
+        text + "}"
+    }
+
+    pub(crate) fn bytes(&self) -> Vec<u8> {
+        seal(&self.text(), &self.data)
+    }
+}

@@ -1,0 +1,327 @@
+//! Reading a Hugging Face model directory, one tensor at a time.
+//!
+//! A directory holds `config.json` and either `model.safetensors` or an index and its shards. Opening reads the headers
+//! only, and checks that every tensor the config implies is there with the right shape and type. A tensor is then read by
+//! position when it is asked for: no memory map, and never more in memory than the caller keeps.
+
+use std::collections::{HashMap, HashSet};
+use std::fs::File;
+use std::io::{Read, Seek, SeekFrom};
+use std::path::{Component, Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
+
+use half::{bf16, f16};
+use ndarray::Array2;
+use safetensors::Dtype;
+use safetensors::tensor::Metadata;
+use serde::Deserialize;
+
+use crate::linear::Elements;
+use crate::{Dense, LlmError, ModelConfig, VectorSpec, WeightSpec};
+
+/// The safetensors format's own limit on a header.
+const MAX_HEADER_BYTES: u64 = 100_000_000;
+/// Limit on files that are read whole: the largest `tokenizer.json` in use have some tens of megabytes.
+const MAX_COMPANION_BYTES: u64 = 1 << 28;
+
+/// The files that make a checkpoint usable and travel with it, in this order.
+const COMPANIONS: [&str; 6] = [
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+];
+
+/// An opened model directory.
+#[derive(Debug)]
+pub struct Checkpoint {
+    dir: PathBuf,
+    config: ModelConfig,
+    config_text: String,
+    files: Vec<DataFile>,
+    tensors: HashMap<String, Location>,
+}
+
+#[derive(Debug)]
+struct DataFile {
+    path: PathBuf,
+    /// Reads move the file's cursor, so one at a time.
+    file: Mutex<File>,
+}
+
+#[derive(Debug)]
+struct Location {
+    file: usize,
+    dtype: Dtype,
+    shape: Vec<usize>,
+    offset_bytes: u64,
+}
+
+#[derive(Deserialize)]
+struct Index {
+    weight_map: HashMap<String, String>,
+}
+
+impl Checkpoint {
+    /// Opens a directory: reads its configs and tensor headers, and checks that they fit together.
+    ///
+    /// # Errors
+    /// No or malformed config, unsupported architecture, no checkpoint, damaged header, missing tensor, wrong shape or dtype.
+    pub fn open(dir: impl AsRef<Path>) -> Result<Self, LlmError> {
+        let dir = dir.as_ref().to_owned();
+        let config_text = read_text(&dir.join("config.json"))?;
+        let mut config = ModelConfig::from_json(&config_text)?;
+        let generation = dir.join("generation_config.json");
+        if exists(&generation)? {
+            config.add_generation_config(&read_text(&generation)?)?;
+        }
+
+        let mut checkpoint = Self { dir, config, config_text, files: Vec::new(), tensors: HashMap::new() };
+        let single = checkpoint.dir.join("model.safetensors");
+        let index = checkpoint.dir.join("model.safetensors.index.json");
+        if exists(&single)? {
+            checkpoint.add_file(single)?;
+        } else if exists(&index)? {
+            checkpoint.add_shards(&index)?;
+        } else {
+            return Err(LlmError::NoCheckpoint { dir: checkpoint.dir });
+        }
+
+        for weight in checkpoint.config.weights() {
+            checkpoint.locate(&weight.tensor_name(), &[weight.rows, weight.cols])?;
+        }
+        for vector in checkpoint.config.other_tensors() {
+            checkpoint.locate(&vector.name, &[vector.len])?;
+        }
+        Ok(checkpoint)
+    }
+
+    /// The directory.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// The model's shape, with the end tokens of `generation_config.json` added.
+    pub fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    /// `config.json` as it stands in the directory.
+    pub fn config_text(&self) -> &str {
+        &self.config_text
+    }
+
+    /// Name and bytes of every file that should travel with the weights and is there: configs, tokenizer, chat template.
+    ///
+    /// # Errors
+    /// A file that cannot be read.
+    pub fn companions(&self) -> Result<Vec<(String, Vec<u8>)>, LlmError> {
+        let mut files = Vec::new();
+        for name in COMPANIONS {
+            let path = self.dir.join(name);
+            if exists(&path)? {
+                files.push((name.to_owned(), read_whole(&path)?));
+            }
+        }
+        Ok(files)
+    }
+
+    /// One companion file, such as `tokenizer.json`.
+    ///
+    /// # Errors
+    /// A file that is missing or cannot be read.
+    pub fn companion(&self, name: &str) -> Result<Vec<u8>, LlmError> {
+        read_whole(&self.dir.join(name))
+    }
+
+    /// Bytes that the model's tensors take in the checkpoint.
+    pub fn stored_bytes(&self) -> u64 {
+        let names = self.config.weights().into_iter().map(|w| w.tensor_name());
+        let names = names.chain(self.config.other_tensors().into_iter().map(|v| v.name));
+        let bytes = |at: &Location| (at.shape.iter().product::<usize>() * at.dtype.bitsize() / 8) as u64;
+        names.filter_map(|name| self.tensors.get(&name)).map(bytes).sum()
+    }
+
+    /// Reads one weight matrix, in the type it is stored in.
+    ///
+    /// # Errors
+    /// Missing tensor, wrong shape or dtype, NaN or infinite elements, a read that fails.
+    pub fn weight(&self, weight: &WeightSpec) -> Result<Dense, LlmError> {
+        let elements = self.elements(&weight.tensor_name(), &[weight.rows, weight.cols])?;
+        Ok(Dense::new(weight.rows, weight.cols, elements).expect("as many elements as the shape, which was checked"))
+    }
+
+    /// Reads one weight matrix as an f32 array, rows x cols.
+    ///
+    /// # Errors
+    /// As [`weight`](Self::weight).
+    pub fn matrix(&self, weight: &WeightSpec) -> Result<Array2<f32>, LlmError> {
+        let values = self.elements(&weight.tensor_name(), &[weight.rows, weight.cols])?.into_f32();
+        Ok(Array2::from_shape_vec((weight.rows, weight.cols), values).expect("as many elements as the shape"))
+    }
+
+    /// Reads one norm or bias.
+    ///
+    /// # Errors
+    /// As [`weight`](Self::weight).
+    pub fn vector(&self, vector: &VectorSpec) -> Result<Vec<f32>, LlmError> {
+        Ok(self.elements(&vector.name, &[vector.len])?.into_f32())
+    }
+
+    fn add_shards(&mut self, index_path: &Path) -> Result<(), LlmError> {
+        let bad = |reason| LlmError::BadCheckpoint { path: index_path.to_owned(), reason };
+        let index: Index = serde_json::from_str(&read_text(index_path)?)
+            .map_err(|source| LlmError::Json { file: index_path.display().to_string(), source })?;
+        let mut shards: Vec<&String> = index.weight_map.values().collect::<HashSet<_>>().into_iter().collect();
+        shards.sort_unstable();
+        for shard in shards {
+            // The index must not lead out of the model's directory.
+            let mut parts = Path::new(shard).components();
+            if !matches!((parts.next(), parts.next()), (Some(Component::Normal(_)), None)) {
+                return Err(bad(format!("shard name {shard:?} is not a plain file name")));
+            }
+            self.add_file(self.dir.join(shard))?;
+        }
+        for (tensor, shard) in &index.weight_map {
+            let found = self.tensors.get(tensor).map(|at| &self.files[at.file].path);
+            if found != Some(&self.dir.join(shard)) {
+                return Err(bad(format!("tensor {tensor} is not in {shard}, where the index says it is")));
+            }
+        }
+        Ok(())
+    }
+
+    /// Reads a safetensors header: 8 bytes of length, then JSON, then the tensors' bytes without holes.
+    fn add_file(&mut self, path: PathBuf) -> Result<(), LlmError> {
+        let io = |source| LlmError::Io { path: path.clone(), source };
+        let bad = |reason: String| LlmError::BadCheckpoint { path: path.clone(), reason };
+        let mut file = File::open(&path).map_err(io)?;
+        let file_bytes = file.metadata().map_err(io)?.len();
+        if file_bytes < 8 {
+            return Err(bad(format!("{file_bytes} bytes are too few for a header")));
+        }
+        let mut length = [0; 8];
+        file.read_exact(&mut length).map_err(io)?;
+        let header_bytes = u64::from_le_bytes(length);
+        if header_bytes > MAX_HEADER_BYTES || header_bytes > file_bytes - 8 {
+            return Err(bad(format!("a header of {header_bytes} bytes in a file of {file_bytes}")));
+        }
+        let mut header = vec![0; header_bytes as usize];
+        file.read_exact(&mut header).map_err(io)?;
+        // Parsing also checks that offsets are contiguous and agree with shape and dtype.
+        let metadata: Metadata = serde_json::from_slice(&header).map_err(|e| bad(e.to_string()))?;
+        let data_start = 8 + header_bytes;
+        if metadata.data_len() as u64 != file_bytes - data_start {
+            let (found, expected) = (file_bytes - data_start, metadata.data_len());
+            return Err(bad(format!("{found} bytes of tensors, the header says {expected}")));
+        }
+        let number = self.files.len();
+        for (name, info) in metadata.tensors() {
+            let location = Location {
+                file: number,
+                dtype: info.dtype,
+                shape: info.shape.clone(),
+                offset_bytes: data_start + info.data_offsets.0 as u64,
+            };
+            if let Some(other) = self.tensors.insert(name.clone(), location) {
+                let other = self.files[other.file].path.display();
+                return Err(bad(format!("tensor {name} is also in {other}")));
+            }
+        }
+        self.files.push(DataFile { path, file: Mutex::new(file) });
+        Ok(())
+    }
+
+    fn locate(&self, tensor: &str, expected: &[usize]) -> Result<&Location, LlmError> {
+        let location = self
+            .tensors
+            .get(tensor)
+            .ok_or_else(|| LlmError::MissingTensor { tensor: tensor.to_owned(), place: self.dir.clone() })?;
+        let path = || self.files[location.file].path.clone();
+        if !matches!(location.dtype, Dtype::F32 | Dtype::F16 | Dtype::BF16) {
+            let found = location.dtype.to_string();
+            return Err(LlmError::WrongDtype { tensor: tensor.to_owned(), path: path(), found });
+        }
+        if location.shape != expected {
+            return Err(LlmError::WrongShape {
+                tensor: tensor.to_owned(),
+                path: path(),
+                found: location.shape.clone(),
+                expected: expected.to_vec(),
+            });
+        }
+        Ok(location)
+    }
+
+    /// Reads the elements of any tensor, by its full name, in the type they are stored in.
+    ///
+    /// # Errors
+    /// As [`weight`](Self::weight).
+    pub fn elements(&self, tensor: &str, shape: &[usize]) -> Result<Elements, LlmError> {
+        let location = self.locate(tensor, shape)?;
+        let file = &self.files[location.file];
+        // The header was held against the file's length, so this asks for no more memory than the file has bytes.
+        let len = shape.iter().product::<usize>();
+        let fill = |bytes: &mut [u8]| {
+            let mut cursor = file.file.lock().unwrap_or_else(PoisonError::into_inner);
+            let read = cursor.seek(SeekFrom::Start(location.offset_bytes)).and_then(|_| cursor.read_exact(bytes));
+            read.map_err(|source| LlmError::Io { path: file.path.clone(), source })
+        };
+        let finite = |first_bad: Option<(usize, f32)>| match first_bad {
+            None => Ok(()),
+            Some((index, value)) => {
+                Err(LlmError::NotFinite { tensor: tensor.to_owned(), path: file.path.clone(), index, value })
+            }
+        };
+        // Files are little-endian; `from_le` does nothing on machines that are, too.
+        match location.dtype {
+            Dtype::F32 => {
+                let mut values = vec![0.0_f32; len];
+                fill(bytemuck::cast_slice_mut(&mut values))?;
+                values.iter_mut().for_each(|v| *v = f32::from_bits(u32::from_le(v.to_bits())));
+                finite(values.iter().position(|v| !v.is_finite()).map(|i| (i, values[i])))?;
+                Ok(Elements::F32(values))
+            }
+            Dtype::F16 => {
+                let mut values = vec![f16::ZERO; len];
+                fill(bytemuck::cast_slice_mut(&mut values))?;
+                values.iter_mut().for_each(|v| *v = f16::from_bits(u16::from_le(v.to_bits())));
+                finite(values.iter().position(|v| !v.is_finite()).map(|i| (i, values[i].to_f32())))?;
+                Ok(Elements::F16(values))
+            }
+            _ => {
+                let mut values = vec![bf16::ZERO; len];
+                fill(bytemuck::cast_slice_mut(&mut values))?;
+                values.iter_mut().for_each(|v| *v = bf16::from_bits(u16::from_le(v.to_bits())));
+                finite(values.iter().position(|v| !v.is_finite()).map(|i| (i, values[i].to_f32())))?;
+                Ok(Elements::Bf16(values))
+            }
+        }
+    }
+}
+
+fn exists(path: &Path) -> Result<bool, LlmError> {
+    path.try_exists().map_err(|source| LlmError::Io { path: path.to_owned(), source })
+}
+
+fn read_whole(path: &Path) -> Result<Vec<u8>, LlmError> {
+    let io = |source| LlmError::Io { path: path.to_owned(), source };
+    let file = File::open(path).map_err(io)?;
+    let bytes = file.metadata().map_err(io)?.len();
+    if bytes > MAX_COMPANION_BYTES {
+        return Err(LlmError::FileTooLarge { path: path.to_owned(), bytes, limit: MAX_COMPANION_BYTES });
+    }
+    let mut contents = Vec::new();
+    file.take(MAX_COMPANION_BYTES).read_to_end(&mut contents).map_err(io)?;
+    Ok(contents)
+}
+
+fn read_text(path: &Path) -> Result<String, LlmError> {
+    let text = String::from_utf8(read_whole(path)?);
+    text.map_err(|e| LlmError::Io {
+        path: path.to_owned(),
+        source: std::io::Error::new(std::io::ErrorKind::InvalidData, e.utf8_error()),
+    })
+}

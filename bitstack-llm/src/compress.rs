@@ -1,0 +1,285 @@
+//! From a checkpoint to blocks in their order: calibrate a layer, decompose its weights, go on to the next; then sort.
+
+use crate::calibrate::{InputStats, Walk};
+use crate::text::{Windows, default_seq_len};
+use crate::{Checkpoint, Decoder, LlmError, Progress, SamplingOptions, Tokenizer, WeightRole, WeightSpec, order, sample, stack};
+use bitstack_core::{ActivationStats, Collect, Scales, Shape, WeightStack};
+use bitstack_decomp::DecomposeOptions;
+use bitstack_format::{BlockSource, Draft};
+use bitstack_sort::{Balanced, GainPerByte, Greedy, LoadOrder, Method, Random, Scores, Sizes};
+use rayon::prelude::*;
+use std::path::Path;
+
+/// Windows on which orders are measured.
+const ORDER_WINDOWS: usize = 16;
+
+/// How input channels are weighed against each other.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Scaling {
+    /// Root mean square of each channel: the diagonal of the Gram matrix.
+    #[default]
+    Gram,
+    /// As the published implementation does.
+    Reference,
+    /// All alike.
+    None,
+}
+
+/// By what the blocks of the model are ordered.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Ordering {
+    /// Fall of the predicted divergence per byte; one model run per weight.
+    #[default]
+    Gain,
+    /// The paper's: level by level, by measured perplexity; one model run per block.
+    Perplexity,
+    /// The paper's ablation: by measured perplexity, and any weight may run ahead.
+    Greedy,
+    /// The paper's ablation.
+    Random,
+}
+
+/// How to compress.
+#[derive(Debug, Clone)]
+pub struct CompressOptions {
+    /// Rank of the blocks' magnitudes; `None`: 16, lowered for small weights until the factors take at most 1/8 bit per weight.
+    pub rank: Option<usize>,
+    /// Blocks per weight.
+    pub n_blocks: usize,
+    /// Channel scales.
+    pub scaling: Scaling,
+    /// Load order.
+    pub ordering: Ordering,
+    /// Windows of calibration text.
+    pub samples: usize,
+    /// Tokens per window; `None`: 512, or the model's limit.
+    pub seq_len: Option<usize>,
+    /// Leave embeddings and head unstacked.
+    pub keep_embeddings: bool,
+    /// Seed of everything random.
+    pub seed: u64,
+}
+
+impl Default for CompressOptions {
+    fn default() -> Self {
+        Self {
+            rank: None,
+            n_blocks: 16,
+            scaling: Scaling::Gram,
+            ordering: Ordering::Gain,
+            samples: 64,
+            seq_len: None,
+            keep_embeddings: false,
+            seed: 0,
+        }
+    }
+}
+
+/// A compressed model, ready to be written: `draft.finish(order.weights(), ..)`.
+#[derive(Debug)]
+pub struct Compressed {
+    /// Blocks, unstacked tensors and companion files.
+    pub draft: Draft,
+    /// The order of the blocks.
+    pub order: LoadOrder,
+}
+
+/// Compresses a checkpoint.
+///
+/// `text` is for calibration (first half) and for choosing an order (second half); without it the model writes its own. Blocks go to a
+/// scratch file in the directory `scratch`. While calibrating and decomposing, one layer is in memory at a time; the orders other than
+/// `Random` run the whole model.
+///
+/// # Errors
+/// What can be wrong with the checkpoint, the text or the options; failures to write the scratch file.
+pub fn compress(
+    checkpoint: &Checkpoint,
+    text: Option<&str>,
+    options: &CompressOptions,
+    scratch: &Path,
+    progress: &dyn Progress,
+) -> Result<Compressed, LlmError> {
+    let seq_len = options.seq_len.unwrap_or_else(|| default_seq_len(checkpoint.config()));
+    let tokens = match text {
+        Some(text) => Tokenizer::from_bytes(&checkpoint.companion("tokenizer.json")?)?.encode(text)?,
+        None => own_text(checkpoint, options.samples + ORDER_WINDOWS, seq_len, options.seed, progress)?,
+    };
+    let windows = Windows::new(&tokens, seq_len, checkpoint.config().max_positions)?;
+    let (calibration, validation) = match text {
+        Some(_) => windows.halves(),
+        None => windows.split_at(options.samples),
+    };
+    // A text of one window has to do for both.
+    let calibration = if calibration.is_empty() { windows } else { calibration };
+    let calibration = calibration.evenly_spaced(options.samples);
+    let validation = validation.evenly_spaced(ORDER_WINDOWS);
+
+    let (draft, errors) = decompose_all(checkpoint, &calibration, options, scratch, progress)?;
+    let sizes = Sizes::new(draft.base_bytes(), draft.block_sizes())?;
+    let order = match options.ordering {
+        Ordering::Gain => {
+            let sensitivities = order::sensitivities(checkpoint, &draft, &errors, &validation, progress)?;
+            let weighted = errors.iter().zip(sensitivities).map(|(e, a)| e.iter().map(|e| a * e).collect::<Vec<_>>());
+            GainPerByte { errors: Scores::new(weighted) }.order(&sizes)?
+        }
+        Ordering::Perplexity => {
+            let scores = order::perplexities(&draft, &validation, progress)?;
+            Balanced { scores: Scores::new(scores) }.order(&sizes)?
+        }
+        Ordering::Greedy => {
+            let scores = order::perplexities(&draft, &validation, progress)?;
+            Greedy { scores: Scores::new(scores) }.order(&sizes)?
+        }
+        Ordering::Random => Random { seed: options.seed }.order(&sizes)?,
+    };
+    Ok(Compressed { draft, order })
+}
+
+/// The default rank of a weight: 16, lowered until the f16 factors of a block take at most 1/8 bit per weight, which is what they
+/// take at rank 16 in a 4096 x 4096 weight.
+pub fn default_rank(shape: Shape) -> usize {
+    let bits_per_rank = 16.0 * (shape.rows() + shape.cols()) as f64 / shape.n_elems() as f64;
+    ((0.125 / bits_per_rank) as usize).clamp(1, 16)
+}
+
+/// Text of the model's own: windows sampled at temperature 1 from its end token, which is what it saw between texts.
+fn own_text(
+    checkpoint: &Checkpoint,
+    n_windows: usize,
+    seq_len: usize,
+    seed: u64,
+    progress: &dyn Progress,
+) -> Result<Vec<u32>, LlmError> {
+    let decoder = Decoder::load(checkpoint)?;
+    let start = checkpoint.config().eos_tokens.first().copied().unwrap_or(0);
+    progress.stage("text from the model (windows)", n_windows as u64);
+    let windows = (0..n_windows)
+        .into_par_iter()
+        .with_max_len(1)
+        .map(|i| {
+            let sampling = SamplingOptions::with_temperature(1.0, seed.wrapping_add(i as u64));
+            let window = sample::window(&decoder, start, seq_len, sampling)?;
+            progress.advance(1);
+            Ok(window)
+        })
+        .collect::<Result<Vec<_>, LlmError>>()?;
+    Ok(windows.concat())
+}
+
+/// Calibrates and decomposes; the errors are, per stacked weight and level, the squared error of the weight's outputs per token.
+fn decompose_all(
+    checkpoint: &Checkpoint,
+    windows: &[&[u32]],
+    options: &CompressOptions,
+    scratch: &Path,
+    progress: &dyn Progress,
+) -> Result<(Draft, Vec<Vec<f64>>), LlmError> {
+    let config = checkpoint.config();
+    let specs = config.weights();
+    let mut work = Work { checkpoint, options, progress, draft: Draft::create_in(scratch)?, errors: Vec::new() };
+    for (name, contents) in checkpoint.companions()? {
+        work.draft.push_file(&name, &contents)?;
+    }
+    for spec in config.other_tensors() {
+        let (dtype, data) = stack::stored(&checkpoint.elements(&spec.name, &[spec.len])?);
+        work.draft.push_base(&spec.name, dtype, &[spec.len], &data)?;
+    }
+    for spec in &specs {
+        let shape = work.shape(spec)?;
+        if work.is_kept(spec) {
+            let (dtype, data) = stack::stored(&checkpoint.elements(&spec.tensor_name(), &[spec.rows, spec.cols])?);
+            work.draft.push_base(&spec.tensor_name(), dtype, &[spec.rows, spec.cols], &data)?;
+        } else {
+            work.draft.add_weight(&spec.name, shape, work.rank(shape), "avd")?;
+            work.errors.push(Vec::new());
+        }
+    }
+
+    progress.stage("decompose (weights)", work.errors.len() as u64);
+    let collect = if options.ordering == Ordering::Gain { Collect::Gram } else { Collect::Diagonal };
+    let mut walk = Walk::new(checkpoint, windows, collect)?;
+    if !config.tied {
+        // Rows of an embedding are looked up, not multiplied: all its columns count alike.
+        work.weights(&[InputStats { weights: vec![0], stats: ActivationStats::new(config.hidden_size, Collect::Diagonal) }])?;
+    }
+    for layer in 0..config.n_layers {
+        work.weights(&walk.layer(layer)?)?;
+    }
+    let embeddings = specs.iter().filter(|s| s.layer.is_none());
+    if embeddings.into_iter().any(|s| !work.is_kept(s)) {
+        work.weights(&[walk.head()?])?;
+    }
+    Ok((work.draft, work.errors))
+}
+
+/// What decomposing goes through.
+struct Work<'a> {
+    checkpoint: &'a Checkpoint,
+    options: &'a CompressOptions,
+    progress: &'a dyn Progress,
+    draft: Draft,
+    errors: Vec<Vec<f64>>,
+}
+
+impl Work<'_> {
+    fn is_kept(&self, spec: &WeightSpec) -> bool {
+        self.options.keep_embeddings && matches!(spec.role, WeightRole::Embedding | WeightRole::Head)
+    }
+
+    fn shape(&self, spec: &WeightSpec) -> Result<Shape, LlmError> {
+        Shape::new(spec.rows, spec.cols).map_err(|source| LlmError::Weight { name: spec.name.clone(), source })
+    }
+
+    fn rank(&self, shape: Shape) -> usize {
+        self.options.rank.unwrap_or_else(|| default_rank(shape))
+    }
+
+    /// Decomposes the weights that read these inputs, side by side, and puts their blocks into the draft in the model's order.
+    fn weights(&mut self, inputs: &[InputStats]) -> Result<(), LlmError> {
+        let specs = self.checkpoint.config().weights();
+        let jobs: Vec<(&WeightSpec, &ActivationStats)> = inputs
+            .iter()
+            .flat_map(|group| group.weights.iter().map(|w| (&specs[*w], &group.stats)))
+            .filter(|(spec, _)| !self.is_kept(spec))
+            .collect();
+        let done = jobs
+            .par_iter()
+            .with_max_len(1)
+            .map(|(spec, stats)| {
+                let result = self.one(spec, stats)?;
+                self.progress.advance(1);
+                Ok(result)
+            })
+            .collect::<Result<Vec<_>, LlmError>>()?;
+        for ((spec, _), (stack, errors)) in jobs.iter().zip(done) {
+            let weight = self.draft.weight_index(&spec.name).expect("every stacked weight was added before");
+            for block in stack.blocks() {
+                self.draft.push_block(weight, block.view())?;
+            }
+            self.errors[weight] = errors;
+        }
+        Ok(())
+    }
+
+    fn one(&self, spec: &WeightSpec, stats: &ActivationStats) -> Result<(WeightStack, Vec<f64>), LlmError> {
+        let in_weight = |source| LlmError::Weight { name: spec.name.clone(), source };
+        let scales = match self.options.scaling {
+            // Nothing is known about the inputs of an embedding.
+            _ if stats.tokens() == 0 => Scales::none(spec.cols),
+            Scaling::None => Scales::none(spec.cols),
+            Scaling::Gram => Scales::rms(stats).map_err(in_weight)?,
+            Scaling::Reference => Scales::reference(stats).map_err(in_weight)?,
+        };
+        let matrix = self.checkpoint.matrix(spec)?;
+        let gram = stats.gram();
+        let options = DecomposeOptions::new(self.rank(self.shape(spec)?), self.options.n_blocks);
+        let mut options = options.seed(self.options.seed).scales(&scales);
+        if let Some(gram) = &gram {
+            options = options.gram(gram.view());
+        }
+        let result = bitstack_decomp::decompose(matrix.view(), &options)
+            .map_err(|source| LlmError::Decompose { name: spec.name.clone(), source })?;
+        let error = |e: &bitstack_decomp::LevelError| e.output.map_or(e.squared_error, |o| o.squared_error);
+        Ok((result.stack, result.errors.iter().map(error).collect()))
+    }
+}

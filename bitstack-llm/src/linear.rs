@@ -1,0 +1,310 @@
+//! Linear operators: what a decoder multiplies by, and the dense one.
+//!
+//! A decoder never sees a weight, only something that can multiply by it ([`LinearOp`]). [`Dense`] is an ordinary matrix
+//! in f32, f16 or bf16; others rebuild their weight, or never do.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use faer::linalg::matmul::matmul;
+use faer::prelude::ReborrowMut;
+use faer::{Accum, MatMut, MatRef, Par};
+use half::slice::HalfFloatSliceExt;
+use half::{bf16, f16};
+use ndarray::{Array2, ArrayView2, ArrayViewMut2, CowArray};
+use rayon::prelude::*;
+
+/// Whether one call may spread over the threads of the current rayon pool. The results are the same bits either way.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Threads {
+    /// Stay on the calling thread: right when many calls (windows of text) already run side by side.
+    #[default]
+    One,
+    /// Use the pool: right for a single sequence.
+    Pool,
+}
+
+/// A weight `W`, rows x cols (output x input features), known by what it does to vectors.
+pub trait LinearOp: Send + Sync {
+    /// Output features.
+    fn rows(&self) -> usize;
+
+    /// Input features.
+    fn cols(&self) -> usize;
+
+    /// `y = x Wᵀ`: `x` is tokens x cols, `y` tokens x rows and is overwritten.
+    ///
+    /// The result must not depend on `threads`.
+    ///
+    /// # Panics
+    /// May panic when a shape does not fit; the decoder checks shapes once, when it is built.
+    fn apply(&self, x: ArrayView2<'_, f32>, y: ArrayViewMut2<'_, f32>, threads: Threads);
+
+    /// Copies row `row` of `W` (a token's embedding) into `out`, which has `cols` elements.
+    ///
+    /// # Panics
+    /// May panic when `row` or the length of `out` does not fit.
+    fn row_into(&self, row: usize, out: &mut [f32]);
+}
+
+macro_rules! forward_linear_op {
+    ($($pointer:ty),*) => {$(
+        impl<L: LinearOp + ?Sized> LinearOp for $pointer {
+            fn rows(&self) -> usize {
+                (**self).rows()
+            }
+            fn cols(&self) -> usize {
+                (**self).cols()
+            }
+            fn apply(&self, x: ArrayView2<'_, f32>, y: ArrayViewMut2<'_, f32>, threads: Threads) {
+                (**self).apply(x, y, threads);
+            }
+            fn row_into(&self, row: usize, out: &mut [f32]) {
+                (**self).row_into(row, out);
+            }
+        }
+    )*};
+}
+
+forward_linear_op!(&L, Box<L>, Arc<L>);
+
+/// Elements of a matrix, kept in the type they were stored in. All three widen to f32 exactly.
+#[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
+pub enum Elements {
+    /// 32-bit.
+    F32(Vec<f32>),
+    /// IEEE half precision.
+    F16(Vec<f16>),
+    /// The upper half of an f32.
+    Bf16(Vec<bf16>),
+}
+
+impl Elements {
+    /// Number of elements.
+    pub fn len(&self) -> usize {
+        match self {
+            Self::F32(v) => v.len(),
+            Self::F16(v) => v.len(),
+            Self::Bf16(v) => v.len(),
+        }
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Bytes in memory.
+    pub fn len_bytes(&self) -> usize {
+        self.len() * if matches!(self, Self::F32(_)) { 4 } else { 2 }
+    }
+
+    /// All elements as f32, without a copy where they are f32 already.
+    pub fn into_f32(self) -> Vec<f32> {
+        match self {
+            Self::F32(v) => v,
+            wide => {
+                let mut out = vec![0.0; wide.len()];
+                wide.widen(0..wide.len(), &mut out);
+                out
+            }
+        }
+    }
+
+    fn widen(&self, range: Range<usize>, out: &mut [f32]) {
+        match self {
+            Self::F32(v) => out.copy_from_slice(&v[range]),
+            Self::F16(v) => v[range].convert_to_f32_slice(out),
+            Self::Bf16(v) => {
+                for (wide, narrow) in out.iter_mut().zip(&v[range]) {
+                    *wide = f32::from_bits(u32::from(narrow.to_bits()) << 16);
+                }
+            }
+        }
+    }
+}
+
+/// An ordinary matrix, row-major.
+///
+/// 16-bit elements are widened a panel of rows at a time, on the way to the product, so that a large model takes no more
+/// memory than its file; the results are those of the widened matrix, bit for bit.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Dense {
+    rows: usize,
+    cols: usize,
+    elements: Elements,
+}
+
+impl Dense {
+    /// A matrix from its elements in row-major order; `None` when their number is not `rows * cols`.
+    pub fn new(rows: usize, cols: usize, elements: Elements) -> Option<Self> {
+        (rows.checked_mul(cols) == Some(elements.len())).then_some(Self { rows, cols, elements })
+    }
+
+    /// The elements, row-major.
+    pub fn elements(&self) -> &Elements {
+        &self.elements
+    }
+
+    /// The same matrix stored as f32: twice the memory of a 16-bit one, and nothing left to widen on every use.
+    pub fn widened(self) -> Self {
+        Self { elements: Elements::F32(self.elements.into_f32()), ..self }
+    }
+}
+
+impl LinearOp for Dense {
+    fn rows(&self) -> usize {
+        self.rows
+    }
+
+    fn cols(&self) -> usize {
+        self.cols
+    }
+
+    fn apply(&self, x: ArrayView2<'_, f32>, y: ArrayViewMut2<'_, f32>, threads: Threads) {
+        match &self.elements {
+            Elements::F32(w) => {
+                for_each_panel(self.rows, self.cols, x, y, threads, |rows, x, y| {
+                    product(y, x, &w[rows.start * self.cols..rows.end * self.cols]);
+                });
+            }
+            narrow => apply_by_panels(self.rows, self.cols, x, y, threads, |rows, panel| {
+                narrow.widen(rows.start * self.cols..rows.end * self.cols, panel);
+            }),
+        }
+    }
+
+    fn row_into(&self, row: usize, out: &mut [f32]) {
+        self.elements.widen(row * self.cols..(row + 1) * self.cols, out);
+    }
+}
+
+/// `y = x Wᵀ` for a weight that is produced a panel of rows at a time and never exists as a whole.
+///
+/// `fill(rows, panel)` writes the rows in the range `rows` of `W` (rows x cols) into `panel`, row-major, as f32; it may be
+/// called from several threads. Panels are as large as the cache likes; their size depends on the shapes only, so the
+/// result does not depend on the number of threads.
+///
+/// # Panics
+/// When `x` is not tokens x cols or `y` not tokens x rows.
+pub fn apply_by_panels(
+    rows: usize,
+    cols: usize,
+    x: ArrayView2<'_, f32>,
+    y: ArrayViewMut2<'_, f32>,
+    threads: Threads,
+    fill: impl Fn(Range<usize>, &mut [f32]) + Sync,
+) {
+    for_each_panel(rows, cols, x, y, threads, |range, x, y| {
+        let mut panel = vec![0.0; range.len() * cols];
+        fill(range, &mut panel);
+        product(y, x, &panel);
+    });
+}
+
+/// `y = x panelᵀ`, with `panel` as many rows as `y` has columns.
+fn product(y: MatMut<'_, f32>, x: MatRef<'_, f32>, panel: &[f32]) {
+    let panel = MatRef::from_row_major_slice(panel, y.ncols(), x.ncols());
+    matmul(y, Accum::Replace, x, panel.transpose(), 1.0, Par::Seq);
+}
+
+/// Rows of a panel: enough that packing `x` for each of them does not count, and for a few tokens, where nothing but the
+/// reading of `W` counts, few enough that a widened panel stays in the second-level cache.
+fn panel_rows(tokens: usize, cols: usize) -> usize {
+    if tokens >= 16 { 256 } else { ((1 << 16) / cols.max(1)).clamp(16, 256) }
+}
+
+/// Calls `work(rows, x, columns `rows` of y)` for all panels of `W`.
+fn for_each_panel(
+    rows: usize,
+    cols: usize,
+    x: ArrayView2<'_, f32>,
+    mut y: ArrayViewMut2<'_, f32>,
+    threads: Threads,
+    work: impl Fn(Range<usize>, MatRef<'_, f32>, MatMut<'_, f32>) + Sync,
+) {
+    let tokens = x.nrows();
+    assert_eq!(x.ncols(), cols, "x has as many columns as the weight");
+    assert_eq!(y.dim(), (tokens, rows), "y is tokens x rows");
+    if tokens == 0 || rows == 0 {
+        return;
+    }
+    if !y.is_standard_layout() {
+        let mut copy = Array2::zeros(y.raw_dim());
+        for_each_panel(rows, cols, x, copy.view_mut(), threads, work);
+        y.assign(&copy);
+        return;
+    }
+    let x: CowArray<'_, f32, _> = x.as_standard_layout();
+    let x = MatRef::from_row_major_slice(x.as_slice().expect("made standard above"), tokens, cols);
+    let y = y.as_slice_mut().expect("checked above");
+    let mut y = MatMut::from_row_major_slice_mut(y, tokens, rows);
+    let step = panel_rows(tokens, cols);
+    // Below this the cost of waking other threads is not earned back.
+    let small = tokens.saturating_mul(rows * cols) < 1 << 18;
+    if threads == Threads::One || small {
+        for start in (0..rows).step_by(step) {
+            let end = rows.min(start + step);
+            work(start..end, x, y.rb_mut().subcols_mut(start, end - start));
+        }
+    } else {
+        y.par_col_chunks_mut(step).enumerate().for_each(|(i, y)| {
+            let start = i * step;
+            work(start..start + y.ncols(), x, y);
+        });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn pattern(rows: usize, cols: usize, seed: usize) -> Array2<f32> {
+        Array2::from_shape_fn((rows, cols), |(r, c)| ((r * 31 + c * 17 + seed) % 23) as f32 / 8.0 - 1.25)
+    }
+
+    /// Against one sum per element in f64; the values are multiples of 1/8 below 2, so f32 sums are exact too.
+    fn check(rows: usize, cols: usize, tokens: usize) {
+        let w = pattern(rows, cols, 3);
+        let x = pattern(tokens, cols, 5);
+        let expected = Array2::from_shape_fn((tokens, rows), |(t, r)| {
+            (0..cols).map(|c| f64::from(x[[t, c]]) * f64::from(w[[r, c]])).sum::<f64>() as f32
+        });
+        let values = w.iter().copied();
+        for elements in [
+            Elements::F32(values.clone().collect()),
+            Elements::F16(values.clone().map(f16::from_f32).collect()),
+            Elements::Bf16(values.clone().map(bf16::from_f32).collect()),
+        ] {
+            let dense = Dense::new(rows, cols, elements).unwrap();
+            for threads in [Threads::One, Threads::Pool] {
+                let mut y = Array2::from_elem((tokens, rows), f32::NAN);
+                dense.apply(x.view(), y.view_mut(), threads);
+                assert_eq!(y, expected, "{rows} x {cols}, {tokens} tokens, {threads:?}");
+                let mut turned = Array2::from_elem((rows, tokens), f32::NAN);
+                let x_turned = x.t().as_standard_layout().into_owned();
+                dense.apply(x_turned.t(), turned.view_mut().reversed_axes(), threads);
+                assert_eq!(turned.t(), expected, "column-major views");
+            }
+            let mut row = vec![0.0; cols];
+            dense.row_into(rows - 1, &mut row);
+            assert_eq!(row, w.row(rows - 1).to_vec());
+        }
+    }
+
+    #[test]
+    fn products_equal_the_sums_they_stand_for() {
+        for (rows, cols) in [(1, 1), (3, 5), (255, 17), (256, 64), (257, 64), (600, 129)] {
+            for tokens in [1, 2, 15, 16, 33] {
+                check(rows, cols, tokens);
+            }
+        }
+    }
+
+    #[test]
+    fn a_matrix_of_the_wrong_number_of_elements_is_rejected() {
+        assert!(Dense::new(2, 3, Elements::F32(vec![0.0; 5])).is_none());
+        assert!(Dense::new(usize::MAX, 2, Elements::F32(Vec::new())).is_none());
+    }
+}

@@ -1,0 +1,232 @@
+//! Choosing tokens, and writing text with them.
+
+use std::ops::ControlFlow;
+
+use ndarray::{Axis, Slice};
+use rand::rngs::StdRng;
+use rand::{RngExt, SeedableRng};
+
+use crate::linear::{LinearOp, Threads};
+use crate::{Decoder, KvCache, LlmError, Pass, Tokenizer, math};
+
+/// How a token is chosen from its logits. The default takes the most likely one.
+#[derive(Debug, Clone, Copy, PartialEq)]
+#[non_exhaustive]
+pub struct SamplingOptions {
+    /// Logits are divided by this; 0 takes the most likely token.
+    pub temperature: f32,
+    /// Only this many most likely tokens are candidates; 0 for all.
+    pub top_k: usize,
+    /// Only the most likely tokens that together have at least this probability are candidates; 1 for all.
+    pub top_p: f32,
+    /// Seed of the random choice: the same seed, options and logits give the same tokens.
+    pub seed: u64,
+}
+
+impl Default for SamplingOptions {
+    fn default() -> Self {
+        Self { temperature: 0.0, top_k: 0, top_p: 1.0, seed: 0 }
+    }
+}
+
+impl SamplingOptions {
+    /// The most likely token, always.
+    pub fn greedy() -> Self {
+        Self::default()
+    }
+
+    /// Sampling at a temperature from all tokens.
+    pub fn with_temperature(temperature: f32, seed: u64) -> Self {
+        Self { temperature, seed, ..Self::default() }
+    }
+
+    /// Keeps the `top_k` most likely tokens; 0 for all.
+    pub fn top_k(mut self, top_k: usize) -> Self {
+        self.top_k = top_k;
+        self
+    }
+
+    /// Keeps the most likely tokens of a total probability of `top_p`.
+    pub fn top_p(mut self, top_p: f32) -> Self {
+        self.top_p = top_p;
+        self
+    }
+}
+
+/// Chooses tokens one after the other.
+#[derive(Debug)]
+pub struct Sampler {
+    options: SamplingOptions,
+    rng: StdRng,
+}
+
+impl Sampler {
+    /// # Errors
+    /// [`LlmError::BadSampling`]: a temperature that is negative or not finite, a `top_p` outside (0, 1].
+    pub fn new(options: SamplingOptions) -> Result<Self, LlmError> {
+        let bad = |option, value: f32, expected| LlmError::BadSampling { option, value: value.into(), expected };
+        if !(options.temperature >= 0.0 && options.temperature.is_finite()) {
+            return Err(bad("temperature", options.temperature, "a number of 0 or more"));
+        }
+        if !(options.top_p > 0.0 && options.top_p <= 1.0) {
+            return Err(bad("top-p", options.top_p, "a number above 0 and at most 1"));
+        }
+        Ok(Self { options, rng: StdRng::seed_from_u64(options.seed) })
+    }
+
+    /// A token for these logits.
+    ///
+    /// # Errors
+    /// [`LlmError::NoFiniteLogit`].
+    pub fn choose(&mut self, logits: &[f32]) -> Result<u32, LlmError> {
+        let best = math::argmax(logits);
+        let top = logits.get(best).copied().filter(|v| v.is_finite()).ok_or(LlmError::NoFiniteLogit)?;
+        if self.options.temperature == 0.0 {
+            return Ok(best as u32);
+        }
+        let inverse = 1.0 / f64::from(self.options.temperature);
+        let mut candidates: Vec<(u32, f64)> = logits
+            .iter()
+            .enumerate()
+            .filter(|(_, v)| !v.is_nan())
+            .map(|(i, &v)| (i as u32, (f64::from(v - top) * inverse).exp()))
+            .collect();
+        // Most likely first, the lower token of equals first, so that the choice is the same everywhere.
+        candidates.sort_unstable_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
+        if self.options.top_k > 0 {
+            candidates.truncate(self.options.top_k);
+        }
+        let total: f64 = candidates.iter().map(|c| c.1).sum();
+        let mut kept = 0.0;
+        let enough = f64::from(self.options.top_p) * total;
+        let nucleus = candidates.iter().position(|c| {
+            kept += c.1;
+            kept >= enough
+        });
+        if let Some(last) = nucleus {
+            candidates.truncate(last + 1);
+        }
+        let mut point = self.rng.random::<f64>() * kept;
+        for &(token, weight) in &candidates {
+            point -= weight;
+            if point < 0.0 {
+                return Ok(token);
+            }
+        }
+        // Reached only where rounding leaves the point at the very end.
+        Ok(candidates.last().map_or(best as u32, |c| c.0))
+    }
+}
+
+/// Why a generation ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum StopReason {
+    /// The model chose one of its end tokens.
+    EndToken,
+    /// As many tokens as were asked for.
+    MaxTokens,
+    /// The model's last position.
+    ContextFull,
+    /// The caller asked to stop.
+    Stopped,
+}
+
+/// A generated text.
+#[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
+pub struct Generation {
+    /// Tokens chosen, a final end token left out.
+    pub tokens: Vec<u32>,
+    /// Their text.
+    pub text: String,
+    /// Why there are no more.
+    pub stop: StopReason,
+    /// Tokens of the prompt.
+    pub prompt_tokens: usize,
+}
+
+/// Continues a prompt by up to `max_tokens` tokens.
+///
+/// `on_text` is given the text as it comes, in pieces of whole characters, and may stop the generation. Products spread
+/// over the current rayon pool.
+///
+/// # Errors
+/// An empty prompt, one longer than the model's limit, tokens outside the vocabulary, options out of range.
+pub fn generate<L: LinearOp>(
+    model: &Decoder<L>,
+    tokenizer: &Tokenizer,
+    prompt: &str,
+    max_tokens: usize,
+    sampling: SamplingOptions,
+    on_text: &mut dyn FnMut(&str) -> ControlFlow<()>,
+) -> Result<Generation, LlmError> {
+    let config = model.config();
+    let mut sampler = Sampler::new(sampling)?;
+    let prompt = tokenizer.encode(prompt)?;
+    let mut cache = KvCache::new(config, prompt.len().saturating_add(max_tokens).min(config.max_positions))?;
+    let mut pass = Pass::new().with_cache(&mut cache).with_threads(Threads::Pool);
+    let mut stream = tokenizer.stream(&prompt);
+    let mut result = Generation {
+        tokens: Vec::new(),
+        text: String::new(),
+        stop: StopReason::MaxTokens,
+        prompt_tokens: prompt.len(),
+    };
+
+    let mut hidden = model.hidden(&prompt, &mut pass)?;
+    while result.tokens.len() < max_tokens {
+        let last = hidden.slice_axis(Axis(0), Slice::from(-1..));
+        let logits = model.logits(last, &mut pass)?;
+        let token = sampler.choose(logits.as_slice().expect("a fresh array"))?;
+        if config.eos_tokens.contains(&token) {
+            result.stop = StopReason::EndToken;
+            break;
+        }
+        result.tokens.push(token);
+        let text = stream.push(token)?;
+        if !text.is_empty() {
+            result.text.push_str(&text);
+            if on_text(&text).is_break() {
+                result.stop = StopReason::Stopped;
+                break;
+            }
+        }
+        if result.tokens.len() == max_tokens {
+            break;
+        }
+        if prompt.len() + result.tokens.len() > config.max_positions {
+            result.stop = StopReason::ContextFull;
+            break;
+        }
+        hidden = model.hidden(&[token], &mut pass)?;
+    }
+    let rest = stream.finish()?;
+    if !rest.is_empty() && result.stop != StopReason::Stopped {
+        result.text.push_str(&rest);
+        // There is nothing left to stop.
+        let _ = on_text(&rest);
+    }
+    Ok(result)
+}
+/// A window of `len` tokens of the model's own: `start`, and what it samples after it. End tokens do not end it.
+///
+/// # Errors
+/// More tokens than the model's limit, options out of range, logits that are not finite.
+pub(crate) fn window<L: LinearOp>(
+    model: &Decoder<L>,
+    start: u32,
+    len: usize,
+    sampling: SamplingOptions,
+) -> Result<Vec<u32>, LlmError> {
+    let mut sampler = Sampler::new(sampling)?;
+    let mut cache = KvCache::new(model.config(), len)?;
+    let mut pass = Pass::new().with_cache(&mut cache);
+    let mut tokens = vec![start];
+    while tokens.len() < len {
+        let logits = model.forward(&tokens[tokens.len() - 1..], &mut pass)?;
+        tokens.push(sampler.choose(logits.as_slice().expect("a fresh array"))?);
+    }
+    Ok(tokens)
+}
+

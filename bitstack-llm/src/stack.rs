@@ -1,0 +1,141 @@
+//! Models made of stacks: a `.bitstack` file, or the draft of one, opened at the levels of a plan.
+
+use crate::{Decoder, Dense, Elements, LlmError, ModelConfig, Tokenizer};
+use bitstack_core::Level;
+use bitstack_format::{BlockSource, Dtype, Tensor};
+use half::{bf16, f16};
+use rayon::prelude::*;
+use std::sync::Arc;
+
+/// A decoder over the blocks of a source, each weight rebuilt in f32 at its level. Changing levels rebuilds the weights whose level
+/// changed, and reads no others.
+///
+/// The rebuilt weights take 32 bits each, whatever the level: fused kernels, which do without them, are not here yet.
+#[derive(Debug)]
+pub struct StackModel<'s, S: ?Sized> {
+    source: &'s S,
+    decoder: Decoder<Arc<Dense>>,
+    /// Per stacked weight, its index in the model and its present level.
+    stacked: Vec<(usize, u32)>,
+}
+
+impl<'s, S: BlockSource + Sync + ?Sized> StackModel<'s, S> {
+    /// Opens the model with `levels[w]` blocks of weight `w` of the source.
+    ///
+    /// # Errors
+    /// Malformed config, weights that are missing or have another shape than the config says, damaged blocks, levels that are 0 or
+    /// more than there are blocks.
+    pub fn open(source: &'s S, levels: &[u32]) -> Result<Self, LlmError> {
+        let config = config(source)?;
+        let mut stacked = vec![(usize::MAX, 0); source.weights().len()];
+        let decoder = Decoder::new(
+            config,
+            |index, spec| -> Result<_, LlmError> {
+                let Some(weight) = source.weight_index(&spec.name) else {
+                    let tensor = source.read_tensor(&spec.tensor_name())?;
+                    let shape = [spec.rows, spec.cols];
+                    if tensor.shape != shape {
+                        let expected = shape.to_vec();
+                        return Err(LlmError::StackShape { name: spec.name.clone(), found: tensor.shape, expected });
+                    }
+                    let dense = Dense::new(spec.rows, spec.cols, elements(&spec.name, tensor)?);
+                    return Ok(Arc::new(dense.expect("the reader checked the number of elements against the shape")));
+                };
+                let level = levels.get(weight).copied().unwrap_or(0);
+                stacked[weight] = (index, level);
+                rebuild(source, weight, level).map(Arc::new)
+            },
+            |spec| Ok(elements(&spec.name, source.read_tensor(&spec.name)?)?.into_f32()),
+        )?;
+        if let Some(w) = stacked.iter().position(|(index, _)| *index == usize::MAX) {
+            return Err(LlmError::StrayWeight { name: source.weights()[w].name.clone() });
+        }
+        Ok(Self { source, decoder, stacked })
+    }
+
+    /// Goes to other levels.
+    ///
+    /// # Errors
+    /// Damaged blocks, levels out of range; weights already changed stay changed, so call it again or drop the model.
+    pub fn set_levels(&mut self, levels: &[u32]) -> Result<(), LlmError> {
+        for (weight, (index, level)) in self.stacked.iter_mut().enumerate() {
+            let new = levels.get(weight).copied().unwrap_or(0);
+            if new != *level {
+                *self.decoder.linear_mut(*index) = Arc::new(rebuild(self.source, weight, new)?);
+                *level = new;
+            }
+        }
+        Ok(())
+    }
+
+    /// The model.
+    pub fn decoder(&self) -> &Decoder<Arc<Dense>> {
+        &self.decoder
+    }
+
+    /// The model, taken out.
+    pub fn into_decoder(self) -> Decoder<Arc<Dense>> {
+        self.decoder
+    }
+}
+
+/// The model's config, with the end tokens of its generation config.
+///
+/// # Errors
+/// No or malformed `config.json`.
+pub fn config<S: BlockSource + ?Sized>(source: &S) -> Result<ModelConfig, LlmError> {
+    let text = |name: &str| -> Result<String, LlmError> {
+        Ok(String::from_utf8_lossy(&source.read_file(name)?).into_owned())
+    };
+    let mut config = ModelConfig::from_json(&text("config.json")?)?;
+    if source.files().iter().any(|f| f.name == "generation_config.json") {
+        config.add_generation_config(&text("generation_config.json")?)?;
+    }
+    Ok(config)
+}
+
+/// The model's tokenizer.
+///
+/// # Errors
+/// No or malformed `tokenizer.json`.
+pub fn tokenizer<S: BlockSource + ?Sized>(source: &S) -> Result<Tokenizer, LlmError> {
+    Tokenizer::from_bytes(&source.read_file("tokenizer.json")?)
+}
+
+/// Rebuilds one weight from its first `level` blocks.
+pub(crate) fn rebuild<S: BlockSource + ?Sized>(source: &S, weight: usize, level: u32) -> Result<Dense, LlmError> {
+    let info = &source.weights()[weight];
+    let in_weight = |source| LlmError::Weight { name: info.name.clone(), source };
+    let blocks = (1..=level as usize).map(|b| source.read_block(weight, b)).collect::<Result<Vec<_>, _>>()?;
+    let level = Level::new(info.shape, blocks.iter().map(|b| b.view())).map_err(in_weight)?;
+    let (rows, cols) = (info.shape.rows(), info.shape.cols());
+    let mut values = vec![0.0; rows * cols];
+    // Enough rows that widening the bases for each part does not count.
+    const ROWS: usize = 64;
+    values
+        .par_chunks_mut(ROWS * cols)
+        .enumerate()
+        .try_for_each(|(i, rows)| level.reconstruct_rows(i * ROWS, rows))
+        .map_err(in_weight)?;
+    Ok(Dense::new(rows, cols, Elements::F32(values)).expect("as many values as the shape"))
+}
+
+/// The elements of an unstacked tensor; its length was checked against its shape by the reader.
+fn elements(name: &str, tensor: Tensor) -> Result<Elements, LlmError> {
+    let halves = |data: &[u8]| data.as_chunks::<2>().0.iter().map(|b| u16::from_le_bytes(*b)).collect::<Vec<_>>();
+    Ok(match tensor.dtype {
+        Dtype::F32 => Elements::F32(tensor.data.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect()),
+        Dtype::F16 => Elements::F16(halves(&tensor.data).into_iter().map(f16::from_bits).collect()),
+        Dtype::BF16 => Elements::Bf16(halves(&tensor.data).into_iter().map(bf16::from_bits).collect()),
+        other => return Err(LlmError::StackDtype { name: name.to_owned(), found: other.name() }),
+    })
+}
+
+/// The stored type and little-endian bytes of elements, as a file holds them.
+pub(crate) fn stored(elements: &Elements) -> (Dtype, Vec<u8>) {
+    match elements {
+        Elements::F32(v) => (Dtype::F32, v.iter().flat_map(|x| x.to_le_bytes()).collect()),
+        Elements::F16(v) => (Dtype::F16, v.iter().flat_map(|x| x.to_le_bytes()).collect()),
+        Elements::Bf16(v) => (Dtype::BF16, v.iter().flat_map(|x| x.to_le_bytes()).collect()),
+    }
+}

@@ -1,0 +1,113 @@
+//! Text to tokens and back.
+
+use crate::LlmError;
+
+/// A Hugging Face fast tokenizer (`tokenizer.json`).
+#[derive(Debug, Clone)]
+pub struct Tokenizer {
+    inner: tokenizers::Tokenizer,
+}
+
+fn failed(error: tokenizers::Error) -> LlmError {
+    LlmError::Tokenizer { reason: error.to_string() }
+}
+
+impl Tokenizer {
+    /// Reads the bytes of a `tokenizer.json`. Its truncation and padding settings, which belong to training batches, are
+    /// dropped.
+    ///
+    /// # Errors
+    /// [`LlmError::Tokenizer`] when they are malformed.
+    pub fn from_bytes(bytes: &[u8]) -> Result<Self, LlmError> {
+        let mut inner = tokenizers::Tokenizer::from_bytes(bytes).map_err(failed)?;
+        inner.with_truncation(None).map_err(failed)?;
+        inner.with_padding(None);
+        Ok(Self { inner })
+    }
+
+    /// Tokens of a text; with those (such as a begin token) that the tokenizer itself adds, and no others.
+    ///
+    /// # Errors
+    /// [`LlmError::Tokenizer`] when the tokenizer fails.
+    pub fn encode(&self, text: &str) -> Result<Vec<u32>, LlmError> {
+        Ok(self.inner.encode_fast(text, true).map_err(failed)?.get_ids().to_vec())
+    }
+
+    /// Text of some tokens, special ones left out. Bytes that are not UTF-8 become U+FFFD.
+    ///
+    /// # Errors
+    /// [`LlmError::Tokenizer`] when the tokenizer fails.
+    pub fn decode(&self, tokens: &[u32]) -> Result<String, LlmError> {
+        self.inner.decode(tokens, true).map_err(failed)
+    }
+
+    /// The id of a token given as text, such as `</s>`.
+    pub fn token_id(&self, token: &str) -> Option<u32> {
+        self.inner.token_to_id(token)
+    }
+
+    /// A decoder for tokens that come one at a time, after `prompt`.
+    pub fn stream<'a>(&'a self, prompt: &[u32]) -> TextStream<'a> {
+        // A few tokens before the first new one decide about the space in front of it.
+        let context = &prompt[prompt.len().saturating_sub(TextStream::CONTEXT)..];
+        TextStream { tokenizer: self, tokens: context.to_vec(), shown: context.len() }
+    }
+}
+
+/// Turns tokens into text piece by piece, so that the pieces together are the text of the whole.
+///
+/// A character's bytes may be spread over several tokens, and a token's text may depend on the one before. So the text of a
+/// few tokens of context is compared with and without the new ones, and held back while it ends in half a character.
+#[derive(Debug)]
+pub struct TextStream<'a> {
+    tokenizer: &'a Tokenizer,
+    /// Context whose text has been given out, then tokens whose text has not.
+    tokens: Vec<u32>,
+    shown: usize,
+}
+
+impl TextStream<'_> {
+    const CONTEXT: usize = 8;
+    /// A character has at most four bytes; a text that is still incomplete after so many tokens is not UTF-8 at all.
+    const MAX_PENDING: usize = 16;
+
+    /// The text that `token` completes; may be empty.
+    ///
+    /// # Errors
+    /// [`LlmError::Tokenizer`] when the tokenizer fails.
+    pub fn push(&mut self, token: u32) -> Result<String, LlmError> {
+        self.tokens.push(token);
+        let text = self.pending()?;
+        if text.ends_with(char::REPLACEMENT_CHARACTER) && self.tokens.len() - self.shown < Self::MAX_PENDING {
+            return Ok(String::new());
+        }
+        self.show();
+        Ok(text)
+    }
+
+    /// The text of tokens that are still held back, now that no more will come.
+    ///
+    /// # Errors
+    /// [`LlmError::Tokenizer`] when the tokenizer fails.
+    pub fn finish(&mut self) -> Result<String, LlmError> {
+        let text = self.pending()?;
+        self.show();
+        Ok(text)
+    }
+
+    fn pending(&self) -> Result<String, LlmError> {
+        let before = self.tokenizer.decode(&self.tokens[..self.shown])?;
+        let mut all = self.tokenizer.decode(&self.tokens)?;
+        // Where the context itself begins or ends inside a character the texts differ earlier, at the same byte length
+        // or not at all; the common prefix is what was given out.
+        let common = before.char_indices().zip(all.chars()).find(|((_, a), b)| a != b);
+        let cut = common.map_or(before.len().min(all.len()), |((at, _), _)| at);
+        Ok(all.split_off(cut))
+    }
+
+    fn show(&mut self) {
+        let excess = self.tokens.len().saturating_sub(Self::CONTEXT);
+        self.tokens.drain(..excess);
+        self.shown = self.tokens.len();
+    }
+}

@@ -1,0 +1,275 @@
+//! The command line.
+
+use super::size;
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use std::path::PathBuf;
+
+/// Run a language model at any memory size.
+///
+/// A model is compressed once, into one file of blocks sorted by importance. The first blocks are a small model, more blocks a better
+/// one: the same file serves at every size.
+#[derive(Debug, Parser)]
+#[command(name = "bitstack", version, propagate_version = true, arg_required_else_help = true)]
+#[command(after_help = "Start with `bitstack demo`: it compresses a small built-in model and shows every step.\n\
+Sizes are written 4GiB, 4GB, 300MB or 1500000. Results go to stdout, everything else to stderr.\n\
+Exit status: 0 success, 1 failure, 2 wrong usage.")]
+pub(crate) struct Cli {
+    #[command(subcommand)]
+    pub(crate) command: Command,
+
+    /// Print no progress and no remarks, only results and errors.
+    #[arg(long, short, global = true)]
+    pub(crate) quiet: bool,
+
+    /// Threads to use [default: all cores].
+    #[arg(long, global = true, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    pub(crate) threads: Option<u16>,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Compress a Hugging Face model directory into one .bitstack file.
+    Compress(Compress),
+    /// Show what is in a file: weights, blocks, sizes, the load order.
+    Inspect(Inspect),
+    /// Check every hash of a file; names what is damaged.
+    Verify(Verify),
+    /// Say what would be loaded in a given memory size.
+    Plan(Plan),
+    /// Write a smaller file that holds what fits in a given memory size.
+    Truncate(Truncate),
+    /// Measure quality at one or many sizes: perplexity, KL divergence, agreement.
+    Eval(Eval),
+    /// Generate text at a given memory size.
+    Generate(Generate),
+    /// Measure the speed of the parts on this machine.
+    #[command(subcommand)]
+    Bench(Bench),
+    /// Compress a small built-in model, draw its curve and let it talk at three sizes.
+    Demo(Demo),
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "Example:\n  bitstack compress Llama-3.2-1B -o llama.bitstack --calibration text.txt")]
+pub(crate) struct Compress {
+    /// The model: a directory with config.json, *.safetensors and tokenizer.json.
+    #[arg(value_name = "MODEL_DIR")]
+    pub(crate) model: PathBuf,
+
+    /// The file to write.
+    #[arg(long, short, value_name = "OUT.bitstack")]
+    pub(crate) output: PathBuf,
+
+    /// Replace the output file if it exists.
+    #[arg(long)]
+    pub(crate) force: bool,
+
+    #[command(flatten)]
+    pub(crate) method: MethodArgs,
+}
+
+/// How to compress; shared by `compress` and `demo`.
+#[derive(Debug, Args)]
+pub(crate) struct MethodArgs {
+    /// How a weight becomes blocks.
+    #[arg(long, value_enum, default_value_t = Method::Avd)]
+    pub(crate) method: Method,
+
+    /// Blocks per weight at most.
+    #[arg(long, value_name = "N", default_value_t = 16, value_parser = clap::value_parser!(u16).range(1..=256))]
+    pub(crate) blocks: u16,
+
+    /// Rank of the magnitudes of each block [default: 16, or less for small weights].
+    #[arg(long, value_name = "K", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    pub(crate) rank: Option<u16>,
+
+    /// How input channels are weighed.
+    #[arg(long, value_enum, default_value_t = Scale::Gram)]
+    pub(crate) scale: Scale,
+
+    /// Plain text to calibrate on; without it the model writes its own.
+    #[arg(long, value_name = "FILE.txt")]
+    pub(crate) calibration: Option<PathBuf>,
+
+    /// Windows of calibration text.
+    #[arg(long, value_name = "N", default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..=65536))]
+    pub(crate) samples: u32,
+
+    /// Tokens per window [default: 512, at most the model's limit].
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(2..=1_048_576))]
+    pub(crate) seq_len: Option<u32>,
+
+    /// In which order the blocks of the whole model are loaded.
+    #[arg(long, value_enum, default_value_t = Order::Gain)]
+    pub(crate) order: Order,
+
+    /// Leave embeddings and output head as they are, as the published method does.
+    #[arg(long)]
+    pub(crate) keep_embeddings: bool,
+
+    /// Seed of everything random.
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub(crate) seed: u64,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Method {
+    /// Absolute-value decomposition, the published method (arXiv 2410.23918).
+    Avd,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Scale {
+    /// Root mean square of each input channel, from the Gram matrix's diagonal.
+    Gram,
+    /// The published implementation's: norms per sequence, averaged.
+    Reference,
+    /// All channels alike.
+    None,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Order {
+    /// Fall of the predicted loss per byte: one model run per weight.
+    Gain,
+    /// The paper's: level by level, by measured perplexity; one model run per block.
+    Perplexity,
+    /// The paper's ablation: measured perplexity, any weight may run ahead.
+    Greedy,
+    /// The paper's ablation: at random.
+    Random,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Inspect {
+    /// A .bitstack file.
+    pub(crate) file: PathBuf,
+    /// Print JSON, with the whole load order.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Verify {
+    /// A .bitstack file.
+    pub(crate) file: PathBuf,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "Example:\n  bitstack plan llama.bitstack --memory 3GB")]
+pub(crate) struct Plan {
+    /// A .bitstack file.
+    pub(crate) file: PathBuf,
+    /// Memory for the resident weights.
+    #[arg(long, short, value_name = "SIZE", value_parser = size::parse)]
+    pub(crate) memory: u64,
+    /// Print JSON, with the level of every weight.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "Example:\n  bitstack truncate llama.bitstack --memory 3GB -o llama-3GB.bitstack")]
+pub(crate) struct Truncate {
+    /// A .bitstack file.
+    pub(crate) file: PathBuf,
+    /// Memory for the resident weights of the new file.
+    #[arg(long, short, value_name = "SIZE", value_parser = size::parse)]
+    pub(crate) memory: u64,
+    /// The file to write.
+    #[arg(long, short, value_name = "OUT.bitstack")]
+    pub(crate) output: PathBuf,
+    /// Replace the output file if it exists.
+    #[arg(long)]
+    pub(crate) force: bool,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  bitstack eval llama.bitstack --text book.txt --memory 2GB --memory 3GB\n  \
+bitstack eval llama.bitstack --text book.txt --steps 10 --reference Llama-3.2-1B --plot curve.svg")]
+pub(crate) struct Eval {
+    /// A .bitstack file, or a model directory (the uncompressed model); several are measured one after another.
+    #[arg(required = true, value_name = "FILE")]
+    pub(crate) files: Vec<PathBuf>,
+    /// Plain text to measure on.
+    #[arg(long, short, value_name = "FILE.txt")]
+    pub(crate) text: PathBuf,
+    /// A memory size to measure at; may be given several times [default: the whole file].
+    #[arg(long, short, value_name = "SIZE", value_parser = size::parse)]
+    pub(crate) memory: Vec<u64>,
+    /// Measure at N sizes, evenly spaced from the smallest to the whole file.
+    #[arg(long, value_name = "N", conflicts_with = "memory", value_parser = clap::value_parser!(u16).range(1..=1000))]
+    pub(crate) steps: Option<u16>,
+    /// The original model's directory: adds KL divergence and top-1 agreement with it.
+    #[arg(long, value_name = "MODEL_DIR")]
+    pub(crate) reference: Option<PathBuf>,
+    /// Windows of text to measure on, evenly spaced.
+    #[arg(long, value_name = "N", default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) samples: u32,
+    /// Tokens per window [default: 512, at most the model's limit].
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(2..=1_048_576))]
+    pub(crate) seq_len: Option<u32>,
+    /// Print JSON: one array, an element per size.
+    #[arg(long)]
+    pub(crate) json: bool,
+    /// Draw the curve of size against quality.
+    #[arg(long, value_name = "OUT.svg")]
+    pub(crate) plot: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "Example:\n  bitstack generate llama.bitstack --memory 2GB --prompt \"Once upon a time\"")]
+pub(crate) struct Generate {
+    /// A .bitstack file, or a model directory (the uncompressed model).
+    pub(crate) file: PathBuf,
+    /// The text to go on from.
+    #[arg(long, short)]
+    pub(crate) prompt: String,
+    /// Memory for the resident weights [default: the whole file].
+    #[arg(long, short, value_name = "SIZE", value_parser = size::parse)]
+    pub(crate) memory: Option<u64>,
+    /// Tokens to generate at most.
+    #[arg(long, short = 'n', value_name = "N", default_value_t = 128)]
+    pub(crate) max_tokens: usize,
+    /// 0 takes the likeliest token always; higher is more varied.
+    #[arg(long, value_name = "T", default_value_t = 0.8)]
+    pub(crate) temperature: f32,
+    /// Sample among the K likeliest tokens only.
+    #[arg(long, value_name = "K")]
+    pub(crate) top_k: Option<usize>,
+    /// Sample among the likeliest tokens that together have this probability.
+    #[arg(long, value_name = "P")]
+    pub(crate) top_p: Option<f32>,
+    /// Seed of the sampling: the same seed gives the same text.
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub(crate) seed: u64,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Bench {
+    /// Fast decomposition against full singular value decompositions.
+    Decompose(BenchDecompose),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct BenchDecompose {
+    /// Rows and columns of the square test matrix.
+    #[arg(long, value_name = "N", default_value_t = 2048, value_parser = clap::value_parser!(u32).range(2..=16384))]
+    pub(crate) size: u32,
+    /// Rank of the blocks.
+    #[arg(long, value_name = "K", default_value_t = 16, value_parser = clap::value_parser!(u16).range(1..=256))]
+    pub(crate) rank: u16,
+    /// Blocks of the compared chains.
+    #[arg(long, value_name = "N", default_value_t = 8, value_parser = clap::value_parser!(u16).range(1..=64))]
+    pub(crate) blocks: u16,
+    /// Print JSON.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Demo {
+    /// Where to write the file and the picture.
+    #[arg(long, short, value_name = "DIR", default_value = "bitstack-demo")]
+    pub(crate) output: PathBuf,
+}

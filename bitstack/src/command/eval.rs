@@ -1,0 +1,211 @@
+//! `bitstack eval`
+
+use super::args::Eval;
+use super::compress::read_text;
+use super::open::Stack;
+use super::plot::{Curve, Panel, svg};
+use super::progress::Reporter;
+use super::{print, usage};
+use anyhow::{Context, Result};
+use bitstack_format::{Existing, write_atomically};
+use bitstack_llm::eval::{Metrics, compare, perplexity};
+use bitstack_llm::stack::{StackModel, tokenizer};
+use bitstack_llm::text::{Windows, default_seq_len};
+use bitstack_llm::{Checkpoint, Decoder, Dense, LinearOp, ModelConfig, Progress, Tokenizer};
+use serde_json::{Value, json};
+use std::fmt::Write;
+use std::path::{Path, PathBuf};
+
+/// Sizes of a curve when nothing else is asked for.
+const STEPS: usize = 8;
+
+/// One measured size.
+struct Row {
+    file: PathBuf,
+    budget_bytes: u64,
+    resident_bytes: u64,
+    bits_per_weight: f64,
+    metrics: Metrics,
+}
+
+/// Measures every file at every size.
+pub(crate) fn run(args: &Eval, reporter: &Reporter) -> Result<()> {
+    let text = read_text(&args.text)?;
+    let reference = match &args.reference {
+        Some(dir) => Some(Decoder::load(&Checkpoint::open(dir)?)?),
+        None => None,
+    };
+    let mut rows = Vec::new();
+    for file in &args.files {
+        let measure = Measure { args, text: &text, reference: reference.as_ref(), reporter };
+        if file.is_dir() { measure.directory(file, &mut rows) } else { measure.stack(file, &mut rows) }
+            .with_context(|| file.display().to_string())?;
+    }
+    reporter.finish();
+    if args.json {
+        let values: Vec<Value> = rows.iter().map(to_json).collect();
+        print(&format!("{:#}\n", Value::Array(values)))?;
+    } else {
+        print(&table(&rows, args.files.len() > 1))?;
+    }
+    if let Some(path) = &args.plot {
+        let picture = picture(&rows, reference.is_some())?;
+        write_atomically(path, Existing::Replace, |out| Ok(out.write_all(picture.as_bytes())?))?;
+        reporter.say(&format!("picture: {}", path.display()));
+    }
+    Ok(())
+}
+
+struct Measure<'a> {
+    args: &'a Eval,
+    text: &'a str,
+    reference: Option<&'a Decoder<Dense>>,
+    reporter: &'a Reporter,
+}
+
+impl Measure<'_> {
+    fn stack(&self, path: &Path, rows: &mut Vec<Row>) -> Result<()> {
+        let stack = Stack::open(path, self.reporter)?;
+        let budgets = match self.args.steps {
+            Some(n) => stack.budgets(n.into()),
+            None if !self.args.memory.is_empty() => self.args.memory.clone(),
+            None => stack.budgets(if self.args.plot.is_some() { STEPS } else { 1 }),
+        };
+        // All plans first: a size that is too small is told before the long work.
+        let plans = budgets.iter().map(|b| stack.plan(*b)).collect::<Result<Vec<_>>>()?;
+        let mut model = StackModel::open(&stack.file, &plans[0].levels)?;
+        let tokens = self.tokens(&tokenizer(&stack.file)?)?;
+        let windows = self.windows(&tokens, model.decoder().config())?;
+        self.reporter.stage("eval (windows)", (plans.len() * windows.len()) as u64);
+        for (budget_bytes, plan) in budgets.into_iter().zip(plans) {
+            model.set_levels(&plan.levels)?;
+            rows.push(Row {
+                file: path.to_owned(),
+                budget_bytes,
+                resident_bytes: plan.resident_bytes,
+                bits_per_weight: stack.bits_per_weight(plan.resident_bytes),
+                metrics: self.metrics(model.decoder(), &windows)?,
+            });
+        }
+        Ok(())
+    }
+
+    /// The uncompressed model.
+    fn directory(&self, path: &Path, rows: &mut Vec<Row>) -> Result<()> {
+        let checkpoint = Checkpoint::open(path)?;
+        let bytes = checkpoint.stored_bytes();
+        if let Some(budget) = self.args.memory.iter().find(|m| **m < bytes) {
+            return Err(usage(format!("--memory {budget}: an uncompressed model has one size, {bytes} bytes")));
+        }
+        let decoder = Decoder::load(&checkpoint)?;
+        let tokens = self.tokens(&Tokenizer::from_bytes(&checkpoint.companion("tokenizer.json")?)?)?;
+        let windows = self.windows(&tokens, decoder.config())?;
+        self.reporter.stage("eval (windows)", windows.len() as u64);
+        let n_weights: usize = decoder.config().weights().iter().map(|w| w.rows * w.cols).sum();
+        let n_others: usize = decoder.config().other_tensors().iter().map(|v| v.len).sum();
+        rows.push(Row {
+            file: path.to_owned(),
+            budget_bytes: bytes,
+            resident_bytes: bytes,
+            bits_per_weight: bytes as f64 * 8.0 / (n_weights + n_others) as f64,
+            metrics: self.metrics(&decoder, &windows)?,
+        });
+        Ok(())
+    }
+
+    fn tokens(&self, tokenizer: &Tokenizer) -> Result<Vec<u32>> {
+        tokenizer.encode(self.text).with_context(|| self.args.text.display().to_string())
+    }
+
+    fn windows<'t>(&self, tokens: &'t [u32], config: &ModelConfig) -> Result<Vec<&'t [u32]>> {
+        let seq_len = self.args.seq_len.map_or_else(|| default_seq_len(config), |n| n as usize);
+        let windows = Windows::new(tokens, seq_len, config.max_positions);
+        Ok(windows.with_context(|| self.args.text.display().to_string())?.evenly_spaced(self.args.samples as usize))
+    }
+
+    fn metrics<L: LinearOp>(&self, model: &Decoder<L>, windows: &[&[u32]]) -> Result<Metrics> {
+        let step = |_, _| self.reporter.advance(1);
+        Ok(match self.reference {
+            Some(reference) => compare(model, reference, windows, &step)?,
+            None => perplexity(model, windows, &step)?,
+        })
+    }
+}
+
+fn to_json(row: &Row) -> Value {
+    let m = &row.metrics;
+    json!({
+        "file": row.file.display().to_string(),
+        "budget_bytes": row.budget_bytes,
+        "resident_bytes": row.resident_bytes,
+        "bits_per_weight": row.bits_per_weight,
+        "perplexity": m.perplexity,
+        "perplexity_stderr": m.perplexity_stderr,
+        "kl": m.kl.map(|e| e.mean),
+        "kl_stderr": m.kl.map(|e| e.stderr),
+        "top1": m.top1.map(|e| e.mean),
+        "top1_stderr": m.top1.map(|e| e.stderr),
+        "tokens": m.tokens,
+    })
+}
+
+fn table(rows: &[Row], name_files: bool) -> String {
+    let compared = rows.iter().any(|r| r.metrics.kl.is_some());
+    let mut out = format!("{:>14}  {:>11}  {:>18}", "resident bytes", "bits/weight", "perplexity");
+    if compared {
+        let _ = write!(out, "  {:>21}  {:>15}", "KL, nats", "top-1");
+    }
+    out.push('\n');
+    for row in rows {
+        let m = &row.metrics;
+        let stderr = format!("± {:.2}", m.perplexity_stderr);
+        let _ = write!(
+            out,
+            "{:14}  {:11.3}  {:>18}",
+            row.resident_bytes,
+            row.bits_per_weight,
+            format!("{:.3} {stderr:>7}", m.perplexity)
+        );
+        if let (Some(kl), Some(top1)) = (m.kl, m.top1) {
+            let kl = format!("{:.6} ± {:.6}", kl.mean, kl.stderr);
+            let _ = write!(out, "  {kl:>21}  {:>15}", format!("{:.4} ± {:.4}", top1.mean, top1.stderr));
+        }
+        if name_files {
+            let _ = write!(out, "  {}", row.file.display());
+        }
+        out.push('\n');
+    }
+    out
+}
+
+fn picture(rows: &[Row], compared: bool) -> Result<String> {
+    let curves = |value: &dyn Fn(&Metrics) -> Option<f64>| -> Vec<Curve> {
+        let mut curves: Vec<Curve> = Vec::new();
+        for row in rows {
+            let name = row.file.file_name().unwrap_or(row.file.as_os_str()).to_string_lossy().into_owned();
+            let Some(y) = value(&row.metrics) else { continue };
+            let point = (row.resident_bytes as f64 / 1e6, y);
+            match curves.iter_mut().find(|c| c.name == name) {
+                Some(curve) => curve.points.push(point),
+                None => curves.push(Curve { name, points: vec![point] }),
+            }
+        }
+        curves.iter_mut().for_each(|c| c.points.sort_by(|a, b| a.0.total_cmp(&b.0)));
+        curves
+    };
+    let mut panels = vec![Panel {
+        title: "Perplexity at every size",
+        y_label: "perplexity",
+        curves: curves(&|m| Some(m.perplexity)),
+        baseline: None,
+    }];
+    if compared {
+        panels.push(Panel {
+            title: "Divergence from the original model",
+            y_label: "KL divergence, nats per token",
+            curves: curves(&|m| m.kl.map(|e| e.mean)),
+            baseline: None,
+        });
+    }
+    svg(&panels)
+}

@@ -1,0 +1,176 @@
+//! Commands that look at a file or cut it, without running the model: inspect, verify, plan, truncate.
+
+use super::args::{Inspect, Plan, Truncate, Verify};
+use super::open::Stack;
+use super::progress::{Reporter, to_stderr};
+use super::{print, size};
+use anyhow::Result;
+use bitstack_format::{BlockSource, Existing, write_atomically};
+use bitstack_llm::Progress;
+use serde_json::json;
+use std::fmt::Write;
+use std::process::ExitCode;
+
+/// `bitstack inspect`
+pub(crate) fn inspect(args: &Inspect) -> Result<()> {
+    let stack = Stack::open(&args.file, &Reporter::new(false))?;
+    let weights = stack.file.weights();
+    if args.json {
+        let weights: Vec<_> = weights
+            .iter()
+            .map(|w| {
+                let bytes: Vec<_> = (1..=w.n_blocks()).map(|b| w.block_bytes(b)).collect();
+                json!({
+                    "name": w.name, "rows": w.shape.rows(), "cols": w.shape.cols(), "rank": w.rank,
+                    "method": w.method, "blocks": w.n_blocks(), "block_bytes": bytes,
+                })
+            })
+            .collect();
+        let files: Vec<_> = stack.file.files().iter().map(|f| json!({"name": f.name, "bytes": f.len_bytes})).collect();
+        let tensors: Vec<_> =
+            stack.file.base_tensors().iter().map(|t| json!({"name": t.name, "bytes": t.len_bytes})).collect();
+        let value = json!({
+            "file_bytes": stack.file.size_bytes(),
+            "minimum_bytes": stack.order.minimum_bytes(),
+            "total_bytes": stack.order.total_bytes(),
+            "base_bytes": stack.base_bytes,
+            "stacked_weights": stack.n_stacked,
+            "missing_blocks": stack.file.missing().map_or(0, |m| m.n_blocks),
+            "provenance": stack.file.provenance(),
+            "weights": weights,
+            "unstacked": tensors,
+            "files": files,
+            "order": stack.file.order(),
+        });
+        return print(&format!("{value:#}\n"));
+    }
+    let (least, most) = (stack.order.minimum_bytes(), stack.order.total_bytes());
+    let mut out = String::new();
+    let mut line = |name: &str, text: String| {
+        let _ = writeln!(out, "{name:14}{text}");
+    };
+    line("file", format!("{}, {}", args.file.display(), size::show(stack.file.size_bytes())));
+    for (key, value) in stack.file.provenance() {
+        line(key, value.clone());
+    }
+    line("weights", format!("{} stacked, {} parameters", weights.len(), stack.n_stacked));
+    line("unstacked", format!("{} tensors, {}", stack.file.base_tensors().len(), size::show(stack.base_bytes)));
+    line("smallest", format!("{least} bytes resident, {:.3} bits per stacked weight", stack.bits_per_weight(least)));
+    line("whole", format!("{most} bytes resident, {:.3} bits per stacked weight", stack.bits_per_weight(most)));
+    let files: Vec<_> = stack.file.files().iter().map(|f| f.name.as_str()).collect();
+    line("files", files.join(", "));
+    let width = weights.iter().map(|w| w.name.len()).max().unwrap_or(0).max(6);
+    let _ = writeln!(out, "\n{:width$}  {:>14}  {:>4}  {:>6}  {:>6}  {:>10}", "weight", "shape", "rank", "method", "blocks", "all blocks");
+    for w in weights {
+        let bytes: u64 = (1..=w.n_blocks()).filter_map(|b| w.block_bytes(b)).sum();
+        let _ = writeln!(
+            out,
+            "{:width$}  {:>14}  {:>4}  {:>6}  {:>6}  {:>10}",
+            w.name,
+            w.shape.to_string(),
+            w.rank,
+            w.method,
+            w.n_blocks(),
+            size::show(bytes)
+        );
+    }
+    let _ = writeln!(out, "\nload order: block 1 of every weight, then");
+    let rest = || stack.order.iter().skip(weights.len());
+    for (weight, block) in rest().take(12) {
+        let _ = writeln!(out, "  block {:2} of {}", block + 1, weights[weight].name);
+    }
+    if rest().count() > 12 {
+        let _ = writeln!(out, "  and {} more (--json lists all)", rest().count() - 12);
+    }
+    print(&out)
+}
+
+/// `bitstack verify`
+pub(crate) fn verify(args: &Verify, reporter: &Reporter) -> Result<ExitCode> {
+    let stack = Stack::open(&args.file, &Reporter::new(true))?;
+    let mut shown = None;
+    let report = stack.file.verify(&mut |done, total| {
+        let before = shown.replace(done).unwrap_or_else(|| {
+            reporter.stage("verify (bytes)", total);
+            0
+        });
+        reporter.advance(done - before);
+    })?;
+    reporter.finish();
+    for damage in &report.damaged {
+        print(&format!("damaged: {}: {}\n", damage.name, damage.reason))?;
+    }
+    for name in &report.missing {
+        print(&format!("missing: {name}\n"))?;
+    }
+    let name = args.file.display();
+    if report.is_whole() {
+        print(&format!("{name}: {} tensors, {} bytes, all as written\n", report.n_tensors, report.bytes))?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    to_stderr(&format!(
+        "error: {name}: of {} tensors {} are damaged and {} missing; blocks before the first of them stay usable",
+        report.n_tensors,
+        report.damaged.len(),
+        report.missing.len()
+    ));
+    Ok(ExitCode::FAILURE)
+}
+
+/// `bitstack plan`
+pub(crate) fn plan(args: &Plan, reporter: &Reporter) -> Result<()> {
+    let stack = Stack::open(&args.file, reporter)?;
+    let plan = stack.plan(args.memory)?;
+    let levels = || stack.file.weights().iter().zip(plan.levels.iter());
+    if args.json {
+        let levels: serde_json::Map<_, _> = levels().map(|(w, l)| (w.name.clone(), json!(l))).collect();
+        let value = json!({
+            "budget_bytes": args.memory,
+            "resident_bytes": plan.resident_bytes,
+            "bits_per_weight": stack.bits_per_weight(plan.resident_bytes),
+            "blocks": plan.n_blocks,
+            "levels": levels,
+        });
+        return print(&format!("{value:#}\n"));
+    }
+    let total = stack.order.iter().count();
+    let mut out = format!(
+        "{} of {} bytes used by {} of {total} blocks: {:.3} bits per stacked weight\n\n",
+        plan.resident_bytes,
+        args.memory,
+        plan.n_blocks,
+        stack.bits_per_weight(plan.resident_bytes)
+    );
+    let width = stack.file.weights().iter().map(|w| w.name.len()).max().unwrap_or(0);
+    for (w, level) in levels() {
+        let _ = writeln!(out, "{:width$}  level {level:2} of {}", w.name, w.n_blocks());
+    }
+    print(&out)
+}
+
+/// `bitstack truncate`
+pub(crate) fn truncate(args: &Truncate, reporter: &Reporter) -> Result<()> {
+    let stack = Stack::open(&args.file, reporter)?;
+    let plan = stack.plan(args.memory)?;
+    let existing = if args.force { Existing::Replace } else { Existing::Refuse };
+    super::compress::refuse_existing(&args.output, args.force)?;
+    let mut shown = None;
+    let bytes = write_atomically(&args.output, existing, |out| {
+        stack.file.write_prefix(plan.n_blocks, out, &mut |done, total| {
+            let before = shown.replace(done).unwrap_or_else(|| {
+                reporter.stage("write (bytes)", total);
+                0
+            });
+            reporter.advance(done - before);
+        })
+    })?;
+    reporter.finish();
+    reporter.say(&format!(
+        "{}: {} resident ({:.3} bits per stacked weight), {} on disk",
+        args.output.display(),
+        size::show(plan.resident_bytes),
+        stack.bits_per_weight(plan.resident_bytes),
+        size::show(bytes)
+    ));
+    Ok(())
+}

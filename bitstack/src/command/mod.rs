@@ -1,0 +1,111 @@
+//! Dispatch, results and errors. Printing happens here and in the modules below, nowhere else in the workspace.
+
+mod args;
+mod bench;
+mod compress;
+mod demo;
+mod eval;
+mod files;
+mod generate;
+mod open;
+mod plot;
+mod progress;
+mod size;
+
+use anyhow::Result;
+use args::{Bench, Cli, Command};
+use clap::Parser;
+use progress::Reporter;
+use std::io::Write;
+use std::process::ExitCode;
+
+/// A mistake in how the command was called, as opposed to work that failed: exit status 2.
+#[derive(Debug)]
+struct Usage(String);
+
+impl std::fmt::Display for Usage {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for Usage {}
+
+/// An error of the caller's, with the reason and what to do.
+fn usage(text: impl Into<String>) -> anyhow::Error {
+    Usage(text.into()).into()
+}
+
+/// Runs the command with the process's arguments.
+pub(crate) fn run() -> ExitCode {
+    let cli = Cli::parse();
+    match dispatch(&cli) {
+        Ok(code) => code,
+        // Whoever reads our output may stop reading: `bitstack inspect x | head`.
+        Err(e) if e.downcast_ref::<std::io::Error>().is_some_and(|e| e.kind() == std::io::ErrorKind::BrokenPipe) => {
+            ExitCode::SUCCESS
+        }
+        Err(e) => {
+            progress::to_stderr(&format!("error: {}", in_one_line(&e)));
+            ExitCode::from(if e.is::<Usage>() { 2 } else { 1 })
+        }
+    }
+}
+
+fn dispatch(cli: &Cli) -> Result<ExitCode> {
+    if let Some(n) = cli.threads {
+        rayon::ThreadPoolBuilder::new().num_threads(n.into()).build_global()?;
+    }
+    let reporter = Reporter::new(cli.quiet);
+    match &cli.command {
+        Command::Compress(args) => compress::run(args, &reporter),
+        Command::Inspect(args) => files::inspect(args),
+        Command::Verify(args) => return files::verify(args, &reporter),
+        Command::Plan(args) => files::plan(args, &reporter),
+        Command::Truncate(args) => files::truncate(args, &reporter),
+        Command::Eval(args) => eval::run(args, &reporter),
+        Command::Generate(args) => generate::run(args, &reporter),
+        Command::Bench(Bench::Decompose(args)) => bench::decompose(args, &reporter),
+        Command::Demo(args) => demo::run(args, &reporter),
+    }?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Writes a result to stdout.
+fn print(text: &str) -> Result<()> {
+    let mut out = std::io::stdout().lock();
+    out.write_all(text.as_bytes())?;
+    Ok(out.flush()?)
+}
+
+/// The error and its causes; a cause that the message above it already tells is left out.
+fn in_one_line(e: &anyhow::Error) -> String {
+    e.chain().fold(String::new(), |mut line, cause| {
+        let cause = cause.to_string();
+        if !line.contains(&cause) {
+            if !line.is_empty() {
+                line.push_str(": ");
+            }
+            line.push_str(&cause);
+        }
+        line
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use anyhow::anyhow;
+
+    #[test]
+    fn causes_are_told_once() {
+        let e = anyhow!("no such file").context("cannot open x: no such file").context("compress failed");
+        assert_eq!(in_one_line(&e), "compress failed: cannot open x: no such file");
+    }
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        use clap::CommandFactory;
+        Cli::command().debug_assert();
+    }
+}

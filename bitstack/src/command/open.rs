@@ -1,0 +1,64 @@
+//! Opening what the user names, and what is common to all commands on a stack: its order, its plans, its sizes.
+
+use super::progress::Reporter;
+use super::usage;
+use anyhow::{Context, Result};
+use bitstack_format::{BlockSource, StackFile};
+use bitstack_sort::{LoadOrder, Plan, Sizes, SortError};
+use std::fs::File;
+use std::path::Path;
+
+/// An open file with its load order.
+pub(crate) struct Stack {
+    pub(crate) file: StackFile<File>,
+    pub(crate) order: LoadOrder,
+    pub(crate) base_bytes: u64,
+    /// Weights that are stacked, the denominator of bits per weight.
+    pub(crate) n_stacked: u64,
+}
+
+impl Stack {
+    /// Opens a `.bitstack` file; of a cut one, says what is missing and takes what is there.
+    pub(crate) fn open(path: &Path, reporter: &Reporter) -> Result<Self> {
+        if path.is_dir() {
+            return Err(usage(format!("{} is a directory, not a .bitstack file", path.display())));
+        }
+        let file = StackFile::open_path(path)?;
+        if let Some(missing) = file.missing() {
+            reporter.say(&format!("warning: {}: {missing}", path.display()));
+        }
+        Self::with_order(file).with_context(|| path.display().to_string())
+    }
+
+    fn with_order(file: StackFile<File>) -> Result<Self> {
+        let base_bytes = file.base_bytes();
+        let sizes = Sizes::new(base_bytes, file.block_sizes())?;
+        let order = LoadOrder::from_weights(file.order(), &sizes)?;
+        let n_stacked = file.weights().iter().map(|w| w.shape.n_elems() as u64).sum();
+        Ok(Self { file, order, base_bytes, n_stacked })
+    }
+
+    /// The plan for a budget; below the minimum an error that says what the least is.
+    pub(crate) fn plan(&self, budget_bytes: u64) -> Result<Plan> {
+        match self.order.plan(budget_bytes) {
+            Err(SortError::BudgetBelowMinimum { budget_bytes, minimum_bytes }) => Err(usage(format!(
+                "--memory {budget_bytes} is below the smallest size of this model, {minimum_bytes} bytes; give at least that"
+            ))),
+            other => Ok(other?),
+        }
+    }
+
+    /// Bits per stacked weight when `resident_bytes` are loaded.
+    pub(crate) fn bits_per_weight(&self, resident_bytes: u64) -> f64 {
+        (resident_bytes - self.base_bytes) as f64 * 8.0 / self.n_stacked as f64
+    }
+
+    /// `n` budgets, evenly spaced from the smallest size to the whole file.
+    pub(crate) fn budgets(&self, n: usize) -> Vec<u64> {
+        let (least, most) = (self.order.minimum_bytes(), self.order.total_bytes());
+        match n {
+            0 | 1 => vec![most],
+            n => (0..n as u64).map(|i| least + (most - least) * i / (n as u64 - 1)).collect(),
+        }
+    }
+}
