@@ -1,7 +1,7 @@
 //! The quadratic form in which errors are measured, in normalised coordinates: H̃ = diag(v) H diag(v), columns reordered.
 
-use faer::linalg::cholesky::llt::factor::{LltRegularization, cholesky_in_place, cholesky_in_place_scratch};
 use faer::dyn_stack::{MemBuffer, MemStack};
+use faer::linalg::cholesky::llt::factor::{LltRegularization, cholesky_in_place, cholesky_in_place_scratch};
 use faer::{Mat, Par};
 use ndarray::ArrayView2;
 
@@ -45,27 +45,30 @@ impl Metric {
         Self { n, diagonal, added: vec![0.0; n], unit, full: None }
     }
 
-    /// `gram` is `n x n`; `basis` the column magnitudes v; column `j` here is column `order[j]` there.
+    /// `gram` is `n x n`, symmetric and finite; `basis` the column magnitudes v; column `j` here is column `order[j]` there.
     pub(crate) fn full(gram: ArrayView2<'_, f64>, basis: &[f64], order: &[usize], regularise: Regularisation) -> Self {
         let n = basis.len();
-        // A Gram matrix has no negative diagonal; what is not one is read as the nearest thing that is.
-        let diag = |c: usize| (gram[[c, c]] * basis[c] * basis[c]).max(0.0);
-        let unit = mean_or_one((0..n).map(diag), n);
-        let entry = |i: usize, j: usize| {
-            let (r, c) = (order[i], order[j]);
-            if i == j { diag(r) / unit } else { 0.5 * (gram[[r, c]] + gram[[c, r]]) * basis[r] * basis[c] / unit }
-        };
-        let added: Vec<f32> = (0..n).map(|i| (regularise.diagonal * entry(i, i)) as f32).collect();
+        // H and v² may both be near the ends of f64's range.
+        let largest = gram.diag().iter().fold(0.0f64, |m, h| m.max(h.abs()));
+        let largest = if largest > 0.0 { largest } else { 1.0 };
+        let scaled = |r: usize, c: usize| gram[[r, c]] / largest * (basis[r] * basis[c]);
+        let mean = mean_or_one((0..n).map(|c| scaled(c, c).max(0.0)), n);
         let mut h = vec![0.0f32; n * n];
+        let mut added = vec![0.0f32; n];
         for i in 0..n {
-            for j in 0..n {
-                h[i * n + j] = entry(i, j) as f32;
+            for j in 0..i {
+                let x = (scaled(order[i], order[j]) / mean) as f32;
+                h[i * n + j] = x;
+                h[j * n + i] = x;
             }
-            h[i * n + i] += added[i];
+            // A Gram matrix has no negative diagonal; what is not one is read as the nearest thing that is.
+            let x = scaled(order[i], order[i]).max(0.0) / mean;
+            added[i] = (regularise.diagonal * x) as f32;
+            h[i * n + i] = x as f32 + added[i];
         }
         let diagonal: Vec<f32> = (0..n).map(|i| h[i * n + i]).collect();
         let u = factor(&h, n, regularise.damping);
-        Self { n, diagonal, added, unit, full: Some(Full { h, u }) }
+        Self { n, diagonal, added, unit: mean * largest, full: Some(Full { h, u }) }
     }
 }
 
@@ -75,17 +78,18 @@ fn mean_or_one(values: impl Iterator<Item = f64>, n: usize) -> f64 {
 }
 
 /// Ũ of H + damping·diag(H) = Ũ D Ũᵀ. The Cholesky factor of H with rows and columns reversed, reversed again, is upper triangular. A
-/// matrix that is not positive definite gets ten times the damping until it is; at last only its diagonal counts (no feedback).
+/// matrix that is not positive definite gets ten times the damping until it is; at last only its diagonal counts (no feedback). In f32:
+/// the factor decides what is fed forward, errors are measured without it.
 fn factor(h: &[f32], n: usize, damping: f64) -> Vec<f32> {
+    /// Added to the diagonal, whose mean is 1: keeps columns without any input regular.
+    const SLIVER: f32 = 1e-5;
     let mut out = vec![0.0f32; n * n];
-    let mut stack = MemBuffer::new(cholesky_in_place_scratch::<f64>(n, Par::Seq, Default::default()));
+    let mut stack = MemBuffer::new(cholesky_in_place_scratch::<f32>(n, Par::Seq, Default::default()));
     let mut damping = damping;
-    // Columns without any input keep the factor regular through a sliver of the mean diagonal, which is 1.
-    const SLIVER: f64 = 1e-6;
     for _ in 0..6 {
-        let mut flipped = Mat::<f64>::from_fn(n, n, |i, j| {
-            let x = f64::from(h[(n - 1 - i) * n + (n - 1 - j)]);
-            if i == j { x * (1.0 + damping) + SLIVER } else { x }
+        let mut flipped = Mat::<f32>::from_fn(n, n, |i, j| {
+            let x = h[(n - 1 - i) * n + (n - 1 - j)];
+            if i == j { x * (1.0 + damping as f32) + SLIVER } else { x }
         });
         let done = cholesky_in_place(
             flipped.as_mut(),
@@ -95,10 +99,11 @@ fn factor(h: &[f32], n: usize, damping: f64) -> Vec<f32> {
             Default::default(),
         );
         if done.is_ok() {
-            for i in 0..n {
-                for j in i..n {
-                    // U_ij / U_jj
-                    out[i * n + j] = (flipped[(n - 1 - i, n - 1 - j)] / flipped[(n - 1 - j, n - 1 - j)]) as f32;
+            for j in 0..n {
+                // Ũ_ij = U_ij / U_jj; a column of U is a column of the factor, from the end.
+                let pivot = flipped[(n - 1 - j, n - 1 - j)];
+                for i in 0..=j {
+                    out[i * n + j] = flipped[(n - 1 - i, n - 1 - j)] / pivot;
                 }
             }
             if out.iter().all(|x| x.is_finite()) {

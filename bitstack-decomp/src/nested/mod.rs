@@ -1,4 +1,5 @@
-//! Nested codes.
+//! Nested codes: what they are and why is in the crate's documentation. Here: the input, the normalisation, and the blocks; the work on
+//! the rows is in [`tile`].
 
 mod choose;
 mod linear;
@@ -6,229 +7,280 @@ mod metric;
 mod scalar;
 mod tile;
 
-use bitstack_core::{Basis, Block, Coefficients, CoreError, FactorType, Scales, SignMatrix, Values, f16};
+use crate::{DecompError, DecomposeOptions, LevelError, Nested, OutputError, Parallelism, Step};
+use bitstack_core::{Basis, Block, Coefficients, FactorType, Shape, SignMatrix, Values};
+use bitstack_pack::{packed_len, row_bytes};
 use choose::LANES;
+pub(crate) use choose::MAX_JOINT;
+use half::f16;
 use metric::{Metric, Regularisation};
-use ndarray::{ArrayView1, ArrayView2};
+use ndarray::ArrayView2;
 use rayon::prelude::*;
 use tile::{Grid, RowError, SUBS, Stage, TILE, Tile};
 
-/// Settings.
-#[derive(Debug, Clone, PartialEq)]
-#[allow(missing_docs, reason = "experimental")]
-pub struct Nested {
-    pub n_blocks: usize,
-    pub joint: usize,
-    pub sweeps: usize,
-    pub diagonal: f64,
-    pub damping: f64,
-    pub weights: Vec<f64>,
-    pub omega: Vec<f64>,
-    pub ratio: f64,
-    pub clip: f64,
-    pub start: Vec<f64>,
-    pub gain: f64,
-    pub tail: usize,
-    pub rounds: usize,
-    pub order: usize,
-    pub bytes: bool,
-}
+/// Rounds of Lloyd's iteration on the level values before any row is seen. More take the ratio of the planes to the 1/2 that is best for
+/// a weight without neighbours, and worse under H.
+const LLOYD_ROUNDS: usize = 1;
+/// The first magnitude of a plane after the joint ones, in mean magnitudes of the residual: more than 1, for the sake of its tails.
+const GAIN: f64 = 1.15;
+/// Room in the 8-bit coefficients for what refits make of them, and for planes after the joint ones, which are known less well.
+const JOINT_MARGIN: f64 = 1.3;
+const LATER_MARGIN: f64 = 2.0;
 
-/// Errors.
-#[derive(Debug, Clone, PartialEq, thiserror::Error)]
-#[non_exhaustive]
-#[allow(missing_docs, reason = "experimental")]
-pub enum NestedError {
-    #[error(transparent)]
-    Core(#[from] CoreError),
-    #[error("bad")]
-    Bad,
-}
-
-/// One block and its errors.
-#[derive(Debug, Clone)]
-#[allow(missing_docs, reason = "experimental")]
-pub struct NestedStep {
-    pub block: Block,
-    pub squared_error: f64,
-    pub relative_error: f64,
-    pub output: Option<(f64, f64)>,
-}
-
-/// The decomposition.
-#[allow(missing_docs, reason = "experimental")]
-pub fn nested_blocks(
+/// All steps of a weight.
+pub(crate) fn steps(
     weight: ArrayView2<'_, f32>,
-    scales: Option<&Scales>,
-    gram: Option<ArrayView2<'_, f64>>,
-    options: &Nested,
-) -> Result<Vec<NestedStep>, NestedError> {
+    options: &DecomposeOptions<'_>,
+    nested: &Nested,
+) -> Result<Vec<Step>, DecompError> {
     let (rows, cols) = weight.dim();
+    Shape::new(rows, cols)?;
+    packed_len(rows, cols)?;
+    check(weight, options, nested)?;
     let ones;
-    let s = match scales {
-        Some(s) => s.as_slice(),
+    let s = match options.scales {
+        Some(scales) => scales.as_slice(),
         None => {
             ones = vec![1.0f32; cols];
             &ones
         }
     };
+
     let envelope = balance(weight, s);
-    let (basis, v) = store_basis(&envelope.cols)?;
-    let mut order: Vec<usize> = (0..cols).collect();
-    let importance = |c: usize| match gram {
-        Some(g) => g[[c, c]] * if options.order == 2 { v[c] * v[c] } else { 1.0 },
-        None => f64::from(s[c]),
-    };
-    if options.order > 0 && gram.is_some() {
-        order.sort_by(|&a, &b| importance(b).total_cmp(&importance(a)));
+    let (a_max, v_max) = (largest(&envelope.rows), largest(&envelope.cols));
+    // The magnitudes of all planes together are the largest coefficient there can be, refits aside.
+    let reach = nested.range / (1.0 - nested.ratio);
+    for (vector, magnitude) in [(0, a_max * reach.max(2.0) * LATER_MARGIN), (1, v_max)] {
+        if f16::from_f64(magnitude).is_infinite() {
+            return Err(DecompError::FactorOverflow { block: 1, vector, magnitude });
+        }
     }
-    let metric = match gram {
-        Some(gram) => {
-            let regularise = Regularisation { diagonal: options.diagonal, damping: options.damping };
-            Metric::full(gram, &v, &order, regularise)
-        }
-        None => {
-            let weights: Vec<f64> = v.iter().zip(s).map(|(v, s)| (v * f64::from(*s)).powi(2)).collect();
-            Metric::diagonal(&weights, &order)
-        }
-    };
-    // Column scale of the scaled error, in normalised coordinates.
-    let scaled: Vec<f32> = order.iter().map(|&c| (v[c] * f64::from(s[c])).powi(2) as f32).collect();
-
-    let q = options.joint.min(options.n_blocks);
+    let (basis, v) = store_basis(&envelope.cols, nested.factors)?;
     let inverse: Vec<f32> = v.iter().map(|v| if *v > 0.0 { (1.0 / v) as f32 } else { 0.0 }).collect();
-    let sample = sample(weight, &envelope.rows, &inverse);
-    let start: Vec<f64> = if options.start.is_empty() { (0..q).map(|i| options.clip * options.ratio.powi(i as i32)).collect() } else { options.start[..q].to_vec() };
-    let levels = scalar::design(&sample, &options.weights[..q], &start, options.rounds);
-    if std::env::var("SHOW").is_ok() { eprintln!("design {:.5?}\n{:.3?}", levels.errors, levels.coefficients); }
-    let omega: Vec<f64> = (0..q).map(|b| options.omega[b] / levels.errors[b]).collect();
-    let a_max = envelope.rows.iter().fold(0.0f64, |m, a| m.max(*a));
-    let grids: Vec<Grid> = (0..options.n_blocks)
-        .map(|b| {
-            if options.bytes && b < q {
-                // A margin for what refits and row shapes do to the coefficients.
-                let steps = levels.coefficients[b]
-                    .iter()
-                    .map(|c| f16::from_f64(c * a_max * 1.3 / 127.0).to_f32())
-                    .collect();
-                Grid::I8 { steps }
-            } else {
-                Grid::F16
-            }
-        })
-        .collect();
 
-    let tiles: Vec<usize> = (0..rows).step_by(TILE).collect();
-    let row_bytes = cols.div_ceil(8);
-    let done: Vec<TileResult> = tiles
-        .par_iter()
-        .map(|&r0| {
-            let here = TILE.min(rows - r0);
-            let mut a = envelope.rows[r0..r0 + here].to_vec();
-            a.resize(TILE, 0.0);
-            let mut x = vec![[0.0f32; LANES]; cols * SUBS];
-            for r in 0..here {
-                let row: ArrayView1<'_, f32> = weight.row(r0 + r);
-                let scale = if a[r] > 0.0 { 1.0 / a[r] } else { 0.0 };
-                for (j, &c) in order.iter().enumerate() {
-                    x[j * SUBS + r / LANES][r % LANES] = (f64::from(row[c]) * scale) as f32 * inverse[c];
-                }
-            }
-            let mut tile = Tile::new(&metric, x, a.clone());
-            let stage = Stage {
-                q,
-                omega: &omega,
-                weights: &options.weights[..q],
-                sweeps: options.sweeps,
-                grids: &grids[..q],
-            };
-            tile.stage(&stage, &levels.coefficients, &[1.0; TILE]);
-            let mut p = q;
-            while p < options.n_blocks {
-                let g = options.tail.min(options.n_blocks - p);
-                let residual: Vec<f64> = tile.residual().iter().map(|r| r * options.gain).collect();
-                let start: Vec<Vec<f64>> = (0..g).map(|b| (0..=b).map(|i| 0.5f64.powi(i as i32)).collect()).collect();
-                let omega: Vec<f64> = (0..g).map(|b| 4f64.powi(b as i32)).collect();
-                let stage = Stage { q: g, omega: &omega, weights: &vec![1.0; g], sweeps: options.sweeps, grids: &grids[p..p + g] };
-                tile.stage(&stage, &start, &residual);
-                p += g;
-            }
-            let errors = tile.errors(&scaled);
-            let mut signs = vec![vec![0u8; here * row_bytes]; p];
-            for (i, bytes) in signs.iter_mut().enumerate() {
-                for (j, &c) in order.iter().enumerate() {
-                    for r in 0..here {
-                        bytes[r * row_bytes + c / 8] |= u8::from(tile.positive(i, j, r)) << (c % 8);
-                    }
-                }
-            }
-            TileResult { signs, coefficients: tile.coefficients, errors, row_scale: a, here }
-        })
-        .collect();
+    // Columns that matter most come first: their errors can still be made up for by those that follow.
+    let mut order: Vec<usize> = (0..cols).collect();
+    if let Some(gram) = options.gram {
+        order.sort_by(|&i, &j| (gram[[j, j]] * v[j] * v[j]).total_cmp(&(gram[[i, i]] * v[i] * v[i])));
+    }
+    // Errors per column, for the error of W·diag(s), and for everything when there is no H.
+    let weights: Vec<f64> = v.iter().zip(s).map(|(v, s)| (v * f64::from(*s)).powi(2)).collect();
+    let columns = Metric::diagonal(&weights, &order);
+    let full = options.gram.map(|gram| {
+        let regularise = Regularisation { diagonal: nested.diagonal, damping: nested.damping };
+        Metric::full(gram, &v, &order, regularise)
+    });
+    let metric = full.as_ref().unwrap_or(&columns);
 
-    // Norms.
+    let q = nested.joint.min(options.n_blocks);
+    let weights: Vec<f64> = (0..q).map(|b| nested.level_weight(b)).collect();
+    let start: Vec<f64> = (0..q).map(|i| nested.range * nested.ratio.powi(i as i32)).collect();
+    let levels = scalar::design(&sample(weight, &envelope.rows, &inverse), &weights, &start, LLOYD_ROUNDS);
+    let plan = Plan {
+        metric,
+        columns: &columns,
+        omega: weights.iter().zip(&levels.errors).map(|(w, e)| w / e).collect(),
+        grids: grids(&levels.coefficients, &envelope.rows, options.n_blocks, nested),
+        weights,
+        levels: levels.coefficients,
+        sweeps: nested.sweeps,
+        rows: &envelope.rows,
+        order,
+        inverse,
+    };
+    let starts: Vec<usize> = (0..rows).step_by(TILE).collect();
+    let tiles: Vec<Done> = match options.parallelism {
+        Parallelism::Seq => starts.iter().map(|&first| plan.tile(weight, first)).collect(),
+        Parallelism::Rayon => starts.par_iter().with_max_len(1).map(|&first| plan.tile(weight, first)).collect(),
+    };
+
+    // Sums over tiles in their order, so that threads do not change them.
     let mut scaled_norm = 0.0f64;
     for row in weight.rows() {
         scaled_norm += row.iter().zip(s).map(|(w, s)| (f64::from(*w) * f64::from(*s)).powi(2)).sum::<f64>();
     }
-    let output_norm = gram.map(|g| {
-        let mut total = 0.0f64;
-        for row in weight.rows() {
-            let w: ndarray::Array1<f64> = row.mapv(f64::from);
-            total += w.dot(&g.dot(&w));
-        }
-        total
-    });
-    let mut steps = Vec::new();
+    let output_norm = metric.unit * tiles.iter().map(|t| t.output_norm).sum::<f64>();
+    let ratio = |part: f64, whole: f64| if whole > 0.0 { part / whole } else { 0.0 };
+    let mut steps = Vec::with_capacity(options.n_blocks);
     for b in 0..options.n_blocks {
-        let mut bytes = Vec::with_capacity(rows * row_bytes);
-        let mut values = vec![0.0f64; rows * (b + 1)];
-        let (mut squared, mut output) = (0.0f64, 0.0f64);
-        let mut r0 = 0;
-        for tile in &done {
-            bytes.extend_from_slice(&tile.signs[b]);
-            for r in 0..tile.here {
-                for i in 0..=b {
-                    values[(r0 + r) * (b + 1) + i] = tile.coefficients[b][i][r] * tile.row_scale[r];
-                }
-                let e: RowError = tile.errors[b][r];
-                squared += e.scaled * tile.row_scale[r].powi(2);
-                output += e.output * tile.row_scale[r].powi(2) * metric.unit;
-            }
-            r0 += tile.here;
+        let mut signs = Vec::with_capacity(rows * row_bytes(cols));
+        let mut values = Vec::with_capacity(rows * (b + 1));
+        let mut error = RowError::default();
+        for tile in &tiles {
+            signs.extend_from_slice(&tile.signs[b]);
+            values.extend_from_slice(&tile.coefficients[b]);
+            error.scaled += tile.errors[b].scaled;
+            error.output += tile.errors[b].output;
         }
-        let values = match &grids[b] {
-            Grid::F16 => Values::F16(values.iter().map(|c| f16::from_f64(*c)).collect()),
-            Grid::I8 { steps } => Values::I8 {
-                codes: values
-                    .iter()
-                    .enumerate()
-                    .map(|(k, c)| {
-                        let step = f64::from(steps[k % (b + 1)]);
-                        if step > 0.0 { (c / step).round() as i8 } else { 0 }
-                    })
-                    .collect(),
-                scales: steps.iter().map(|s| f16::from_f32(*s)).collect(),
+        let squared = error.scaled * columns.unit;
+        // H̃ is positive semidefinite; the rounding of its products is not.
+        let output = (error.output * metric.unit).max(0.0);
+        steps.push(Step {
+            block: Block {
+                signs: SignMatrix::from_bytes(rows, cols, signs)?,
+                basis: (b == 0).then(|| basis.clone()),
+                coefficients: Coefficients::new(rows, b + 1, 1, plan.grids[b].store(&values))?,
             },
-        };
-        let signs = SignMatrix::from_bytes(rows, cols, bytes).map_err(|_| NestedError::Bad)?;
-        let coefficients = Coefficients::new(rows, b + 1, 1, values)?;
-        steps.push(NestedStep {
-            block: Block { signs, basis: (b == 0).then(|| basis.clone()), coefficients },
-            squared_error: squared,
-            relative_error: if scaled_norm > 0.0 { (squared / scaled_norm).sqrt() } else { 0.0 },
-            output: output_norm.map(|norm| (output, if norm > 0.0 { output / norm } else { 0.0 })),
+            error: LevelError {
+                squared_error: squared,
+                relative_error: ratio(squared, scaled_norm).sqrt(),
+                output: options
+                    .gram
+                    .map(|_| OutputError { squared_error: output, relative_error: ratio(output, output_norm) }),
+            },
         });
     }
     Ok(steps)
 }
 
-struct TileResult {
+fn check(weight: ArrayView2<'_, f32>, options: &DecomposeOptions<'_>, nested: &Nested) -> Result<(), DecompError> {
+    let cols = weight.ncols();
+    if options.rank != 1 {
+        return Err(DecompError::NestedRank { rank: options.rank });
+    }
+    if options.n_blocks == 0 {
+        return Err(DecompError::NoBlocks);
+    }
+    let setting = |setting, expected, value: f64, good: bool| {
+        if good { Ok(()) } else { Err(DecompError::NestedSetting { setting, expected, value }) }
+    };
+    let joint = nested.joint as f64;
+    setting("the number of joint planes", "from 1 to 8", joint, (1..=MAX_JOINT).contains(&nested.joint))?;
+    setting("the range", "from 0.1 to 10", nested.range, (0.1..=10.0).contains(&nested.range))?;
+    setting("the ratio", "from 0.1 to 0.9", nested.ratio, (0.1..=0.9).contains(&nested.ratio))?;
+    for &w in &nested.level_weights {
+        setting("the weight of a level", "from 1e-6 to 1e6", w, (1e-6..=1e6).contains(&w))?;
+    }
+    for share in [nested.diagonal, nested.damping] {
+        setting("a share of the diagonal", "from 0 to 1e3", share, (0.0..=1e3).contains(&share))?;
+    }
+    for ((row, col), &value) in weight.indexed_iter() {
+        if !value.is_finite() {
+            return Err(DecompError::WeightNotFinite { row, col, value });
+        }
+    }
+    if let Some(scales) = options.scales
+        && scales.as_slice().len() != cols
+    {
+        return Err(DecompError::ScalesLength { len: scales.as_slice().len(), cols });
+    }
+    if let Some(gram) = options.gram {
+        if gram.dim() != (cols, cols) {
+            return Err(DecompError::GramShape { rows: gram.nrows(), cols: gram.ncols(), expected: cols });
+        }
+        for ((row, col), &value) in gram.indexed_iter() {
+            if !value.is_finite() {
+                return Err(DecompError::GramNotFinite { row, col, value });
+            }
+        }
+    }
+    Ok(())
+}
+
+/// What is the same for all tiles of a weight.
+struct Plan<'a> {
+    metric: &'a Metric,
+    columns: &'a Metric,
+    weights: Vec<f64>,
+    omega: Vec<f64>,
+    levels: Vec<Vec<f64>>,
+    /// One per block.
+    grids: Vec<Grid>,
+    sweeps: usize,
+    /// a of every row.
+    rows: &'a [f64],
+    order: Vec<usize>,
+    /// 1 / v, 0 where v is.
+    inverse: Vec<f32>,
+}
+
+/// A finished tile, one entry per level, errors in normalised columns.
+struct Done {
     signs: Vec<Vec<u8>>,
-    coefficients: Vec<Vec<Vec<f64>>>,
-    errors: Vec<Vec<RowError>>,
-    row_scale: Vec<f64>,
-    here: usize,
+    coefficients: Vec<Vec<f64>>,
+    errors: Vec<RowError>,
+    output_norm: f64,
+}
+
+impl Plan<'_> {
+    fn tile(&self, weight: ArrayView2<'_, f32>, first: usize) -> Done {
+        let (rows, cols) = weight.dim();
+        let here = TILE.min(rows - first);
+        let mut a = self.rows[first..first + here].to_vec();
+        a.resize(TILE, 0.0);
+        let mut x = vec![[0.0f32; LANES]; cols * SUBS];
+        for r in 0..here {
+            let scale = if a[r] > 0.0 { 1.0 / a[r] } else { 0.0 };
+            for (j, &c) in self.order.iter().enumerate() {
+                x[j * SUBS + r / LANES][r % LANES] =
+                    (f64::from(weight[[first + r, c]]) * scale * f64::from(self.inverse[c])) as f32;
+            }
+        }
+        let mut tile = Tile::new(self.metric, x, a.clone());
+        let q = self.weights.len();
+        let (omega, weights, sweeps) = (&self.omega, &self.weights, self.sweeps);
+        tile.stage(&Stage { q, omega, weights, sweeps, grids: &self.grids[..q] }, &self.levels, &[1.0; TILE]);
+        for p in q..self.grids.len() {
+            let size: Vec<f64> = tile.residual().iter().map(|r| r * GAIN).collect();
+            let stage = Stage { q: 1, omega: &[1.0], weights: &[1.0], sweeps, grids: &self.grids[p..=p] };
+            tile.stage(&stage, &[vec![1.0]], &size);
+        }
+
+        let n_blocks = self.grids.len();
+        let mut signs = vec![vec![0u8; here * row_bytes(cols)]; n_blocks];
+        for (i, bytes) in signs.iter_mut().enumerate() {
+            for (row, bytes) in bytes.chunks_exact_mut(row_bytes(cols)).enumerate() {
+                for (j, &c) in self.order.iter().enumerate() {
+                    bytes[c / 8] |= u8::from(tile.positive(i, j, row)) << (c % 8);
+                }
+            }
+        }
+        let coefficients = (0..n_blocks)
+            .map(|b| {
+                (0..here)
+                    .flat_map(|r| tile.coefficients[b].iter().map(move |c| (r, c)))
+                    .map(|(r, c)| c[r] * a[r])
+                    .collect()
+            })
+            .collect();
+        let errors = tile.errors(&self.columns.diagonal);
+        let sum = |rows: &Vec<RowError>| {
+            let mut sum = RowError::default();
+            for (error, a) in rows.iter().zip(&a) {
+                sum.scaled += error.scaled * a * a;
+                sum.output += error.output * a * a;
+            }
+            sum
+        };
+        Done {
+            signs,
+            coefficients,
+            errors: errors.iter().map(sum).collect(),
+            output_norm: tile.norms().iter().zip(&a).map(|(n, a)| n * a * a).sum(),
+        }
+    }
+}
+
+/// How the coefficients of each level are stored.
+fn grids(levels: &[Vec<f64>], rows: &[f64], n_blocks: usize, nested: &Nested) -> Vec<Grid> {
+    let (q, a_max) = (levels.len(), largest(rows));
+    let mean_square = rows.iter().map(|a| a * a).sum::<f64>() / rows.len() as f64;
+    if nested.factors == FactorType::F16 || mean_square * 16.0 < a_max * a_max {
+        return vec![Grid::F16; n_blocks];
+    }
+    let step = |c: f64, margin: f64| f16::from_f64(c.abs() * a_max * margin / 127.0).to_f32();
+    (0..n_blocks)
+        .map(|b| {
+            let known = &levels[b.min(q - 1)];
+            let mut steps: Vec<f32> = known.iter().map(|c| step(*c, JOINT_MARGIN)).collect();
+            let mut c = known[known.len() - 1];
+            for _ in q..=b {
+                c *= nested.ratio.max(0.5);
+                steps.push(step(c, LATER_MARGIN));
+            }
+            Grid::I8 { steps }
+        })
+        .collect()
 }
 
 /// A rank-1 envelope a vᵀ of |W|.
@@ -239,21 +291,21 @@ struct Envelope {
 
 /// Rows and columns of W·diag(s) / (a bᵀ) get root mean square 1; v = b / s.
 fn balance(weight: ArrayView2<'_, f32>, s: &[f32]) -> Envelope {
+    const ROUNDS: usize = 6;
     let (rows, cols) = weight.dim();
-    let mut a = vec![1.0f64; rows];
-    let mut b = vec![1.0f64; cols];
-    for _ in 0..6 {
+    let (mut a, mut b) = (vec![1.0f64; rows], vec![1.0f64; cols]);
+    for _ in 0..ROUNDS {
         let inverse: Vec<f64> =
             b.iter().zip(s).map(|(b, s)| if *b > 0.0 { (f64::from(*s) / b).powi(2) } else { 0.0 }).collect();
-        let live = b.iter().filter(|b| **b > 0.0).count().max(1) as f64;
-        let mut sums = vec![0.0f64; cols];
+        let live_cols = b.iter().filter(|b| **b > 0.0).count().max(1) as f64;
         let mut live_rows = 0usize;
+        let mut sums = vec![0.0f64; cols];
         for (row, a) in weight.rows().into_iter().zip(&mut a) {
-            *a = (row.iter().zip(&inverse).map(|(w, i)| f64::from(*w).powi(2) * i).sum::<f64>() / live).sqrt();
+            *a = (row.iter().zip(&inverse).map(|(w, i)| f64::from(*w).powi(2) * i).sum::<f64>() / live_cols).sqrt();
             if *a > 0.0 {
                 live_rows += 1;
-                let i = 1.0 / (*a * *a);
-                sums.iter_mut().zip(row).for_each(|(s, w)| *s += f64::from(*w).powi(2) * i);
+                let inverse = 1.0 / (*a * *a);
+                sums.iter_mut().zip(row).for_each(|(s, w)| *s += f64::from(*w).powi(2) * inverse);
             }
         }
         for ((b, sum), s) in b.iter_mut().zip(&sums).zip(s) {
@@ -262,7 +314,7 @@ fn balance(weight: ArrayView2<'_, f32>, s: &[f32]) -> Envelope {
     }
     let mut v: Vec<f64> = b.iter().zip(s).map(|(b, s)| b / f64::from(*s)).collect();
     // The magnitude is split evenly, so that both factors stay well inside f16's range.
-    let rms = |x: &[f64]| (x.iter().map(|x| x * x).sum::<f64>() / x.len().max(1) as f64).sqrt();
+    let rms = |x: &[f64]| (x.iter().map(|x| x * x).sum::<f64>() / x.len() as f64).sqrt();
     let (ra, rv) = (rms(&a), rms(&v));
     if ra > 0.0 && rv > 0.0 {
         let f = (ra / rv).sqrt();
@@ -272,12 +324,14 @@ fn balance(weight: ArrayView2<'_, f32>, s: &[f32]) -> Envelope {
     Envelope { rows: a, cols: v }
 }
 
-/// The basis as stored, and its values.
-fn store_basis(v: &[f64]) -> Result<(Basis, Vec<f64>), NestedError> {
-    let max = v.iter().fold(0.0f64, |m, v| m.max(*v));
+/// The basis as stored, and its values. An error of ε in a value makes the steps of its column larger or smaller by ε, no more.
+fn store_basis(v: &[f64], factors: FactorType) -> Result<(Basis, Vec<f64>), DecompError> {
+    /// The smallest code of a value that is not zero: its rounding is at most 1/16 of it.
+    const SMALLEST: f64 = 8.0;
+    let max = largest(v);
     let min = v.iter().filter(|v| **v > 0.0).fold(max, |m, v| m.min(*v));
-    let values = if min * 127.0 >= 8.0 * max && max > 0.0 {
-        let scale = f16::from_f64(max / 127.0);
+    let scale = f16::from_f64(max / 127.0);
+    let values = if factors == FactorType::I8 && scale.is_normal() && min * 127.0 >= SMALLEST * max {
         let codes = v.iter().map(|v| (v / scale.to_f64()).round().min(127.0) as i8).collect();
         Values::I8 { codes, scales: vec![scale] }
     } else {
@@ -290,21 +344,18 @@ fn store_basis(v: &[f64]) -> Result<(Basis, Vec<f64>), NestedError> {
 
 /// Normalised weights, evenly spread over the matrix.
 fn sample(weight: ArrayView2<'_, f32>, a: &[f64], inverse: &[f32]) -> Vec<f32> {
+    const SIZE: usize = 2048;
     let (rows, cols) = weight.dim();
-    let total = rows * cols;
-    let n = total.min(2048);
+    let n = SIZE.min(rows * cols);
     (0..n)
         .map(|k| {
-            // A stride that shares no factor with the columns visits them all.
-            let at = (k as u128 * total as u128 / n as u128) as usize;
-            let (r, c) = (at / cols, (at + k * 7) % cols);
-            if a[r] > 0.0 { (f64::from(weight[[r, c]]) / a[r]) as f32 * inverse[c] } else { 0.0 }
+            // Rows evenly spaced, columns by a stride that no ordinary width is a multiple of.
+            let (r, c) = ((k as u128 * rows as u128 / n as u128) as usize, k.wrapping_mul(7919) % cols);
+            if a[r] > 0.0 { (f64::from(weight[[r, c]]) / a[r] * f64::from(inverse[c])) as f32 } else { 0.0 }
         })
         .collect()
 }
 
-/// The factor type of coefficients.
-#[allow(dead_code, reason = "experimental")]
-fn factor(bytes: bool) -> FactorType {
-    if bytes { FactorType::I8 } else { FactorType::F16 }
+fn largest(values: &[f64]) -> f64 {
+    values.iter().fold(0.0, |m, v| m.max(*v))
 }

@@ -10,9 +10,8 @@ pub(crate) struct Levels {
     pub(crate) errors: Vec<f64>,
 }
 
-
 /// Lloyd's iteration on the product of the levels' errors to the powers `weights`: codes that minimise Σ_b w_b/err_b (x − value_b)²,
-/// then least squares for the coefficients of each level. Starts from a uniform quantiser whose steps shrink by `ratio` per plane.
+/// then least squares for the coefficients of each level. `start`: the coefficients of the planes, the same at every level.
 pub(crate) fn design(sample: &[f32], weights: &[f64], start: &[f64], rounds: usize) -> Levels {
     let q = weights.len();
     let mut coefficients: Vec<Vec<f64>> = (0..q).map(|b| start[..=b].to_vec()).collect();

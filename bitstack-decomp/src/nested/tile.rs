@@ -6,8 +6,10 @@
 use super::choose::{Costs, LANES, Lane, MAX_JOINT, choose, nodes_before, signs};
 use super::linear::solve_symmetric;
 use super::metric::Metric;
+use bitstack_core::Values;
 use faer::linalg::matmul::matmul;
 use faer::{Accum, MatMut, MatRef, Par};
+use half::f16;
 
 /// Groups of lanes in a tile.
 pub(crate) const SUBS: usize = 4;
@@ -29,10 +31,24 @@ pub(crate) enum Grid {
 }
 
 impl Grid {
+    /// Coefficients on the grid, `rows x planes`, as they are stored.
+    pub(crate) fn store(&self, values: &[f64]) -> Values {
+        match self {
+            Self::F16 => Values::F16(values.iter().map(|c| f16::from_f64(*c)).collect()),
+            Self::I8 { steps } => {
+                let code = |(c, step): (&f64, &f32)| if *step > 0.0 { (c / f64::from(*step)).round() as i8 } else { 0 };
+                Values::I8 {
+                    codes: values.iter().zip(steps.iter().cycle()).map(code).collect(),
+                    scales: steps.iter().map(|s| f16::from_f32(*s)).collect(),
+                }
+            }
+        }
+    }
+
     /// The stored value nearest to `c`, the coefficient of plane `i`.
     pub(crate) fn round(&self, i: usize, c: f64) -> f64 {
         match self {
-            Self::F16 => f64::from(half::f16::from_f64(c)),
+            Self::F16 => f64::from(f16::from_f64(c)),
             Self::I8 { steps } => {
                 let step = f64::from(steps[i]);
                 if step > 0.0 { (c / step).round().clamp(-127.0, 127.0) * step } else { 0.0 }
@@ -174,12 +190,10 @@ impl<'a> Tile<'a> {
             }
         } else {
             self.multiply();
-            let (t0, t1) = std::env::var("HEAT").map(|h| { let (a, b) = h.split_once(',').unwrap(); (a.parse::<f32>().unwrap(), b.parse::<f32>().unwrap()) }).unwrap_or((0.0, 1.0));
-            for k in 0..stage.sweeps {
+            for _ in 0..stage.sweeps {
                 self.products();
                 let weights = self.refit(stage);
-                let heat = t0 * (1.0 - k as f32 / (stage.sweeps as f32 * t1)).max(0.0);
-                self.sweep(&weights, heat, k as u32);
+                self.sweep(&weights);
             }
         }
         self.products();
@@ -341,7 +355,7 @@ impl<'a> Tile<'a> {
     }
 
     /// One round of coordinate descent over the codes of the last group on Σ_b weights_b · (x − x_b) H̃ (x − x_b)ᵀ.
-    fn sweep(&mut self, weights: &[Vec<f64>], heat: f32, seed: u32) {
+    fn sweep(&mut self, weights: &[Vec<f64>]) {
         let (n, p) = (self.n, self.planes());
         let (tables, roots) = self.tables(weights);
         let Some(lo) = self.groups.last().map(|g| g.lo) else { return };
@@ -396,17 +410,8 @@ impl<'a> Tile<'a> {
                         let inverse = if hjj > 0.0 { 1.0 / hjj } else { 0.0 };
                         let mut goals = [[0.0; LANES]; MAX_JOINT];
                         for b in 0..q {
-                            let mut noise = [0.0f32; LANES];
-                            if heat > 0.0 {
-                                for l in 0..LANES {
-                                    let mut x = (at as u32 * 16 + l as u32).wrapping_mul(0x9E3779B1) ^ seed.wrapping_mul(0x85EBCA6B) ^ (b as u32).wrapping_mul(0xC2B2AE35);
-                                    x ^= x >> 16; x = x.wrapping_mul(0x7feb352d); x ^= x >> 15; x = x.wrapping_mul(0x846ca68b); x ^= x >> 16;
-                                    let u = (x & 0xffff) as f32 + (x >> 16) as f32;
-                                    noise[l] = (u / 65536.0 - 1.0) * heat * coefficients[s][b * p + lo + b][l];
-                                }
-                            }
                             for l in 0..LANES {
-                                goals[b][l] = (values[b][l] - g[b][l] * inverse + noise[l]) * roots[s][b][l];
+                                goals[b][l] = (values[b][l] - g[b][l] * inverse) * roots[s][b][l];
                             }
                         }
                         let z = choose(&goals[..q], &tables[s], &mut self.costs);
@@ -555,6 +560,17 @@ impl<'a> Tile<'a> {
         out
     }
 
+    /// x H̃ xᵀ of each row, without regularisation.
+    pub(crate) fn norms(&self) -> Vec<f64> {
+        let mut norms = self.xhx.clone();
+        for (c, added) in self.metric.added.iter().enumerate().filter(|(_, added)| **added > 0.0) {
+            for (r, norm) in norms.iter_mut().enumerate() {
+                *norm -= f64::from(*added) * f64::from(self.x[c * SUBS + r / LANES][r % LANES]).powi(2);
+            }
+        }
+        norms
+    }
+
     /// Errors of every level, `[level][row]`; `scale` weighs the columns for [`RowError::scaled`].
     pub(crate) fn errors(&self, scale: &[f32]) -> Vec<Vec<RowError>> {
         let p = self.planes();
@@ -579,7 +595,8 @@ impl<'a> Tile<'a> {
                     }
                     for l in 0..LANES {
                         let e = f64::from(value[l] - self.x[at][l]);
-                        let ge = if self.xh.is_empty() { e * f64::from(self.metric.diagonal[c]) } else { f64::from(g[l]) };
+                        let ge =
+                            if self.xh.is_empty() { e * f64::from(self.metric.diagonal[c]) } else { f64::from(g[l]) };
                         let sum = &mut out[b][s * LANES + l];
                         sum.output += e * (ge - e * f64::from(self.metric.added[c]));
                         sum.scaled += e * e * f64::from(scale[c]);
