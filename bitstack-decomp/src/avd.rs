@@ -2,8 +2,8 @@
 
 use crate::report::OutputMetric;
 use crate::svd::TruncatedSvd;
-use crate::{DecompError, DecomposeOptions, Decomposition, LevelError, OutputError, Parallelism, Step};
-use bitstack_core::{Basis, Block, Coefficients, Shape, SignMatrix, Values, WeightStack};
+use crate::{DecompError, DecomposeOptions, LevelError, OutputError, Parallelism, Step};
+use bitstack_core::{Basis, Block, Coefficients, Shape, SignMatrix, Values};
 use bitstack_pack::{pack_into, packed_len, row_bytes};
 use faer::linalg::matmul::matmul;
 use faer::{Accum, MatMut, MatRef, Par};
@@ -11,31 +11,8 @@ use half::f16;
 use ndarray::ArrayView2;
 use rayon::prelude::*;
 
-/// Decomposes a weight, `rows x cols`, into all its blocks.
-///
-/// # Errors
-/// Those of [`blocks`], and of each step of [`Blocks`].
-pub fn decompose(weight: ArrayView2<'_, f32>, options: &DecomposeOptions<'_>) -> Result<Decomposition, DecompError> {
-    let blocks = blocks(weight, options)?;
-    let mut stack = WeightStack::new(blocks.shape);
-    let mut errors = Vec::with_capacity(blocks.len());
-    for step in blocks {
-        let step = step?;
-        stack.push(step.block)?;
-        errors.push(step.error);
-    }
-    Ok(Decomposition { stack, errors })
-}
-
-/// Decomposes a weight, `rows x cols`, block after block: each is computed when it is asked for, so one can stop at an error that is
-/// low enough.
-///
-/// Takes about 4 bytes per weight while it runs, and 4 · cols² more when there is a Gram matrix; [`crate::Svd::Exact`] several times that.
-///
-/// # Errors
-/// When the weight is empty or has values that are not finite, when the rank is 0 or above min(rows, cols), when no blocks are asked
-/// for, and when scales or Gram matrix do not fit the weight.
-pub fn blocks(weight: ArrayView2<'_, f32>, options: &DecomposeOptions<'_>) -> Result<Blocks, DecompError> {
+/// Checks the input and makes the state of the loop.
+pub(crate) fn blocks(weight: ArrayView2<'_, f32>, options: &DecomposeOptions<'_>) -> Result<Blocks, DecompError> {
     let (rows, cols) = weight.dim();
     let shape = Shape::new(rows, cols)?;
     let rank = options.rank;
@@ -83,11 +60,8 @@ pub fn blocks(weight: ArrayView2<'_, f32>, options: &DecomposeOptions<'_>) -> Re
     })
 }
 
-/// The blocks of a weight, each with the error of the weight up to it. Made by [`blocks`].
-///
-/// An error ends the iteration: [`DecompError::FactorOverflow`] for weights beyond the range of f16 factors, above about 10⁹;
-/// [`DecompError::SvdFailed`].
-pub struct Blocks {
+/// The loop over blocks.
+pub(crate) struct Blocks {
     shape: Shape,
     rank: usize,
     done: usize,

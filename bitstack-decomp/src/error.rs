@@ -14,6 +14,22 @@ pub enum DecompError {
         /// Columns of the weight.
         cols: usize,
     },
+    /// Nested codes of another rank than 1.
+    #[error("nested codes have rank 1, got {rank}")]
+    NestedRank {
+        /// The rank asked for.
+        rank: usize,
+    },
+    /// A setting of nested codes out of its range.
+    #[error("{setting} of nested codes must be {expected}, got {value}")]
+    NestedSetting {
+        /// The setting.
+        setting: &'static str,
+        /// What it must be.
+        expected: &'static str,
+        /// What it is.
+        value: f64,
+    },
     /// No blocks were asked for.
     #[error("a weight needs at least one block, got 0")]
     NoBlocks,

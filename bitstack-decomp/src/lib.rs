@@ -2,12 +2,14 @@
 #![forbid(unsafe_code)]
 
 mod avd;
+mod blocks;
 mod error;
+mod nested;
 mod options;
 mod report;
 mod svd;
 
-pub use avd::{Blocks, blocks, decompose};
+pub use blocks::{Blocks, blocks, decompose};
 pub use error::DecompError;
-pub use options::{DecomposeOptions, Parallelism, Svd};
+pub use options::{DecomposeOptions, Method, Nested, Parallelism, Svd};
 pub use report::{Decomposition, LevelError, OutputError, Step};

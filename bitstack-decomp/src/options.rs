@@ -1,4 +1,4 @@
-use bitstack_core::Scales;
+use bitstack_core::{FactorType, Scales};
 use faer::Par;
 use ndarray::ArrayView2;
 
@@ -34,11 +34,99 @@ impl Parallelism {
     }
 }
 
+/// How the blocks of a weight are found.
+#[derive(Debug, Clone, PartialEq, Default)]
+#[non_exhaustive]
+pub enum Method {
+    /// The absolute-value decomposition of the paper: one residual block after the other.
+    #[default]
+    Avd,
+    /// Nested codes: the sign planes of a weight chosen jointly, rank 1. See [the crate's documentation](crate#nested-codes).
+    Nested(Nested),
+}
+
+/// Settings of nested codes. The defaults and what else was tried are in [the crate's documentation](crate#nested-codes).
+#[derive(Debug, Clone, PartialEq)]
+pub struct Nested {
+    pub(crate) joint: usize,
+    pub(crate) sweeps: usize,
+    pub(crate) range: f64,
+    pub(crate) ratio: f64,
+    pub(crate) level_weights: Vec<f64>,
+    pub(crate) diagonal: f64,
+    pub(crate) damping: f64,
+    pub(crate) factors: FactorType,
+}
+
+impl Default for Nested {
+    fn default() -> Self {
+        Self {
+            joint: 6,
+            sweeps: 3,
+            range: 1.25,
+            ratio: 0.58,
+            level_weights: vec![0.3, 2.0, 2.0, 2.0, 1.0, 1.0, 1.0, 1.0],
+            diagonal: 0.0,
+            damping: 0.01,
+            factors: FactorType::I8,
+        }
+    }
+}
+
+impl Nested {
+    /// Most planes that can be chosen jointly.
+    pub const MAX_JOINT: usize = crate::nested::MAX_JOINT;
+
+    /// Planes chosen jointly, 1 to [`Nested::MAX_JOINT`]; later planes are found one at a time. Fewer make the lower levels better.
+    pub fn joint(self, joint: usize) -> Self {
+        Self { joint, ..self }
+    }
+
+    /// Rounds of coordinate descent over the codes. Each costs about `4 · planes · cols` floating-point operations per weight, and
+    /// without a Gram matrix much less.
+    pub fn sweeps(self, sweeps: usize) -> Self {
+        Self { sweeps, ..self }
+    }
+
+    /// Where the level values start from: the magnitude of the first plane, in standard deviations of the weights, and the ratio of the
+    /// magnitude of each plane to the one before. All planes together reach `range · (1 + ratio + ratio² + ..)`. A larger range makes
+    /// the upper levels better and the lower ones worse; a ratio above 1/2 gives lower levels the freedom to differ from the upper.
+    pub fn range(self, range: f64, ratio: f64) -> Self {
+        Self { range, ratio, ..self }
+    }
+
+    /// How much each level counts, the first first: what is minimised is Π_b error_b^weight_b. Levels beyond the list take its last
+    /// weight.
+    pub fn level_weights(self, weights: &[f64]) -> Self {
+        Self { level_weights: weights.to_vec(), ..self }
+    }
+
+    /// Share of the diagonal of the Gram matrix that is added to it, for Gram matrices of few tokens.
+    pub fn diagonal(self, share: f64) -> Self {
+        Self { diagonal: share, ..self }
+    }
+
+    /// Share of the diagonal that is added, beyond [`Nested::diagonal`], for the error feedback only.
+    pub fn damping(self, share: f64) -> Self {
+        Self { damping: share, ..self }
+    }
+
+    /// How basis and coefficients are stored. [`FactorType::I8`] still gives f16 where 8 bits would be too coarse: a basis whose
+    /// smallest value is below 1/16 of its largest, rows whose root mean square is below a quarter of the largest row's.
+    pub fn factors(self, factors: FactorType) -> Self {
+        Self { factors, ..self }
+    }
+
+    pub(crate) fn level_weight(&self, b: usize) -> f64 {
+        self.level_weights.get(b).or(self.level_weights.last()).copied().unwrap_or(1.0)
+    }
+}
+
 /// What to decompose into, and how. The lifetime is that of the inputs that belong to one weight, its scales and its Gram matrix;
 /// options without them are cloned and completed for each weight:
 ///
 /// ```
-/// use bitstack_core::Scales;
+/// use bitstack_core::{FactorType, Scales};
 /// use bitstack_decomp::DecomposeOptions;
 /// let options = DecomposeOptions::new(16, 8).seed(42);
 /// for cols in [64, 128] {
@@ -52,6 +140,7 @@ pub struct DecomposeOptions<'a> {
     pub(crate) n_blocks: usize,
     pub(crate) seed: u64,
     pub(crate) svd: Svd,
+    pub(crate) method: Method,
     pub(crate) parallelism: Parallelism,
     pub(crate) scales: Option<&'a Scales>,
     pub(crate) gram: Option<ArrayView2<'a, f64>>,
@@ -65,10 +154,21 @@ impl<'a> DecomposeOptions<'a> {
             n_blocks,
             seed: 0,
             svd: Svd::default(),
+            method: Method::default(),
             parallelism: Parallelism::default(),
             scales: None,
             gram: None,
         }
+    }
+
+    /// `n_blocks` blocks of nested codes, which have rank 1. They need no seed.
+    pub fn nested(n_blocks: usize, nested: Nested) -> Self {
+        Self::new(1, n_blocks).method(Method::Nested(nested))
+    }
+
+    /// How the blocks are found.
+    pub fn method(self, method: Method) -> Self {
+        Self { method, ..self }
     }
 
     /// The seed of the random start of [`Svd::Fast`]. The same input, options and seed give the same blocks.
@@ -94,8 +194,9 @@ impl<'a> DecomposeOptions<'a> {
         DecomposeOptions { scales: Some(scales), ..self.shorten() }
     }
 
-    /// The input Gram matrix H, `cols x cols`, for [`crate::LevelError::output`]. It is measured with, not optimised for. Each block
-    /// then costs another `rows · cols²` floating-point operations, more than the block itself on a large weight.
+    /// The input Gram matrix H, `cols x cols`, for [`crate::LevelError::output`]. [`Method::Avd`] measures with it and does not optimise
+    /// for it; each block then costs another `rows · cols²` floating-point operations, more than the block itself on a large weight.
+    /// [`Method::Nested`] minimises the error under it: without, it has to take the columns for independent.
     pub fn gram<'b>(self, gram: ArrayView2<'b, f64>) -> DecomposeOptions<'b>
     where
         'a: 'b,
@@ -113,6 +214,7 @@ impl<'a> DecomposeOptions<'a> {
             n_blocks: self.n_blocks,
             seed: self.seed,
             svd: self.svd,
+            method: self.method,
             parallelism: self.parallelism,
             scales: self.scales,
             gram: self.gram.map(ArrayView2::reborrow),

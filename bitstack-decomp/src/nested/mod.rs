@@ -1,0 +1,361 @@
+//! Nested codes: what they are and why is in the crate's documentation. Here: the input, the normalisation, and the blocks; the work on
+//! the rows is in [`tile`].
+
+mod choose;
+mod linear;
+mod metric;
+mod scalar;
+mod tile;
+
+use crate::{DecompError, DecomposeOptions, LevelError, Nested, OutputError, Parallelism, Step};
+use bitstack_core::{Basis, Block, Coefficients, FactorType, Shape, SignMatrix, Values};
+use bitstack_pack::{packed_len, row_bytes};
+use choose::LANES;
+pub(crate) use choose::MAX_JOINT;
+use half::f16;
+use metric::{Metric, Regularisation};
+use ndarray::ArrayView2;
+use rayon::prelude::*;
+use tile::{Grid, RowError, SUBS, Stage, TILE, Tile};
+
+/// Rounds of Lloyd's iteration on the level values before any row is seen. More take the ratio of the planes to the 1/2 that is best for
+/// a weight without neighbours, and worse under H.
+const LLOYD_ROUNDS: usize = 1;
+/// The first magnitude of a plane after the joint ones, in mean magnitudes of the residual: more than 1, for the sake of its tails.
+const GAIN: f64 = 1.15;
+/// Room in the 8-bit coefficients for what refits make of them, and for planes after the joint ones, which are known less well.
+const JOINT_MARGIN: f64 = 1.3;
+const LATER_MARGIN: f64 = 2.0;
+
+/// All steps of a weight.
+pub(crate) fn steps(
+    weight: ArrayView2<'_, f32>,
+    options: &DecomposeOptions<'_>,
+    nested: &Nested,
+) -> Result<Vec<Step>, DecompError> {
+    let (rows, cols) = weight.dim();
+    Shape::new(rows, cols)?;
+    packed_len(rows, cols)?;
+    check(weight, options, nested)?;
+    let ones;
+    let s = match options.scales {
+        Some(scales) => scales.as_slice(),
+        None => {
+            ones = vec![1.0f32; cols];
+            &ones
+        }
+    };
+
+    let envelope = balance(weight, s);
+    let (a_max, v_max) = (largest(&envelope.rows), largest(&envelope.cols));
+    // The magnitudes of all planes together are the largest coefficient there can be, refits aside.
+    let reach = nested.range / (1.0 - nested.ratio);
+    for (vector, magnitude) in [(0, a_max * reach.max(2.0) * LATER_MARGIN), (1, v_max)] {
+        if f16::from_f64(magnitude).is_infinite() {
+            return Err(DecompError::FactorOverflow { block: 1, vector, magnitude });
+        }
+    }
+    let (basis, v) = store_basis(&envelope.cols, nested.factors)?;
+    let inverse: Vec<f32> = v.iter().map(|v| if *v > 0.0 { (1.0 / v) as f32 } else { 0.0 }).collect();
+
+    // Columns that matter most come first: their errors can still be made up for by those that follow.
+    let mut order: Vec<usize> = (0..cols).collect();
+    if let Some(gram) = options.gram {
+        order.sort_by(|&i, &j| (gram[[j, j]] * v[j] * v[j]).total_cmp(&(gram[[i, i]] * v[i] * v[i])));
+    }
+    // Errors per column, for the error of W·diag(s), and for everything when there is no H.
+    let weights: Vec<f64> = v.iter().zip(s).map(|(v, s)| (v * f64::from(*s)).powi(2)).collect();
+    let columns = Metric::diagonal(&weights, &order);
+    let full = options.gram.map(|gram| {
+        let regularise = Regularisation { diagonal: nested.diagonal, damping: nested.damping };
+        Metric::full(gram, &v, &order, regularise)
+    });
+    let metric = full.as_ref().unwrap_or(&columns);
+
+    let q = nested.joint.min(options.n_blocks);
+    let weights: Vec<f64> = (0..q).map(|b| nested.level_weight(b)).collect();
+    let start: Vec<f64> = (0..q).map(|i| nested.range * nested.ratio.powi(i as i32)).collect();
+    let levels = scalar::design(&sample(weight, &envelope.rows, &inverse), &weights, &start, LLOYD_ROUNDS);
+    let plan = Plan {
+        metric,
+        columns: &columns,
+        omega: weights.iter().zip(&levels.errors).map(|(w, e)| w / e).collect(),
+        grids: grids(&levels.coefficients, &envelope.rows, options.n_blocks, nested),
+        weights,
+        levels: levels.coefficients,
+        sweeps: nested.sweeps,
+        rows: &envelope.rows,
+        order,
+        inverse,
+    };
+    let starts: Vec<usize> = (0..rows).step_by(TILE).collect();
+    let tiles: Vec<Done> = match options.parallelism {
+        Parallelism::Seq => starts.iter().map(|&first| plan.tile(weight, first)).collect(),
+        Parallelism::Rayon => starts.par_iter().with_max_len(1).map(|&first| plan.tile(weight, first)).collect(),
+    };
+
+    // Sums over tiles in their order, so that threads do not change them.
+    let mut scaled_norm = 0.0f64;
+    for row in weight.rows() {
+        scaled_norm += row.iter().zip(s).map(|(w, s)| (f64::from(*w) * f64::from(*s)).powi(2)).sum::<f64>();
+    }
+    let output_norm = metric.unit * tiles.iter().map(|t| t.output_norm).sum::<f64>();
+    let ratio = |part: f64, whole: f64| if whole > 0.0 { part / whole } else { 0.0 };
+    let mut steps = Vec::with_capacity(options.n_blocks);
+    for b in 0..options.n_blocks {
+        let mut signs = Vec::with_capacity(rows * row_bytes(cols));
+        let mut values = Vec::with_capacity(rows * (b + 1));
+        let mut error = RowError::default();
+        for tile in &tiles {
+            signs.extend_from_slice(&tile.signs[b]);
+            values.extend_from_slice(&tile.coefficients[b]);
+            error.scaled += tile.errors[b].scaled;
+            error.output += tile.errors[b].output;
+        }
+        let squared = error.scaled * columns.unit;
+        // H̃ is positive semidefinite; the rounding of its products is not.
+        let output = (error.output * metric.unit).max(0.0);
+        steps.push(Step {
+            block: Block {
+                signs: SignMatrix::from_bytes(rows, cols, signs)?,
+                basis: (b == 0).then(|| basis.clone()),
+                coefficients: Coefficients::new(rows, b + 1, 1, plan.grids[b].store(&values))?,
+            },
+            error: LevelError {
+                squared_error: squared,
+                relative_error: ratio(squared, scaled_norm).sqrt(),
+                output: options
+                    .gram
+                    .map(|_| OutputError { squared_error: output, relative_error: ratio(output, output_norm) }),
+            },
+        });
+    }
+    Ok(steps)
+}
+
+fn check(weight: ArrayView2<'_, f32>, options: &DecomposeOptions<'_>, nested: &Nested) -> Result<(), DecompError> {
+    let cols = weight.ncols();
+    if options.rank != 1 {
+        return Err(DecompError::NestedRank { rank: options.rank });
+    }
+    if options.n_blocks == 0 {
+        return Err(DecompError::NoBlocks);
+    }
+    let setting = |setting, expected, value: f64, good: bool| {
+        if good { Ok(()) } else { Err(DecompError::NestedSetting { setting, expected, value }) }
+    };
+    let joint = nested.joint as f64;
+    setting("the number of joint planes", "from 1 to 8", joint, (1..=MAX_JOINT).contains(&nested.joint))?;
+    setting("the range", "from 0.1 to 10", nested.range, (0.1..=10.0).contains(&nested.range))?;
+    setting("the ratio", "from 0.1 to 0.9", nested.ratio, (0.1..=0.9).contains(&nested.ratio))?;
+    for &w in &nested.level_weights {
+        setting("the weight of a level", "from 1e-6 to 1e6", w, (1e-6..=1e6).contains(&w))?;
+    }
+    for share in [nested.diagonal, nested.damping] {
+        setting("a share of the diagonal", "from 0 to 1e3", share, (0.0..=1e3).contains(&share))?;
+    }
+    for ((row, col), &value) in weight.indexed_iter() {
+        if !value.is_finite() {
+            return Err(DecompError::WeightNotFinite { row, col, value });
+        }
+    }
+    if let Some(scales) = options.scales
+        && scales.as_slice().len() != cols
+    {
+        return Err(DecompError::ScalesLength { len: scales.as_slice().len(), cols });
+    }
+    if let Some(gram) = options.gram {
+        if gram.dim() != (cols, cols) {
+            return Err(DecompError::GramShape { rows: gram.nrows(), cols: gram.ncols(), expected: cols });
+        }
+        for ((row, col), &value) in gram.indexed_iter() {
+            if !value.is_finite() {
+                return Err(DecompError::GramNotFinite { row, col, value });
+            }
+        }
+    }
+    Ok(())
+}
+
+/// What is the same for all tiles of a weight.
+struct Plan<'a> {
+    metric: &'a Metric,
+    columns: &'a Metric,
+    weights: Vec<f64>,
+    omega: Vec<f64>,
+    levels: Vec<Vec<f64>>,
+    /// One per block.
+    grids: Vec<Grid>,
+    sweeps: usize,
+    /// a of every row.
+    rows: &'a [f64],
+    order: Vec<usize>,
+    /// 1 / v, 0 where v is.
+    inverse: Vec<f32>,
+}
+
+/// A finished tile, one entry per level, errors in normalised columns.
+struct Done {
+    signs: Vec<Vec<u8>>,
+    coefficients: Vec<Vec<f64>>,
+    errors: Vec<RowError>,
+    output_norm: f64,
+}
+
+impl Plan<'_> {
+    fn tile(&self, weight: ArrayView2<'_, f32>, first: usize) -> Done {
+        let (rows, cols) = weight.dim();
+        let here = TILE.min(rows - first);
+        let mut a = self.rows[first..first + here].to_vec();
+        a.resize(TILE, 0.0);
+        let mut x = vec![[0.0f32; LANES]; cols * SUBS];
+        for r in 0..here {
+            let scale = if a[r] > 0.0 { 1.0 / a[r] } else { 0.0 };
+            for (j, &c) in self.order.iter().enumerate() {
+                x[j * SUBS + r / LANES][r % LANES] =
+                    (f64::from(weight[[first + r, c]]) * scale * f64::from(self.inverse[c])) as f32;
+            }
+        }
+        let mut tile = Tile::new(self.metric, x, a.clone());
+        let q = self.weights.len();
+        let (omega, weights, sweeps) = (&self.omega, &self.weights, self.sweeps);
+        tile.stage(&Stage { q, omega, weights, sweeps, grids: &self.grids[..q] }, &self.levels, &[1.0; TILE]);
+        for p in q..self.grids.len() {
+            let size: Vec<f64> = tile.residual().iter().map(|r| r * GAIN).collect();
+            let stage = Stage { q: 1, omega: &[1.0], weights: &[1.0], sweeps, grids: &self.grids[p..=p] };
+            tile.stage(&stage, &[vec![1.0]], &size);
+        }
+
+        let n_blocks = self.grids.len();
+        let mut signs = vec![vec![0u8; here * row_bytes(cols)]; n_blocks];
+        for (i, bytes) in signs.iter_mut().enumerate() {
+            for (row, bytes) in bytes.chunks_exact_mut(row_bytes(cols)).enumerate() {
+                for (j, &c) in self.order.iter().enumerate() {
+                    bytes[c / 8] |= u8::from(tile.positive(i, j, row)) << (c % 8);
+                }
+            }
+        }
+        let coefficients = (0..n_blocks)
+            .map(|b| {
+                (0..here)
+                    .flat_map(|r| tile.coefficients[b].iter().map(move |c| (r, c)))
+                    .map(|(r, c)| c[r] * a[r])
+                    .collect()
+            })
+            .collect();
+        let errors = tile.errors(&self.columns.diagonal);
+        let sum = |rows: &Vec<RowError>| {
+            let mut sum = RowError::default();
+            for (error, a) in rows.iter().zip(&a) {
+                sum.scaled += error.scaled * a * a;
+                sum.output += error.output * a * a;
+            }
+            sum
+        };
+        Done {
+            signs,
+            coefficients,
+            errors: errors.iter().map(sum).collect(),
+            output_norm: tile.norms().iter().zip(&a).map(|(n, a)| n * a * a).sum(),
+        }
+    }
+}
+
+/// How the coefficients of each level are stored.
+fn grids(levels: &[Vec<f64>], rows: &[f64], n_blocks: usize, nested: &Nested) -> Vec<Grid> {
+    let (q, a_max) = (levels.len(), largest(rows));
+    let mean_square = rows.iter().map(|a| a * a).sum::<f64>() / rows.len() as f64;
+    if nested.factors == FactorType::F16 || mean_square * 16.0 < a_max * a_max {
+        return vec![Grid::F16; n_blocks];
+    }
+    let step = |c: f64, margin: f64| f16::from_f64(c.abs() * a_max * margin / 127.0).to_f32();
+    (0..n_blocks)
+        .map(|b| {
+            let known = &levels[b.min(q - 1)];
+            let mut steps: Vec<f32> = known.iter().map(|c| step(*c, JOINT_MARGIN)).collect();
+            let mut c = known[known.len() - 1];
+            for _ in q..=b {
+                c *= nested.ratio.max(0.5);
+                steps.push(step(c, LATER_MARGIN));
+            }
+            Grid::I8 { steps }
+        })
+        .collect()
+}
+
+/// A rank-1 envelope a vᵀ of |W|.
+struct Envelope {
+    rows: Vec<f64>,
+    cols: Vec<f64>,
+}
+
+/// Rows and columns of W·diag(s) / (a bᵀ) get root mean square 1; v = b / s.
+fn balance(weight: ArrayView2<'_, f32>, s: &[f32]) -> Envelope {
+    const ROUNDS: usize = 6;
+    let (rows, cols) = weight.dim();
+    let (mut a, mut b) = (vec![1.0f64; rows], vec![1.0f64; cols]);
+    for _ in 0..ROUNDS {
+        let inverse: Vec<f64> =
+            b.iter().zip(s).map(|(b, s)| if *b > 0.0 { (f64::from(*s) / b).powi(2) } else { 0.0 }).collect();
+        let live_cols = b.iter().filter(|b| **b > 0.0).count().max(1) as f64;
+        let mut live_rows = 0usize;
+        let mut sums = vec![0.0f64; cols];
+        for (row, a) in weight.rows().into_iter().zip(&mut a) {
+            *a = (row.iter().zip(&inverse).map(|(w, i)| f64::from(*w).powi(2) * i).sum::<f64>() / live_cols).sqrt();
+            if *a > 0.0 {
+                live_rows += 1;
+                let inverse = 1.0 / (*a * *a);
+                sums.iter_mut().zip(row).for_each(|(s, w)| *s += f64::from(*w).powi(2) * inverse);
+            }
+        }
+        for ((b, sum), s) in b.iter_mut().zip(&sums).zip(s) {
+            *b = (sum / live_rows.max(1) as f64).sqrt() * f64::from(*s);
+        }
+    }
+    let mut v: Vec<f64> = b.iter().zip(s).map(|(b, s)| b / f64::from(*s)).collect();
+    // The magnitude is split evenly, so that both factors stay well inside f16's range.
+    let rms = |x: &[f64]| (x.iter().map(|x| x * x).sum::<f64>() / x.len() as f64).sqrt();
+    let (ra, rv) = (rms(&a), rms(&v));
+    if ra > 0.0 && rv > 0.0 {
+        let f = (ra / rv).sqrt();
+        v.iter_mut().for_each(|v| *v *= f);
+        a.iter_mut().for_each(|a| *a /= f);
+    }
+    Envelope { rows: a, cols: v }
+}
+
+/// The basis as stored, and its values. An error of ε in a value makes the steps of its column larger or smaller by ε, no more.
+fn store_basis(v: &[f64], factors: FactorType) -> Result<(Basis, Vec<f64>), DecompError> {
+    /// The smallest code of a value that is not zero: its rounding is at most 1/16 of it.
+    const SMALLEST: f64 = 8.0;
+    let max = largest(v);
+    let min = v.iter().filter(|v| **v > 0.0).fold(max, |m, v| m.min(*v));
+    let scale = f16::from_f64(max / 127.0);
+    let values = if factors == FactorType::I8 && scale.is_normal() && min * 127.0 >= SMALLEST * max {
+        let codes = v.iter().map(|v| (v / scale.to_f64()).round().min(127.0) as i8).collect();
+        Values::I8 { codes, scales: vec![scale] }
+    } else {
+        Values::F16(v.iter().map(|v| f16::from_f64(*v)).collect())
+    };
+    let basis = Basis::new(1, v.len(), values)?;
+    let stored = (0..v.len()).map(|c| f64::from(basis.view().get(0, c))).collect();
+    Ok((basis, stored))
+}
+
+/// Normalised weights, evenly spread over the matrix.
+fn sample(weight: ArrayView2<'_, f32>, a: &[f64], inverse: &[f32]) -> Vec<f32> {
+    const SIZE: usize = 2048;
+    let (rows, cols) = weight.dim();
+    let n = SIZE.min(rows * cols);
+    (0..n)
+        .map(|k| {
+            // Rows evenly spaced, columns by a stride that no ordinary width is a multiple of.
+            let (r, c) = ((k as u128 * rows as u128 / n as u128) as usize, k.wrapping_mul(7919) % cols);
+            if a[r] > 0.0 { (f64::from(weight[[r, c]]) / a[r] * f64::from(inverse[c])) as f32 } else { 0.0 }
+        })
+        .collect()
+}
+
+fn largest(values: &[f64]) -> f64 {
+    values.iter().fold(0.0, |m, v| m.max(*v))
+}

@@ -1,0 +1,650 @@
+//! The work on a tile of rows: error feedback, sweeps and refits. Rows are independent given H, so tiles are too.
+//!
+//! Everything is in normalised coordinates: x = W / (a vᵀ), planes are ±1, errors are measured by H̃ of [`Metric`]. Rows lie in lanes
+//! ([`LANES`] at a time); an array over columns has, for each column, `SUBS` groups of lanes, each with one lane array per level or plane.
+
+use super::choose::{Costs, LANES, Lane, MAX_JOINT, choose, nodes_before, signs};
+use super::linear::solve_symmetric;
+use super::metric::Metric;
+use bitstack_core::Values;
+use faer::linalg::matmul::matmul;
+use faer::{Accum, MatMut, MatRef, Par};
+use half::f16;
+
+/// Groups of lanes in a tile.
+pub(crate) const SUBS: usize = 4;
+/// Rows of a tile.
+pub(crate) const TILE: usize = SUBS * LANES;
+/// Columns worked on before the rest is brought up to date by a matrix product.
+const BLOCK: usize = 64;
+
+/// How stored coefficients are rounded.
+#[derive(Debug, Clone)]
+pub(crate) enum Grid {
+    /// To the nearest f16.
+    F16,
+    /// To multiples -127..=127 of a step.
+    I8 {
+        /// The step of each plane.
+        steps: Vec<f32>,
+    },
+}
+
+impl Grid {
+    /// Coefficients on the grid, `rows x planes`, as they are stored.
+    pub(crate) fn store(&self, values: &[f64]) -> Values {
+        match self {
+            Self::F16 => Values::F16(values.iter().map(|c| f16::from_f64(*c)).collect()),
+            Self::I8 { steps } => {
+                let code = |(c, step): (&f64, &f32)| if *step > 0.0 { (c / f64::from(*step)).round() as i8 } else { 0 };
+                Values::I8 {
+                    codes: values.iter().zip(steps.iter().cycle()).map(code).collect(),
+                    scales: steps.iter().map(|s| f16::from_f32(*s)).collect(),
+                }
+            }
+        }
+    }
+
+    /// The stored value nearest to `c`, the coefficient of plane `i`.
+    pub(crate) fn round(&self, i: usize, c: f64) -> f64 {
+        match self {
+            Self::F16 => f64::from(f16::from_f64(c)),
+            Self::I8 { steps } => {
+                let step = f64::from(steps[i]);
+                if step > 0.0 { (c / step).round().clamp(-127.0, 127.0) * step } else { 0.0 }
+            }
+        }
+    }
+}
+
+/// Planes chosen jointly, and H̃ times them.
+pub(crate) struct Group {
+    /// The first plane, from 0.
+    lo: usize,
+    /// The number of planes.
+    q: usize,
+    /// Codes, `cols x SUBS`.
+    z: Vec<[u8; LANES]>,
+    /// H̃ P for each plane P, `cols x SUBS x q`; empty for a diagonal metric.
+    ph: Vec<Lane>,
+}
+
+/// What one stage (one group of planes) is to do.
+pub(crate) struct Stage<'a> {
+    /// Planes in the group.
+    pub(crate) q: usize,
+    /// Weight of each level in the feedback pass: relative to one another.
+    pub(crate) omega: &'a [f64],
+    /// Weight of each level in the sweeps.
+    pub(crate) weights: &'a [f64],
+    /// Rounds of coordinate descent.
+    pub(crate) sweeps: usize,
+    /// Rounding of the coefficients of each level of this stage.
+    pub(crate) grids: &'a [Grid],
+}
+
+/// Errors of one row at one level.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct RowError {
+    /// (x − x_b) H̃ (x − x_b)ᵀ, without regularisation.
+    pub(crate) output: f64,
+    /// Σ_c scale_c (x − x_b)_c².
+    pub(crate) scaled: f64,
+}
+
+/// A tile in work.
+pub(crate) struct Tile<'a> {
+    metric: &'a Metric,
+    n: usize,
+    /// Normalised weights, `cols x SUBS`.
+    x: Vec<Lane>,
+    /// H̃ x, `cols x SUBS`; empty for a diagonal metric.
+    xh: Vec<Lane>,
+    /// x H̃ xᵀ per row.
+    xhx: Vec<f64>,
+    /// a per row.
+    row_scale: Vec<f64>,
+    groups: Vec<Group>,
+    /// `coefficients[level][plane][row]`, normalised.
+    pub(crate) coefficients: Vec<Vec<Vec<f64>>>,
+    /// P H̃ Pᵀ, `gram[i][k][row]`, k <= i.
+    gram: Vec<Vec<Vec<f64>>>,
+    /// P H̃ x, `dot[i][row]`.
+    dot: Vec<Vec<f64>>,
+    costs: Box<Costs>,
+}
+
+fn matrix(data: &[Lane], rows: usize, width: usize) -> MatRef<'_, f32> {
+    MatRef::from_row_major_slice(data.as_flattened(), rows, width * LANES)
+}
+
+fn matrix_mut(data: &mut [Lane], rows: usize, width: usize) -> MatMut<'_, f32> {
+    MatMut::from_row_major_slice_mut(data.as_flattened_mut(), rows, width * LANES)
+}
+
+impl<'a> Tile<'a> {
+    /// `x`: `cols x SUBS` normalised weights; `row_scale`: a of each row.
+    pub(crate) fn new(metric: &'a Metric, x: Vec<Lane>, row_scale: Vec<f64>) -> Self {
+        let n = metric.n;
+        let mut xh = Vec::new();
+        if let Some(full) = &metric.full {
+            xh = vec![[0.0; LANES]; n * SUBS];
+            let h = MatRef::from_row_major_slice(&full.h, n, n);
+            matmul(matrix_mut(&mut xh, n, SUBS), Accum::Replace, h, matrix(&x, n, SUBS), 1.0, Par::Seq);
+        }
+        let mut xhx = vec![0.0f64; TILE];
+        for c in 0..n {
+            for s in 0..SUBS {
+                for l in 0..LANES {
+                    let v = x[c * SUBS + s][l];
+                    let hv = if xh.is_empty() { metric.diagonal[c] * v } else { xh[c * SUBS + s][l] };
+                    xhx[s * LANES + l] += f64::from(v) * f64::from(hv);
+                }
+            }
+        }
+        Self {
+            metric,
+            n,
+            x,
+            xh,
+            xhx,
+            row_scale,
+            groups: Vec::new(),
+            coefficients: Vec::new(),
+            gram: Vec::new(),
+            dot: Vec::new(),
+            costs: Box::new([[0.0; LANES]; 1 << MAX_JOINT]),
+        }
+    }
+
+    fn planes(&self) -> usize {
+        self.coefficients.len()
+    }
+
+    /// Adds a group of planes whose level values start at `levels[b][i]` (planes of the group only), times `scale` of each row.
+    pub(crate) fn stage(&mut self, stage: &Stage<'_>, levels: &[Vec<f64>], scale: &[f64]) {
+        let (q, lo) = (stage.q, self.planes());
+        for b in 0..q {
+            let mut level: Vec<Vec<f64>> = if lo == 0 { Vec::new() } else { self.coefficients[lo - 1].clone() };
+            for i in 0..=b {
+                level.push((0..TILE).map(|r| levels[b][i] * scale[r]).collect());
+            }
+            for (i, rows) in level.iter_mut().enumerate() {
+                for (r, c) in rows.iter_mut().enumerate() {
+                    *c = round(&stage.grids[b], i, *c, self.row_scale[r]);
+                }
+            }
+            self.coefficients.push(level);
+            self.gram.push(vec![vec![0.0; TILE]; lo + b + 1]);
+            self.dot.push(vec![0.0; TILE]);
+        }
+        self.groups.push(Group { lo, q, z: vec![[0; LANES]; self.n * SUBS], ph: Vec::new() });
+        let omega = vec![stage.omega.to_vec(); TILE];
+        self.feedback(&omega);
+        if self.metric.full.is_none() {
+            // Without H a sweep is a round of Lloyd's iteration, and feedback was none: the same loop does.
+            for _ in 0..stage.sweeps.max(2) {
+                self.products();
+                let weights = self.refit(stage);
+                self.feedback(&weights);
+            }
+        } else {
+            self.multiply();
+            for _ in 0..stage.sweeps {
+                self.products();
+                let weights = self.refit(stage);
+                self.sweep(&weights);
+            }
+        }
+        self.products();
+        self.refit(stage);
+    }
+
+    /// Mean magnitude of the residual of each row at the last level.
+    pub(crate) fn residual(&self) -> Vec<f64> {
+        let p = self.planes();
+        let mut sums = vec![0.0f64; TILE];
+        let coefficients = self.lanes(p - 1..p);
+        for c in 0..self.n {
+            for s in 0..SUBS {
+                let value = value(&self.groups, &coefficients[s], c * SUBS + s);
+                for l in 0..LANES {
+                    sums[s * LANES + l] += f64::from((self.x[c * SUBS + s][l] - value[l]).abs());
+                }
+            }
+        }
+        sums.iter().map(|s| s / self.n as f64).collect()
+    }
+
+    /// Coefficients of some levels as lanes: `[sub][(level - first) * planes + plane]`.
+    fn lanes(&self, levels: std::ops::Range<usize>) -> Vec<Vec<Lane>> {
+        let p = self.planes();
+        let mut out = vec![vec![[0.0; LANES]; levels.len() * p]; SUBS];
+        for (b, level) in levels.enumerate() {
+            for (i, rows) in self.coefficients[level].iter().enumerate() {
+                for (r, c) in rows.iter().enumerate() {
+                    out[r / LANES][b * p + i][r % LANES] = *c as f32;
+                }
+            }
+        }
+        out
+    }
+
+    /// All node values of the last group, times the root of each level's weight; and the roots.
+    fn tables(&self, weights: &[Vec<f64>]) -> (Vec<Vec<Lane>>, Vec<Vec<Lane>>) {
+        let Some(group) = self.groups.last() else { return Default::default() };
+        let q = group.q;
+        let mut tables = vec![vec![[0.0; LANES]; nodes_before(q)]; SUBS];
+        let mut roots = vec![vec![[0.0; LANES]; q]; SUBS];
+        for r in 0..TILE {
+            // Only ratios matter: the largest weight becomes 1.
+            let top = weights[r].iter().fold(0.0f64, |m, w| m.max(*w));
+            let (s, l) = (r / LANES, r % LANES);
+            for b in 0..q {
+                let root = if top > 0.0 { (weights[r][b] / top).sqrt() } else { 0.0 };
+                roots[s][b][l] = root as f32;
+                for node in 0..2usize << b {
+                    let value: f64 = (0..=b)
+                        .map(|i| {
+                            let c = self.coefficients[group.lo + b][group.lo + i][r];
+                            if (node >> (b - i)) & 1 == 1 { c } else { -c }
+                        })
+                        .sum();
+                    tables[s][nodes_before(b) + node][l] = (value * root) as f32;
+                }
+            }
+        }
+        (tables, roots)
+    }
+
+    /// One pass over the columns, each level's error fed forward into its own target; sets the codes of the last group.
+    fn feedback(&mut self, weights: &[Vec<f64>]) {
+        let (n, p) = (self.n, self.planes());
+        let (tables, roots) = self.tables(weights);
+        let Some(lo) = self.groups.last().map(|g| g.lo) else { return };
+        let coefficients = self.lanes(lo..p);
+        let Some((group, before)) = self.groups.split_last_mut() else { return };
+        let q = group.q;
+        let arch = pulp::Arch::new();
+        let Some(full) = &self.metric.full else {
+            for s in 0..SUBS {
+                arch.dispatch(|| {
+                    for c in 0..n {
+                        let at = c * SUBS + s;
+                        let mut targets = [[0.0; LANES]; MAX_JOINT];
+                        for b in 0..q {
+                            let base = value(before, &coefficients[s][b * p..], at);
+                            for l in 0..LANES {
+                                targets[b][l] = (self.x[at][l] - base[l]) * roots[s][b][l];
+                            }
+                        }
+                        group.z[at] = choose(&targets[..q], &tables[s], &mut self.costs);
+                    }
+                });
+            }
+            return;
+        };
+        let u = MatRef::from_row_major_slice(&full.u, n, n);
+        let mut carried = vec![[0.0f32; LANES]; n * SUBS * q];
+        let mut errors = vec![[0.0f32; LANES]; BLOCK * SUBS * q];
+        for j0 in (0..n).step_by(BLOCK) {
+            let j1 = n.min(j0 + BLOCK);
+            for s in 0..SUBS {
+                arch.dispatch(|| {
+                    for j in j0..j1 {
+                        let at = j * SUBS + s;
+                        let mut targets = [[0.0; LANES]; MAX_JOINT];
+                        targets[..q].copy_from_slice(&carried[at * q..at * q + q]);
+                        for i in j0..j {
+                            let f = full.u[i * n + j];
+                            let e = &errors[((i - j0) * SUBS + s) * q..][..q];
+                            for b in 0..q {
+                                for l in 0..LANES {
+                                    targets[b][l] += f * e[b][l];
+                                }
+                            }
+                        }
+                        let mut goals = [[0.0; LANES]; MAX_JOINT];
+                        let mut rest = [[0.0; LANES]; MAX_JOINT];
+                        for b in 0..q {
+                            let base = value(before, &coefficients[s][b * p..], at);
+                            for l in 0..LANES {
+                                rest[b][l] = self.x[at][l] - base[l];
+                                goals[b][l] = (rest[b][l] + targets[b][l]) * roots[s][b][l];
+                            }
+                        }
+                        let z = choose(&goals[..q], &tables[s], &mut self.costs);
+                        group.z[at] = z;
+                        let values = suffix(&z, q, lo, p, &coefficients[s]);
+                        let e = &mut errors[((j - j0) * SUBS + s) * q..][..q];
+                        for b in 0..q {
+                            for l in 0..LANES {
+                                e[b][l] = rest[b][l] - values[b][l];
+                            }
+                        }
+                    }
+                });
+            }
+            if j1 < n {
+                let m = j1 - j0;
+                let lhs = u.submatrix(j0, j1, m, n - j1).transpose();
+                let rhs = matrix(&errors[..m * SUBS * q], m, SUBS * q);
+                let out = matrix_mut(&mut carried[j1 * SUBS * q..], n - j1, SUBS * q);
+                matmul(out, Accum::Add, lhs, rhs, 1.0, Par::Seq);
+            }
+        }
+    }
+
+    /// H̃ times the planes of the last group.
+    fn multiply(&mut self) {
+        let n = self.n;
+        let (Some(full), Some(group)) = (&self.metric.full, self.groups.last_mut()) else { return };
+        let q = group.q;
+        let mut planes = vec![[0.0f32; LANES]; n * SUBS * q];
+        pulp::Arch::new().dispatch(|| {
+            for at in 0..n * SUBS {
+                for i in 0..q {
+                    planes[at * q + i] = signs(&group.z[at], q, i);
+                }
+            }
+        });
+        group.ph = vec![[0.0f32; LANES]; n * SUBS * q];
+        let h = MatRef::from_row_major_slice(&full.h, n, n);
+        let out = matrix_mut(&mut group.ph, n, SUBS * q);
+        matmul(out, Accum::Replace, h, matrix(&planes, n, SUBS * q), 1.0, Par::Seq);
+    }
+
+    /// One round of coordinate descent over the codes of the last group on Σ_b weights_b · (x − x_b) H̃ (x − x_b)ᵀ.
+    fn sweep(&mut self, weights: &[Vec<f64>]) {
+        let (n, p) = (self.n, self.planes());
+        let (tables, roots) = self.tables(weights);
+        let Some(lo) = self.groups.last().map(|g| g.lo) else { return };
+        let Some(full) = &self.metric.full else { return };
+        let coefficients = self.lanes(lo..p);
+        let Some((group, before)) = self.groups.split_last_mut() else { return };
+        let q = group.q;
+        let arch = pulp::Arch::new();
+        let h = MatRef::from_row_major_slice(&full.h, n, n);
+        let mut changes = vec![[0.0f32; LANES]; BLOCK * q];
+        let mut flips = vec![[0.0f32; LANES]; BLOCK * SUBS * q];
+        for j0 in (0..n).step_by(BLOCK) {
+            let j1 = n.min(j0 + BLOCK);
+            for s in 0..SUBS {
+                arch.dispatch(|| {
+                    for j in j0..j1 {
+                        let at = j * SUBS + s;
+                        let hjj = full.h[j * n + j];
+                        // The gradient of each level's error with respect to its value here.
+                        let mut g = [[0.0f32; LANES]; MAX_JOINT];
+                        let ph = &group.ph[at * q..at * q + q];
+                        for b in 0..q {
+                            let u = &coefficients[s][b * p..];
+                            for l in 0..LANES {
+                                g[b][l] = -self.xh[at][l];
+                            }
+                            for other in before.iter() {
+                                for i in 0..other.q {
+                                    let ph = &other.ph[at * other.q + i];
+                                    for l in 0..LANES {
+                                        g[b][l] += u[other.lo + i][l] * ph[l];
+                                    }
+                                }
+                            }
+                            for i in 0..=b {
+                                for l in 0..LANES {
+                                    g[b][l] += u[lo + i][l] * ph[i][l];
+                                }
+                            }
+                        }
+                        for i in j0..j {
+                            let f = full.h[i * n + j];
+                            let d = &changes[(i - j0) * q..][..q];
+                            for b in 0..q {
+                                for l in 0..LANES {
+                                    g[b][l] += f * d[b][l];
+                                }
+                            }
+                        }
+                        let old = group.z[at];
+                        let values = suffix(&old, q, lo, p, &coefficients[s]);
+                        let inverse = if hjj > 0.0 { 1.0 / hjj } else { 0.0 };
+                        let mut goals = [[0.0; LANES]; MAX_JOINT];
+                        for b in 0..q {
+                            for l in 0..LANES {
+                                goals[b][l] = (values[b][l] - g[b][l] * inverse) * roots[s][b][l];
+                            }
+                        }
+                        let z = choose(&goals[..q], &tables[s], &mut self.costs);
+                        group.z[at] = z;
+                        let after = suffix(&z, q, lo, p, &coefficients[s]);
+                        let d = &mut changes[(j - j0) * q..][..q];
+                        let flips = &mut flips[((j - j0) * SUBS + s) * q..][..q];
+                        for b in 0..q {
+                            let (then, now) = (signs(&old, q, b), signs(&z, q, b));
+                            for l in 0..LANES {
+                                d[b][l] = after[b][l] - values[b][l];
+                                flips[b][l] = now[l] - then[l];
+                            }
+                        }
+                    }
+                });
+            }
+            let m = j1 - j0;
+            let lhs = h.submatrix(0, j0, n, m);
+            let rhs = matrix(&flips[..m * SUBS * q], m, SUBS * q);
+            matmul(matrix_mut(&mut group.ph, n, SUBS * q), Accum::Add, lhs, rhs, 1.0, Par::Seq);
+        }
+    }
+
+    /// Inner products of the planes of the last group with all planes and with x, under H̃.
+    fn products(&mut self) {
+        let n = self.n;
+        let Some((group, before)) = self.groups.split_last() else { return };
+        let (q, lo) = (group.q, group.lo);
+        let p = lo + q;
+        for i in lo..p {
+            self.gram[i].iter_mut().for_each(|row| row.fill(0.0));
+            self.dot[i].fill(0.0);
+        }
+        let arch = pulp::Arch::new();
+        let mut plane = vec![[0.0f32; LANES]; BLOCK * p];
+        let mut products = vec![[0.0f32; LANES]; BLOCK * q];
+        let mut part = vec![[0.0f32; LANES]; q * (p + 1)];
+        for j0 in (0..n).step_by(BLOCK) {
+            let m = BLOCK.min(n - j0);
+            for s in 0..SUBS {
+                part.fill([0.0; LANES]);
+                arch.dispatch(|| {
+                    for j in 0..m {
+                        let at = (j0 + j) * SUBS + s;
+                        for g in before.iter().chain([group]) {
+                            for i in 0..g.q {
+                                plane[(g.lo + i) * BLOCK + j] = signs(&g.z[at], g.q, i);
+                            }
+                        }
+                        for i in 0..q {
+                            products[i * BLOCK + j] = if group.ph.is_empty() {
+                                let h = self.metric.diagonal[j0 + j];
+                                plane[(lo + i) * BLOCK + j].map(|x| x * h)
+                            } else {
+                                group.ph[at * q + i]
+                            };
+                        }
+                    }
+                    for i in 0..q {
+                        let ph = &products[i * BLOCK..][..m];
+                        for k in 0..=lo + i {
+                            let mut sum = [0.0f32; LANES];
+                            for (a, b) in ph.iter().zip(&plane[k * BLOCK..][..m]) {
+                                for l in 0..LANES {
+                                    sum[l] += a[l] * b[l];
+                                }
+                            }
+                            part[i * (p + 1) + k] = sum;
+                        }
+                        let mut sum = [0.0f32; LANES];
+                        for (j, a) in ph.iter().enumerate() {
+                            for l in 0..LANES {
+                                sum[l] += a[l] * self.x[(j0 + j) * SUBS + s][l];
+                            }
+                        }
+                        part[i * (p + 1) + p] = sum;
+                    }
+                });
+                for i in 0..q {
+                    for k in 0..=lo + i {
+                        for l in 0..LANES {
+                            self.gram[lo + i][k][s * LANES + l] += f64::from(part[i * (p + 1) + k][l]);
+                        }
+                    }
+                    for l in 0..LANES {
+                        self.dot[lo + i][s * LANES + l] += f64::from(part[i * (p + 1) + p][l]);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Least squares for the coefficients of the last group's levels, rounded as they will be stored, one after the other, each rounding
+    /// corrected by those that follow. Returns per row the weight of each level for the next sweep: weights / error.
+    fn refit(&mut self, stage: &Stage<'_>) -> Vec<Vec<f64>> {
+        let p = self.planes();
+        let lo = p - stage.q;
+        let mut out = vec![vec![0.0; stage.q]; TILE];
+        let (mut a, mut y) = (Vec::new(), Vec::new());
+        for r in 0..TILE {
+            let gram = |i: usize, k: usize| if k <= i { self.gram[i][k][r] } else { self.gram[k][i][r] };
+            let error = |c: &[f64]| {
+                let mut e = self.xhx[r];
+                for i in 0..c.len() {
+                    e += c[i] * ((0..c.len()).map(|k| gram(i, k) * c[k]).sum::<f64>() - 2.0 * self.dot[i][r]);
+                }
+                e
+            };
+            for b in lo..p {
+                let m = b + 1;
+                let old: Vec<f64> = (0..m).map(|i| self.coefficients[b][i][r]).collect();
+                let mut c = old.clone();
+                let mean = (0..m).map(|i| gram(i, i)).sum::<f64>() / m as f64;
+                for fixed in 0..m {
+                    // The best change of the coefficients not fixed yet.
+                    let free = m - fixed;
+                    a.clear();
+                    y.clear();
+                    for i in fixed..m {
+                        y.push(self.dot[i][r] - (0..m).map(|k| gram(i, k) * c[k]).sum::<f64>());
+                        for k in fixed..m {
+                            a.push(gram(i, k) + if i == k { 1e-6 * mean } else { 0.0 });
+                        }
+                    }
+                    if mean > 0.0 && solve_symmetric(&mut a[..free * free], &mut y) {
+                        c[fixed..].iter_mut().zip(&y).for_each(|(c, d)| *c += d);
+                    }
+                    c[fixed] = round(&stage.grids[b - lo], fixed, c[fixed], self.row_scale[r]);
+                }
+                let (before, after) = (error(&old), error(&c));
+                let best = if after <= before {
+                    for i in 0..m {
+                        self.coefficients[b][i][r] = c[i];
+                    }
+                    after
+                } else {
+                    before
+                };
+                // A floor for rows that are exact, or zero.
+                let floor = 1e-9 * self.xhx[r];
+                let e = best.max(floor);
+                out[r][b - lo] = if e > 0.0 { stage.weights[b - lo] * self.xhx[r] / e } else { 1.0 };
+            }
+        }
+        out
+    }
+
+    /// x H̃ xᵀ of each row, without regularisation.
+    pub(crate) fn norms(&self) -> Vec<f64> {
+        let mut norms = self.xhx.clone();
+        for (c, added) in self.metric.added.iter().enumerate().filter(|(_, added)| **added > 0.0) {
+            for (r, norm) in norms.iter_mut().enumerate() {
+                *norm -= f64::from(*added) * f64::from(self.x[c * SUBS + r / LANES][r % LANES]).powi(2);
+            }
+        }
+        norms
+    }
+
+    /// Errors of every level, `[level][row]`; `scale` weighs the columns for [`RowError::scaled`].
+    pub(crate) fn errors(&self, scale: &[f32]) -> Vec<Vec<RowError>> {
+        let p = self.planes();
+        let coefficients = self.lanes(0..p);
+        let mut out = vec![vec![RowError::default(); TILE]; p];
+        for c in 0..self.n {
+            for s in 0..SUBS {
+                let at = c * SUBS + s;
+                for b in 0..p {
+                    let u = &coefficients[s][b * p..];
+                    let value = value(&self.groups, &u[..=b], at);
+                    let mut g = [0.0f32; LANES];
+                    if !self.xh.is_empty() {
+                        g = self.xh[at].map(|x| -x);
+                        for group in &self.groups {
+                            for i in 0..group.q.min((b + 1).saturating_sub(group.lo)) {
+                                for l in 0..LANES {
+                                    g[l] += u[group.lo + i][l] * group.ph[at * group.q + i][l];
+                                }
+                            }
+                        }
+                    }
+                    for l in 0..LANES {
+                        let e = f64::from(value[l] - self.x[at][l]);
+                        let ge =
+                            if self.xh.is_empty() { e * f64::from(self.metric.diagonal[c]) } else { f64::from(g[l]) };
+                        let sum = &mut out[b][s * LANES + l];
+                        sum.output += e * (ge - e * f64::from(self.metric.added[c]));
+                        sum.scaled += e * e * f64::from(scale[c]);
+                    }
+                }
+            }
+        }
+        out
+    }
+
+    /// Whether plane `i` is +1 at column `c` of row `r`.
+    pub(crate) fn positive(&self, i: usize, c: usize, r: usize) -> bool {
+        let Some(group) = self.groups.iter().rfind(|g| g.lo <= i) else { return true };
+        (group.z[c * SUBS + r / LANES][r % LANES] >> (group.q - 1 - (i - group.lo))) & 1 == 1
+    }
+}
+
+fn round(grid: &Grid, i: usize, c: f64, row_scale: f64) -> f64 {
+    if row_scale > 0.0 { grid.round(i, c * row_scale) / row_scale } else { 0.0 }
+}
+
+/// Σ_i u_i σ_i over all planes of the groups that `u` has coefficients for.
+#[inline(always)]
+fn value(groups: &[Group], u: &[Lane], at: usize) -> Lane {
+    let mut out = [0.0; LANES];
+    for group in groups {
+        for i in 0..group.q.min(u.len().saturating_sub(group.lo)) {
+            let sign = signs(&group.z[at], group.q, i);
+            for l in 0..LANES {
+                out[l] += u[group.lo + i][l] * sign[l];
+            }
+        }
+    }
+    out
+}
+
+/// What the planes of a group (from plane `lo` of `p`) add to each of its levels.
+#[inline(always)]
+fn suffix(z: &[u8; LANES], q: usize, lo: usize, p: usize, coefficients: &[Lane]) -> [Lane; MAX_JOINT] {
+    let mut out = [[0.0; LANES]; MAX_JOINT];
+    for i in 0..q {
+        let sign = signs(z, q, i);
+        for b in i..q {
+            let u = &coefficients[b * p + lo + i];
+            for l in 0..LANES {
+                out[b][l] += u[l] * sign[l];
+            }
+        }
+    }
+    out
+}
