@@ -6,7 +6,7 @@ use crate::{
     Checkpoint, Decoder, LlmError, Progress, SamplingOptions, Tokenizer, WeightRole, WeightSpec, order, sample, stack,
 };
 use bitstack_core::{ActivationStats, Collect, Scales, Shape, WeightStack};
-use bitstack_decomp::DecomposeOptions;
+use bitstack_decomp::{DecomposeOptions, Nested};
 use bitstack_format::{BlockSource, Draft};
 use bitstack_sort::{Balanced, GainPerByte, Greedy, LoadOrder, Method, Random, Scores, Sizes};
 use rayon::prelude::*;
@@ -18,8 +18,25 @@ const ORDER_WINDOWS: usize = 16;
 /// Windows for the order by gain: divergences are far less noisy than perplexities.
 const GAIN_WINDOWS: usize = 4;
 
-/// The level up to which all weights go together in the order by gain: below it errors are so large that they do not add up.
-const LOCKSTEP: usize = 3;
+/// How a weight becomes blocks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum BlockMethod {
+    /// Nested codes: all sign planes chosen together, under the Gram matrix of the inputs.
+    #[default]
+    Nested,
+    /// Absolute-value decomposition, the published method.
+    Avd,
+}
+
+impl BlockMethod {
+    /// The name that files give it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Nested => "nested",
+            Self::Avd => "avd",
+        }
+    }
+}
 
 /// How input channels are weighed against each other.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -51,10 +68,12 @@ pub enum Ordering {
 /// How to compress.
 #[derive(Debug, Clone)]
 pub struct CompressOptions {
-    /// Rank of the blocks' magnitudes; `None`: 16, lowered for small weights until the factors take at most 1/8 bit per weight.
+    /// How a weight becomes blocks.
+    pub method: BlockMethod,
+    /// Rank of the blocks' magnitudes; `None`: see [`default_rank`]. Nested codes have rank 1.
     pub rank: Option<usize>,
-    /// Blocks per weight.
-    pub n_blocks: usize,
+    /// Blocks per weight; `None`: 8 for nested codes, which are then nearly exact, 16 for the published method.
+    pub n_blocks: Option<usize>,
     /// Channel scales.
     pub scaling: Scaling,
     /// Load order.
@@ -72,8 +91,9 @@ pub struct CompressOptions {
 impl Default for CompressOptions {
     fn default() -> Self {
         Self {
+            method: BlockMethod::default(),
             rank: None,
-            n_blocks: 16,
+            n_blocks: None,
             scaling: Scaling::Gram,
             ordering: Ordering::Gain,
             samples: 64,
@@ -131,7 +151,7 @@ pub fn compress(
         Ordering::Gain => {
             let windows = &validation[..validation.len().min(GAIN_WINDOWS)];
             let curves = order::divergence_curves(checkpoint, &draft, &errors, windows, progress)?;
-            GainPerByte::new(Scores::new(curves)).lockstep(LOCKSTEP).order(&sizes)?
+            GainPerByte::new(Scores::new(curves)).lockstep(order::LOCKSTEP).order(&sizes)?
         }
         Ordering::Perplexity => {
             let scores = order::perplexities(&draft, &validation, progress)?;
@@ -146,7 +166,7 @@ pub fn compress(
     Ok(Compressed { draft, order })
 }
 
-/// The default rank of a weight: 16, lowered until the f16 factors of a block take at most 1/8 bit per weight, which is what they
+/// The default rank of a weight under the published method: 16, lowered until the f16 factors of a block take at most 1/8 bit per weight, which is what they
 /// take at rank 16 in a 4096 x 4096 weight.
 pub fn default_rank(shape: Shape) -> usize {
     let bits_per_rank = 16.0 * (shape.rows() + shape.cols()) as f64 / shape.n_elems() as f64;
@@ -201,13 +221,14 @@ fn decompose_all(
             let (dtype, data) = stack::stored(&checkpoint.elements(&spec.tensor_name(), &[spec.rows, spec.cols])?);
             work.draft.push_base(&spec.tensor_name(), dtype, &[spec.rows, spec.cols], &data)?;
         } else {
-            work.draft.add_weight(&spec.name, shape, work.rank(shape), "avd")?;
+            work.draft.add_weight(&spec.name, shape, work.rank(shape), options.method.name())?;
             work.errors.push(Vec::new());
         }
     }
 
     progress.stage("decompose (weights)", work.errors.len() as u64);
-    let collect = if options.ordering == Ordering::Gain { Collect::Gram } else { Collect::Diagonal };
+    let needs_gram = options.ordering == Ordering::Gain || options.method == BlockMethod::Nested;
+    let collect = if needs_gram { Collect::Gram } else { Collect::Diagonal };
     let mut walk = Walk::new(checkpoint, windows, collect)?;
     if !config.tied {
         // Rows of an embedding are looked up, not multiplied: all its columns count alike.
@@ -245,7 +266,10 @@ impl Work<'_> {
     }
 
     fn rank(&self, shape: Shape) -> usize {
-        self.options.rank.unwrap_or_else(|| default_rank(shape))
+        match self.options.method {
+            BlockMethod::Nested => 1,
+            BlockMethod::Avd => self.options.rank.unwrap_or_else(|| default_rank(shape)),
+        }
     }
 
     /// Decomposes the weights that read these inputs, side by side, and puts their blocks into the draft in the model's order.
@@ -290,7 +314,12 @@ impl Work<'_> {
         };
         let matrix = self.checkpoint.matrix(spec)?;
         let gram = stats.gram();
-        let options = DecomposeOptions::new(self.rank(self.shape(spec)?), self.options.n_blocks);
+        let options = match self.options.method {
+            BlockMethod::Nested => DecomposeOptions::nested(self.options.n_blocks.unwrap_or(8), Nested::default()),
+            BlockMethod::Avd => {
+                DecomposeOptions::new(self.rank(self.shape(spec)?), self.options.n_blocks.unwrap_or(16))
+            }
+        };
         let mut options = options.seed(self.options.seed).scales(&scales);
         if let Some(gram) = &gram {
             options = options.gram(gram.view());

@@ -18,7 +18,7 @@ pub mod text;
 mod tokenizer;
 
 pub use checkpoint::Checkpoint;
-pub use compress::{CompressOptions, Compressed, Ordering, Scaling, compress, default_rank};
+pub use compress::{BlockMethod, CompressOptions, Compressed, Ordering, Scaling, compress, default_rank};
 pub use config::{Architecture, Biases, Llama3Scaling, ModelConfig, RopeConfig, VectorSpec, WeightRole, WeightSpec};
 pub use decoder::{Decoder, KvCache, Observer, Pass};
 pub use error::LlmError;

@@ -8,22 +8,24 @@ use ndarray::Array2;
 use rayon::prelude::*;
 use std::sync::Arc;
 
-/// Levels from which a step is measured with the whole model at that level. Down there errors are large and do not add up: what a weight
-/// is worth depends on how bad the others are.
-const PROBED_STEPS: [u32; 2] = [1, 2];
+/// The level up to which all weights go together in the order by gain. Below it errors are so large that they do not add up: what a
+/// weight is worth depends on how bad the others are, so steps there are measured with the whole model at their level. Measured on a
+/// model of 14.7 million parameters, nested codes, everything stacked, divergence at 2.4, 2.8, 3.2 and 4.5 bits per weight: with
+/// lockstep to level 1 .0664 .0500 .0179 .0034, to level 2 .0204 .0096 .0053 .0012, to level 3 .0210 .0161 .0083 .0012.
+pub(crate) const LOCKSTEP: usize = 2;
 
 /// The level at which a weight is measured with all others as they were, which tells what the steps above are worth.
 const PROBE_LEVEL: u32 = 3;
 
 /// A measured worth below this share of what the original model says is noise.
-const LEAST_SHARE: f64 = 0.5;
+const LEAST_SHARE: f64 = 0.1;
 
 /// Per stacked weight and level, the divergence that is predicted to be left: `curves[w][b - 1]` for level `b`.
 ///
 /// `errors[w][b - 1]` is the squared error of weight `w` at level `b`, in closed form. A step from level b to b + 1 is worth
-/// a · (error at b − error at b + 1), with a sensitivity `a` (nats per unit of error) that is measured three times per weight: with the whole
-/// model at level 1, the weight going to 2; with the whole model at level 2, the weight going to 3; and with the model as it was, the
-/// weight alone at level 3, which serves all further steps. That is three runs per weight, whatever the number of blocks.
+/// a · (error at b − error at b + 1), with a sensitivity `a` (nats per unit of error) that is measured twice per weight: with the whole
+/// model at level 1, the weight going to 2; and with the model as it was, the weight alone at level 3, which serves all further
+/// steps. That is two runs per weight, whatever the number of blocks.
 pub(crate) fn divergence_curves<S: BlockSource + Sync + ?Sized>(
     checkpoint: &Checkpoint,
     source: &S,
@@ -34,7 +36,7 @@ pub(crate) fn divergence_curves<S: BlockSource + Sync + ?Sized>(
     let load = |_, spec: &crate::WeightSpec| Ok::<_, LlmError>(Arc::new(checkpoint.weight(spec)?));
     let original = Decoder::new(checkpoint.config().clone(), load, |spec| checkpoint.vector(spec))?;
     let finals = in_windows(windows, |w| original.hidden(&w[..w.len() - 1], &mut Pass::new()))?;
-    progress.stage("sensitivity (runs)", ((PROBED_STEPS.len() + 1) * errors.len()) as u64);
+    progress.stage("sensitivity (runs)", (LOCKSTEP * errors.len()) as u64);
     let divergence = |window: usize, decoder: &_, hidden: &_| {
         let scores = score(decoder, hidden, windows[window], Some((&original, &finals[window])))?;
         Ok(scores.kl / scores.tokens as f64)
@@ -49,12 +51,9 @@ pub(crate) fn divergence_curves<S: BlockSource + Sync + ?Sized>(
     let alone: Vec<f64> =
         found.iter().zip(&probes).zip(errors).map(|((nats, p), e)| per_error(*nats, e[*p as usize - 1])).collect();
 
-    let mut worth: Vec<Vec<f64>> = errors
-        .iter()
-        .zip(&alone)
-        .map(|(e, a)| e.windows(2).map(|step| a * (step[0] - step[1])).collect())
-        .collect();
-    for level in PROBED_STEPS {
+    let mut worth: Vec<Vec<f64>> =
+        errors.iter().zip(&alone).map(|(e, a)| e.windows(2).map(|step| a * (step[0] - step[1])).collect()).collect();
+    for level in 1..LOCKSTEP as u32 {
         let levels: Vec<u32> = errors.iter().map(|e| level.min(e.len() as u32)).collect();
         let mut decoder = StackModel::open(source, &levels, &())?.into_decoder();
         let base = in_windows(windows, |w| decoder.hidden(&w[..w.len() - 1], &mut Pass::new()))?;
@@ -67,12 +66,13 @@ pub(crate) fn divergence_curves<S: BlockSource + Sync + ?Sized>(
             .into_iter()
             .enumerate()
             .filter(|(w, _)| step < errors[*w].len())
-            .map(|(w, nats)| (w, base - nats))
+            .map(|(w, nats)| (w, (base - nats).max(LEAST_SHARE * worth[w][step - 1])))
             .collect();
         // Divergences do not add up down there, so what is taken from them is the shares of the weights, not their sum: a step must
         // stay comparable with the steps above it.
         let sum = |values: &mut dyn Iterator<Item = f64>| values.sum::<f64>();
-        let share = sum(&mut measured.iter().map(|(w, _)| worth[*w][step - 1])) / sum(&mut measured.iter().map(|(_, m)| *m));
+        let share =
+            sum(&mut measured.iter().map(|(w, _)| worth[*w][step - 1])) / sum(&mut measured.iter().map(|(_, m)| *m));
         if share.is_finite() {
             measured.into_iter().for_each(|(w, m)| worth[w][step - 1] = m * share);
         }
@@ -216,8 +216,9 @@ mod tests {
         for name in ["llama", "qwen2"] {
             let checkpoint = Checkpoint::open(format!("{data}{name}")).unwrap();
             let options = CompressOptions {
+                method: crate::BlockMethod::Avd,
                 rank: Some(1),
-                n_blocks: 3,
+                n_blocks: Some(3),
                 samples: 2,
                 seq_len: Some(16),
                 ordering: Ordering::Random,
@@ -234,7 +235,6 @@ mod tests {
                 let model = StackModel::open(&draft, &levels, &()).unwrap().into_decoder();
                 let whole = eval::perplexity(&model, &windows, &()).unwrap().perplexity;
                 assert!((scores[w][1] / whole - 1.0).abs() < 1e-9, "{name} {w}: {} and {whole}", scores[w][1]);
-
             }
         }
     }

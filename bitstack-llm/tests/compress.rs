@@ -3,7 +3,7 @@
 use bitstack_format::{BlockSource, StackFile};
 use bitstack_llm::eval::{compare, perplexity};
 use bitstack_llm::stack::StackModel;
-use bitstack_llm::{Checkpoint, CompressOptions, Compressed, Decoder, LinearOp, Ordering, compress};
+use bitstack_llm::{BlockMethod, Checkpoint, CompressOptions, Compressed, Decoder, LinearOp, Ordering, compress};
 use bitstack_sort::{LoadOrder, Sizes};
 use std::path::PathBuf;
 
@@ -13,7 +13,14 @@ fn checkpoint(name: &str) -> Checkpoint {
 
 /// Small enough for a test: 8 blocks of rank 2, calibrated on 4 windows of 32 tokens that the model writes.
 fn options() -> CompressOptions {
-    CompressOptions { rank: Some(2), n_blocks: 8, samples: 4, seq_len: Some(32), ..Default::default() }
+    CompressOptions {
+        method: BlockMethod::Avd,
+        rank: Some(2),
+        n_blocks: Some(8),
+        samples: 4,
+        seq_len: Some(32),
+        ..Default::default()
+    }
 }
 
 fn run(name: &str, options: &CompressOptions) -> Compressed {
@@ -105,7 +112,7 @@ fn kept_embeddings_are_left_bit_for_bit() {
 #[test]
 fn every_order_starts_with_the_smallest_model_and_the_same_bytes_come_out_of_any_number_of_threads() {
     for ordering in [Ordering::Gain, Ordering::Perplexity, Ordering::Greedy, Ordering::Random] {
-        let options = CompressOptions { n_blocks: 3, ordering, ..options() };
+        let options = CompressOptions { n_blocks: Some(3), ordering, ..options() };
         let bytes = [1, 2].map(|threads| {
             let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
             pool.install(|| file(&run("qwen3", &options)).0)
@@ -143,7 +150,8 @@ fn impossible_options_are_named_with_the_weight() {
 
 #[test]
 fn levels_beyond_the_stack_are_errors() {
-    let (_, file) = file(&run("llama", &CompressOptions { n_blocks: 2, ordering: Ordering::Random, ..options() }));
+    let (_, file) =
+        file(&run("llama", &CompressOptions { n_blocks: Some(2), ordering: Ordering::Random, ..options() }));
     for bad in [vec![0; 16], vec![3; 16], vec![1; 15]] {
         assert!(StackModel::open(&file, &bad, &()).is_err(), "{bad:?}");
     }

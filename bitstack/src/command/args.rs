@@ -72,14 +72,14 @@ pub(crate) struct Compress {
 #[derive(Debug, Args)]
 pub(crate) struct MethodArgs {
     /// How a weight becomes blocks.
-    #[arg(long, value_enum, default_value_t = Method::Avd)]
+    #[arg(long, value_enum, default_value_t = Method::Nested)]
     pub(crate) method: Method,
 
-    /// Blocks per weight at most.
-    #[arg(long, value_name = "N", default_value_t = 16, value_parser = clap::value_parser!(u16).range(1..=256))]
-    pub(crate) blocks: u16,
+    /// Blocks per weight [default: 8 for nested, 16 for avd].
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=256))]
+    pub(crate) blocks: Option<u16>,
 
-    /// Rank of the magnitudes of each block [default: 16, or less for small weights].
+    /// Rank of avd's magnitudes [default: 16, or less for small weights]; nested codes have rank 1.
     #[arg(long, value_name = "K", value_parser = clap::value_parser!(u16).range(1..=1024))]
     pub(crate) rank: Option<u16>,
 
@@ -114,6 +114,8 @@ pub(crate) struct MethodArgs {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Method {
+    /// Nested codes: all sign planes of a weight chosen together; a much better model in the same bytes.
+    Nested,
     /// Absolute-value decomposition, the published method (arXiv 2410.23918).
     Avd,
 }

@@ -5,7 +5,7 @@ use super::progress::Reporter;
 use super::{size, usage};
 use anyhow::{Context, Result};
 use bitstack_format::{Existing, write_atomically};
-use bitstack_llm::{Checkpoint, CompressOptions, Ordering, Progress, Scaling, compress};
+use bitstack_llm::{BlockMethod, Checkpoint, CompressOptions, Ordering, Progress, Scaling, compress};
 use std::path::Path;
 use std::time::Instant;
 
@@ -29,6 +29,9 @@ pub(crate) fn to_file(
         Some(path) => Some(read_text(path)?),
         None => None,
     };
+    if method.method == Method::Nested && method.rank.is_some_and(|k| k != 1) {
+        return Err(usage("--rank: nested codes have rank 1; --method avd has any"));
+    }
     let options = options(method);
     let directory = match output.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
@@ -65,10 +68,13 @@ pub(crate) fn to_file(
 }
 
 fn options(args: &MethodArgs) -> CompressOptions {
-    let Method::Avd = args.method;
     CompressOptions {
+        method: match args.method {
+            Method::Nested => BlockMethod::Nested,
+            Method::Avd => BlockMethod::Avd,
+        },
         rank: args.rank.map(usize::from),
-        n_blocks: args.blocks.into(),
+        n_blocks: args.blocks.map(usize::from),
         scaling: match args.scale {
             Scale::Gram => Scaling::Gram,
             Scale::Reference => Scaling::Reference,
@@ -92,10 +98,10 @@ fn describe(args: &MethodArgs, from_text: bool) -> String {
     let name = |value: &dyn Fn() -> Option<clap::builder::PossibleValue>| value().map(|v| v.get_name().to_owned());
     use clap::ValueEnum;
     format!(
-        "bitstack {} compress --method {} --blocks {} {}--scale {} --samples {} {}--order {} {}--seed {}, calibrated on {}",
+        "bitstack {} compress --method {} {}{}--scale {} --samples {} {}--order {} {}--seed {}, calibrated on {}",
         env!("CARGO_PKG_VERSION"),
         name(&|| args.method.to_possible_value()).unwrap_or_default(),
-        args.blocks,
+        args.blocks.map(|n| format!("--blocks {n} ")).unwrap_or_default(),
         args.rank.map(|k| format!("--rank {k} ")).unwrap_or_default(),
         name(&|| args.scale.to_possible_value()).unwrap_or_default(),
         args.samples,
