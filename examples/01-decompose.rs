@@ -17,9 +17,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let mut rng = StdRng::seed_from_u64(1);
     // Nearly Gaussian entries, and columns of very different sizes, as trained weights have.
     let columns: Vec<f32> = (0..384).map(|_| (4.0f32 * rng.random::<f32>() - 2.0).exp2()).collect();
-    let weight = Array2::from_shape_fn((256, 384), |(_, c)| {
-        columns[c] * (0..6).map(|_| rng.random::<f32>() - 0.5).sum::<f32>()
-    });
+    let weight =
+        Array2::from_shape_fn((256, 384), |(_, c)| columns[c] * (0..6).map(|_| rng.random::<f32>() - 0.5).sum::<f32>());
 
     println!("rank  blocks  bits per weight  relative error");
     for rank in [1, 4, 16] {

@@ -35,7 +35,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         errors.push(result.errors.iter().map(|e| sensitivity * e.squared_error).collect::<Vec<f64>>());
     }
     let sizes = Sizes::new(draft.base_bytes(), draft.block_sizes())?;
-    let order = GainPerByte { errors: Scores::new(errors) }.order(&sizes)?;
+    let order = GainPerByte::new(Scores::new(errors)).order(&sizes)?;
     write_atomically(&path, Existing::Refuse, |out| draft.finish(order.weights(), out, &mut |_, _| {}))?;
 
     // Use: open the file, plan for a budget, read only the blocks in the plan.

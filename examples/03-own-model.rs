@@ -19,7 +19,11 @@ struct Classifier {
 impl Classifier {
     fn classify(&self, inputs: &Array2<f32>) -> Vec<usize> {
         let scores = inputs.dot(&self.hidden.t()).mapv(|x| x.max(0.0)).dot(&self.output.t());
-        scores.rows().into_iter().map(|r| (0..r.len()).fold(0, |best, i| if r[i] > r[best] { i } else { best })).collect()
+        scores
+            .rows()
+            .into_iter()
+            .map(|r| (0..r.len()).fold(0, |best, i| if r[i] > r[best] { i } else { best }))
+            .collect()
     }
 }
 

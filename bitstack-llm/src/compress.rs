@@ -2,7 +2,9 @@
 
 use crate::calibrate::{InputStats, Walk};
 use crate::text::{Windows, default_seq_len};
-use crate::{Checkpoint, Decoder, LlmError, Progress, SamplingOptions, Tokenizer, WeightRole, WeightSpec, order, sample, stack};
+use crate::{
+    Checkpoint, Decoder, LlmError, Progress, SamplingOptions, Tokenizer, WeightRole, WeightSpec, order, sample, stack,
+};
 use bitstack_core::{ActivationStats, Collect, Scales, Shape, WeightStack};
 use bitstack_decomp::DecomposeOptions;
 use bitstack_format::{BlockSource, Draft};
@@ -13,13 +15,20 @@ use std::path::Path;
 /// Windows on which orders are measured.
 const ORDER_WINDOWS: usize = 16;
 
+/// Windows for the order by gain: divergences are far less noisy than perplexities.
+const GAIN_WINDOWS: usize = 4;
+
+/// The level up to which all weights go together in the order by gain: below it errors are so large that they do not add up.
+const LOCKSTEP: usize = 3;
+
 /// How input channels are weighed against each other.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Scaling {
     /// Root mean square of each channel: the diagonal of the Gram matrix.
     #[default]
     Gram,
-    /// As the published implementation does.
+    /// As the published implementation does: norms per sequence, and none for the attention's output projection under grouped-query
+    /// attention.
     Reference,
     /// All alike.
     None,
@@ -99,6 +108,8 @@ pub fn compress(
     scratch: &Path,
     progress: &dyn Progress,
 ) -> Result<Compressed, LlmError> {
+    // First, so that a place that cannot be written to is known before the long work.
+    let draft = Draft::create_in(scratch)?;
     let seq_len = options.seq_len.unwrap_or_else(|| default_seq_len(checkpoint.config()));
     let tokens = match text {
         Some(text) => Tokenizer::from_bytes(&checkpoint.companion("tokenizer.json")?)?.encode(text)?,
@@ -114,13 +125,13 @@ pub fn compress(
     let calibration = calibration.evenly_spaced(options.samples);
     let validation = validation.evenly_spaced(ORDER_WINDOWS);
 
-    let (draft, errors) = decompose_all(checkpoint, &calibration, options, scratch, progress)?;
+    let (draft, errors) = decompose_all(checkpoint, &calibration, options, draft, progress)?;
     let sizes = Sizes::new(draft.base_bytes(), draft.block_sizes())?;
     let order = match options.ordering {
         Ordering::Gain => {
-            let sensitivities = order::sensitivities(checkpoint, &draft, &errors, &validation, progress)?;
-            let weighted = errors.iter().zip(sensitivities).map(|(e, a)| e.iter().map(|e| a * e).collect::<Vec<_>>());
-            GainPerByte { errors: Scores::new(weighted) }.order(&sizes)?
+            let windows = &validation[..validation.len().min(GAIN_WINDOWS)];
+            let curves = order::divergence_curves(checkpoint, &draft, &errors, windows, progress)?;
+            GainPerByte::new(Scores::new(curves)).lockstep(LOCKSTEP).order(&sizes)?
         }
         Ordering::Perplexity => {
             let scores = order::perplexities(&draft, &validation, progress)?;
@@ -171,12 +182,12 @@ fn decompose_all(
     checkpoint: &Checkpoint,
     windows: &[&[u32]],
     options: &CompressOptions,
-    scratch: &Path,
+    draft: Draft,
     progress: &dyn Progress,
 ) -> Result<(Draft, Vec<Vec<f64>>), LlmError> {
     let config = checkpoint.config();
     let specs = config.weights();
-    let mut work = Work { checkpoint, options, progress, draft: Draft::create_in(scratch)?, errors: Vec::new() };
+    let mut work = Work { checkpoint, options, progress, draft, errors: Vec::new() };
     for (name, contents) in checkpoint.companions()? {
         work.draft.push_file(&name, &contents)?;
     }
@@ -200,7 +211,10 @@ fn decompose_all(
     let mut walk = Walk::new(checkpoint, windows, collect)?;
     if !config.tied {
         // Rows of an embedding are looked up, not multiplied: all its columns count alike.
-        work.weights(&[InputStats { weights: vec![0], stats: ActivationStats::new(config.hidden_size, Collect::Diagonal) }])?;
+        work.weights(&[InputStats {
+            weights: vec![0],
+            stats: ActivationStats::new(config.hidden_size, Collect::Diagonal),
+        }])?;
     }
     for layer in 0..config.n_layers {
         work.weights(&walk.layer(layer)?)?;
@@ -263,11 +277,15 @@ impl Work<'_> {
 
     fn one(&self, spec: &WeightSpec, stats: &ActivationStats) -> Result<(WeightStack, Vec<f64>), LlmError> {
         let in_weight = |source| LlmError::Weight { name: spec.name.clone(), source };
+        let config = self.checkpoint.config();
+        let grouped = config.n_heads != config.n_kv_heads;
         let scales = match self.options.scaling {
             // Nothing is known about the inputs of an embedding.
             _ if stats.tokens() == 0 => Scales::none(spec.cols),
             Scaling::None => Scales::none(spec.cols),
             Scaling::Gram => Scales::rms(stats).map_err(in_weight)?,
+            // It folds scales into the layer in front, and there is none to take them when heads share their values.
+            Scaling::Reference if grouped && spec.role == WeightRole::AttentionOutput => Scales::none(spec.cols),
             Scaling::Reference => Scales::reference(stats).map_err(in_weight)?,
         };
         let matrix = self.checkpoint.matrix(spec)?;

@@ -280,7 +280,8 @@ impl ModelConfig {
     /// unless it is tied. The position in this list is the weight's index everywhere in this crate.
     pub fn weights(&self) -> Vec<WeightSpec> {
         let (hidden, q, kv, inner) = (self.hidden_size, self.query_size(), self.kv_size(), self.intermediate_size);
-        let shapes = [(q, hidden), (kv, hidden), (kv, hidden), (hidden, q), (inner, hidden), (inner, hidden), (hidden, inner)];
+        let shapes =
+            [(q, hidden), (kv, hidden), (kv, hidden), (hidden, q), (inner, hidden), (inner, hidden), (hidden, inner)];
         let outer = |name: &str, role| WeightSpec {
             name: name.to_owned(),
             rows: self.vocab_size,
@@ -311,7 +312,8 @@ impl ModelConfig {
     pub fn other_tensors(&self) -> Vec<VectorSpec> {
         let mut vectors = Vec::new();
         for layer in 0..self.n_layers {
-            let mut push = |part: &str, len| vectors.push(VectorSpec { name: format!("model.layers.{layer}.{part}"), len });
+            let mut push =
+                |part: &str, len| vectors.push(VectorSpec { name: format!("model.layers.{layer}.{part}"), len });
             push("input_layernorm.weight", self.hidden_size);
             if self.biases.qkv {
                 push("self_attn.q_proj.bias", self.query_size());

@@ -13,9 +13,8 @@
 
 use std::sync::Arc;
 
-use faer::linalg::matmul::matmul;
 use faer::prelude::ReborrowMut;
-use faer::{Accum, MatMut, MatRef, Par};
+use faer::{MatMut, MatRef};
 use ndarray::{Array2, ArrayView2, ArrayViewMut2};
 use rayon::prelude::*;
 
@@ -585,7 +584,7 @@ fn attention(
             let scores = take(&mut scores, rows * span);
             let products = MatMut::from_row_major_slice_mut(scores, rows, span);
             let keys = keys.subrows(first, span).transpose();
-            matmul(products, Accum::Replace, q.subrows(start, rows), keys, scale, Par::Seq);
+            math::product(products, q.subrows(start, rows), keys, scale);
             for (r, row) in scores.chunks_exact_mut(span).enumerate() {
                 let end = past + start + r + 1 - first;
                 let begin = window.map_or(0, |w| end.saturating_sub(w));
@@ -595,7 +594,7 @@ fn attention(
             }
             let weights = MatRef::from_row_major_slice(scores, rows, span);
             let out = out.rb_mut().subrows_mut(start, rows);
-            matmul(out, Accum::Replace, weights, values.subrows(first, span), 1.0, Par::Seq);
+            math::product(out, weights, values.subrows(first, span), 1.0);
         }
     };
     // Below this the cost of waking other threads is not earned back.

@@ -141,7 +141,9 @@ pub enum LlmError {
         cols: usize,
     },
     /// A token id is outside the model's vocabulary.
-    #[error("token {token} is outside the model's vocabulary of {vocab_size}; does the tokenizer belong to this model?")]
+    #[error(
+        "token {token} is outside the model's vocabulary of {vocab_size}; does the tokenizer belong to this model?"
+    )]
     TokenOutOfRange {
         /// The token id.
         token: u32,
@@ -169,7 +171,9 @@ pub enum LlmError {
     #[error("the text is empty: it gives no tokens")]
     EmptyText,
     /// A text is shorter than one window.
-    #[error("the text has {tokens} tokens, fewer than one window of {seq_len}; give a longer text or a smaller sequence length")]
+    #[error(
+        "the text has {tokens} tokens, fewer than one window of {seq_len}; give a longer text or a smaller sequence length"
+    )]
     TextTooShort {
         /// Tokens in the text.
         tokens: usize,

@@ -8,7 +8,7 @@
 use ndarray::{ArrayView2, Axis, Slice};
 use rayon::prelude::*;
 
-use crate::{Decoder, LinearOp, LlmError, Pass, math};
+use crate::{Decoder, LinearOp, LlmError, Pass, Progress, math};
 
 /// A mean over windows and its standard error, which is NaN for a single window.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -120,8 +120,9 @@ impl Metrics {
         if windows.is_empty() {
             return Err(LlmError::NoWindows);
         }
-        let per_token =
-            |sum: fn(&Scores) -> f64| Estimate::of(&windows.iter().map(|w| sum(w) / w.tokens as f64).collect::<Vec<_>>());
+        let per_token = |sum: fn(&Scores) -> f64| {
+            Estimate::of(&windows.iter().map(|w| sum(w) / w.tokens as f64).collect::<Vec<_>>())
+        };
         let loss = per_token(|w| w.loss);
         let compared = reference == WithReference::Yes;
         Ok(Self {
@@ -143,16 +144,18 @@ pub enum WithReference {
     No,
 }
 
-/// Told `(windows done, windows in all)` as an evaluation goes on, from any thread.
-pub type Progress<'a> = &'a (dyn Fn(usize, usize) + Sync);
-
 /// Perplexity of a model on windows of text.
 ///
-/// Windows run side by side on the current rayon pool; the result does not depend on the number of threads.
+/// Windows run side by side on the current rayon pool; the result does not depend on the number of threads. `progress` is advanced by
+/// every window.
 ///
 /// # Errors
 /// No windows, a window of fewer than 2 tokens or longer than the model's limit, a token outside the vocabulary.
-pub fn perplexity<L: LinearOp>(model: &Decoder<L>, windows: &[&[u32]], progress: Progress<'_>) -> Result<Metrics, LlmError> {
+pub fn perplexity<L: LinearOp>(
+    model: &Decoder<L>,
+    windows: &[&[u32]],
+    progress: &dyn Progress,
+) -> Result<Metrics, LlmError> {
     Metrics::of(&each_window(model, None::<&Decoder<L>>, windows, progress)?, WithReference::No)
 }
 
@@ -164,7 +167,7 @@ pub fn compare<L: LinearOp, R: LinearOp>(
     model: &Decoder<L>,
     reference: &Decoder<R>,
     windows: &[&[u32]],
-    progress: Progress<'_>,
+    progress: &dyn Progress,
 ) -> Result<Metrics, LlmError> {
     let (m, r) = (model.config().vocab_size, reference.config().vocab_size);
     if m != r {
@@ -177,12 +180,11 @@ fn each_window<L: LinearOp, R: LinearOp>(
     model: &Decoder<L>,
     reference: Option<&Decoder<R>>,
     windows: &[&[u32]],
-    progress: Progress<'_>,
+    progress: &dyn Progress,
 ) -> Result<Vec<Scores>, LlmError> {
-    let done = std::sync::atomic::AtomicUsize::new(0);
     let score = |window: &&[u32]| {
         let scores = one_window(model, reference, window)?;
-        progress(done.fetch_add(1, std::sync::atomic::Ordering::Relaxed) + 1, windows.len());
+        progress.advance(1);
         Ok(scores)
     };
     windows.par_iter().with_max_len(1).map(score).collect()
@@ -233,7 +235,8 @@ mod tests {
     /// Against the definition, term by term in f64.
     #[test]
     fn scores_follow_their_definitions() {
-        let make = |seed: usize| Array2::from_shape_fn((5, 300), |(r, c)| ((r * 91 + c * 57 + seed * 13) % 97) as f32 / 11.0);
+        let make =
+            |seed: usize| Array2::from_shape_fn((5, 300), |(r, c)| ((r * 91 + c * 57 + seed * 13) % 97) as f32 / 11.0);
         let (model, reference) = (make(1), make(2));
         let next = [3, 299, 0, 17, 255];
         let found = Scores::of(model.view(), Some(reference.view()), &next).unwrap();

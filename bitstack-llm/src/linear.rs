@@ -6,13 +6,14 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use faer::linalg::matmul::matmul;
 use faer::prelude::ReborrowMut;
-use faer::{Accum, MatMut, MatRef, Par};
+use faer::{MatMut, MatRef};
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 use ndarray::{Array2, ArrayView2, ArrayViewMut2, CowArray};
 use rayon::prelude::*;
+
+use crate::math;
 
 /// Whether one call may spread over the threads of the current rayon pool. The results are the same bits either way.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -206,7 +207,7 @@ pub fn apply_by_panels(
 /// `y = x panelᵀ`, with `panel` as many rows as `y` has columns.
 fn product(y: MatMut<'_, f32>, x: MatRef<'_, f32>, panel: &[f32]) {
     let panel = MatRef::from_row_major_slice(panel, y.ncols(), x.ncols());
-    matmul(y, Accum::Replace, x, panel.transpose(), 1.0, Par::Seq);
+    math::product(y, x, panel.transpose(), 1.0);
 }
 
 /// Rows of a panel: enough that packing `x` for each of them does not count, and for a few tokens, where nothing but the

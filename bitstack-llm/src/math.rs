@@ -1,4 +1,47 @@
-//! The elementwise arithmetic of the decoder, in forms a compiler turns into vector code.
+//! The elementwise arithmetic of the decoder, in forms a compiler turns into vector code, and the matrix product.
+
+use std::hint::black_box;
+
+use faer::linalg::matmul::matmul;
+use faer::traits::pulp::{Arch, Simd, WithSimd};
+use faer::{Accum, MatMut, MatRef, Par};
+
+/// Defines functions that run as compiled for the widest vectors that this CPU has and the dispatcher knows. Only additions,
+/// products and comparisons are vectorised, never contracted or reordered, so results are the same at every width.
+///
+/// The body becomes a function that is inlined in the dispatched one by force: left to itself the compiler does not inline
+/// the longer ones, and then compiles them for the narrowest vectors.
+macro_rules! wide {
+    ($($(#[$meta:meta])* $vis:vis fn $name:ident($($arg:ident: $type:ty),*) $(-> $result:ty)? $body:block)*) => {$(
+        $(#[$meta])*
+        $vis fn $name($($arg: $type),*) $(-> $result)? {
+            #[inline(always)]
+            fn body(($($arg,)*): ($($type,)*)) $(-> $result)? $body
+            Arch::new().dispatch(Op(body, ($($arg,)*)))
+        }
+    )*};
+}
+
+struct Op<F, A>(F, A);
+
+impl<A, R, F: FnOnce(A) -> R> WithSimd for Op<F, A> {
+    type Output = R;
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) -> R {
+        (self.0)(self.1)
+    }
+}
+
+/// `out = factor · a b`, on the calling thread.
+///
+/// faer's kernels return with the upper halves of the vector registers in use. Until these are cleared, ordinary SSE code,
+/// which is what Rust compiles to by default, waits for them at every instruction: SwiGLU took six times as long after a
+/// product as before any. Code compiled for AVX clears them when it returns, so a little of it is run here.
+pub(crate) fn product(out: MatMut<'_, f32>, a: MatRef<'_, f32>, b: MatRef<'_, f32>, factor: f32) {
+    matmul(out, Accum::Replace, a, b, factor, Par::Seq);
+    clear_registers();
+}
 
 /// e^x in f32 with a relative error below 2e-7 for x in [-87, 88]; below that range 1.6e-38, above it e^88. NaN stays NaN.
 ///
@@ -39,7 +82,8 @@ fn sum_by(x: &[f32], f: impl Fn(f32) -> f32) -> f32 {
 }
 
 /// The largest element; -inf for none. NaN is passed over.
-pub(crate) fn max(x: &[f32]) -> f32 {
+#[inline(always)]
+fn max(x: &[f32]) -> f32 {
     let mut partial = [f32::NEG_INFINITY; LANES];
     let (chunks, rest) = x.as_chunks::<LANES>();
     for chunk in chunks {
@@ -50,87 +94,105 @@ pub(crate) fn max(x: &[f32]) -> f32 {
     partial.iter().chain(rest).fold(f32::NEG_INFINITY, |a, &b| if b > a { b } else { a })
 }
 
-/// Replaces scores by their softmax.
-pub(crate) fn softmax(x: &mut [f32]) {
-    let top = max(x);
-    x.iter_mut().for_each(|v| *v = exp(*v - top));
-    let scale = 1.0 / sum_by(x, |v| v);
-    x.iter_mut().for_each(|v| *v *= scale);
+/// `1 / sqrt(mean(x²) + eps)`.
+#[inline(always)]
+fn inverse_rms(x: &[f32], eps: f32) -> f32 {
+    1.0 / (sum_by(x, |v| v * v) / x.len() as f32 + eps).sqrt()
 }
 
-/// log Σ e^x. Partial sums of 256 elements in f32, these in f64: the error is that of the exponentials.
-pub(crate) fn log_sum_exp(x: &[f32]) -> f64 {
-    let top = max(x);
-    if !top.is_finite() {
-        return f64::NAN;
+wide! {
+    /// See [`product`].
+    fn clear_registers() {
+        black_box(black_box([0.0_f32; LANES]).map(|v| v + 1.0));
     }
-    let sum: f64 = x.chunks(256).map(|chunk| f64::from(sum_by(chunk, |v| exp(v - top)))).sum();
-    f64::from(top) + sum.ln()
-}
 
-/// Σ p (a - b) with p = e^(a - norm): how far two rows of logits differ where the first puts its probability.
-pub(crate) fn expected_difference(a: &[f32], b: &[f32], norm: f32) -> f64 {
-    let mut sum = 0.0;
-    for (a, b) in a.chunks(256).zip(b.chunks(256)) {
-        let mut partial = [0.0_f32; LANES];
-        let ((a, a_rest), (b, b_rest)) = (a.as_chunks::<LANES>(), b.as_chunks::<LANES>());
-        for (a, b) in a.iter().zip(b) {
-            for ((p, &a), &b) in partial.iter_mut().zip(a).zip(b) {
+    /// Replaces scores by their softmax.
+    pub(crate) fn softmax(x: &mut [f32]) {
+        let top = max(x);
+        x.iter_mut().for_each(|v| *v = exp(*v - top));
+        let scale = 1.0 / sum_by(x, |v| v);
+        x.iter_mut().for_each(|v| *v *= scale);
+    }
+
+    /// log Σ e^x. Partial sums of 256 elements in f32, these in f64: the error is that of the exponentials.
+    pub(crate) fn log_sum_exp(x: &[f32]) -> f64 {
+        let top = max(x);
+        if !top.is_finite() {
+            return f64::NAN;
+        }
+        let mut sum = 0.0;
+        for chunk in x.chunks(256) {
+            sum += f64::from(sum_by(chunk, |v| exp(v - top)));
+        }
+        f64::from(top) + sum.ln()
+    }
+
+    /// Σ p (a - b) with p = e^(a - norm): how far two rows of logits differ where the first puts its probability.
+    pub(crate) fn expected_difference(a: &[f32], b: &[f32], norm: f32) -> f64 {
+        let mut sum = 0.0;
+        for (a, b) in a.chunks(256).zip(b.chunks(256)) {
+            let mut partial = [0.0_f32; LANES];
+            let ((a, a_rest), (b, b_rest)) = (a.as_chunks::<LANES>(), b.as_chunks::<LANES>());
+            for (a, b) in a.iter().zip(b) {
+                for ((p, &a), &b) in partial.iter_mut().zip(a).zip(b) {
+                    *p += exp(a - norm) * (a - b);
+                }
+            }
+            for ((p, &a), &b) in partial.iter_mut().zip(a_rest).zip(b_rest) {
                 *p += exp(a - norm) * (a - b);
             }
+            sum += f64::from(partial.iter().sum::<f32>());
         }
-        for ((p, &a), &b) in partial.iter_mut().zip(a_rest).zip(b_rest) {
-            *p += exp(a - norm) * (a - b);
-        }
-        sum += f64::from(partial.iter().sum::<f32>());
+        sum
     }
-    sum
-}
 
-/// Index of the largest element, the first of equals; 0 for none.
-pub(crate) fn argmax(x: &[f32]) -> usize {
-    let top = max(x);
-    x.iter().position(|&v| v == top).unwrap_or(0)
-}
+    /// Index of the largest element, the first of equals; 0 for none.
+    pub(crate) fn argmax(x: &[f32]) -> usize {
+        let top = max(x);
+        x.iter().position(|&v| v == top).unwrap_or(0)
+    }
 
-/// `out = x / sqrt(mean(x²) + eps) * weight`, row by row.
-pub(crate) fn rms_norm(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
-    for (x, out) in x.chunks_exact(weight.len()).zip(out.chunks_exact_mut(weight.len())) {
-        let scale = 1.0 / (sum_by(x, |v| v * v) / weight.len() as f32 + eps).sqrt();
-        for ((out, &x), &w) in out.iter_mut().zip(x).zip(weight) {
-            *out = x * scale * w;
+    /// `out = x / sqrt(mean(x²) + eps) * weight`, row by row.
+    pub(crate) fn rms_norm(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
+        for (x, out) in x.chunks_exact(weight.len()).zip(out.chunks_exact_mut(weight.len())) {
+            let scale = inverse_rms(x, eps);
+            for ((out, &x), &w) in out.iter_mut().zip(x).zip(weight) {
+                *out = x * scale * w;
+            }
         }
     }
-}
 
-/// [`rms_norm`] of every row in place.
-pub(crate) fn rms_norm_in_place(x: &mut [f32], weight: &[f32], eps: f32) {
-    for x in x.chunks_exact_mut(weight.len()) {
-        let scale = 1.0 / (sum_by(x, |v| v * v) / weight.len() as f32 + eps).sqrt();
-        for (x, &w) in x.iter_mut().zip(weight) {
-            *x = *x * scale * w;
+    /// [`rms_norm`] of every row in place.
+    pub(crate) fn rms_norm_in_place(x: &mut [f32], weight: &[f32], eps: f32) {
+        for x in x.chunks_exact_mut(weight.len()) {
+            let scale = inverse_rms(x, eps);
+            for (x, &w) in x.iter_mut().zip(weight) {
+                *x = *x * scale * w;
+            }
         }
     }
-}
 
-/// `gate = silu(gate) * up`, silu(x) = x / (1 + e^-x).
-pub(crate) fn swiglu(gate: &mut [f32], up: &[f32]) {
-    for (gate, &up) in gate.iter_mut().zip(up) {
-        *gate = *gate / (1.0 + exp(-*gate)) * up;
+    /// `gate = silu(gate) * up`, silu(x) = x / (1 + e^-x).
+    pub(crate) fn swiglu(gate: &mut [f32], up: &[f32]) {
+        for (gate, &up) in gate.iter_mut().zip(up) {
+            *gate = *gate / (1.0 + exp(-*gate)) * up;
+        }
     }
-}
 
-/// Adds `bias` to every row of `x`.
-pub(crate) fn add_bias(x: &mut [f32], bias: &[f32]) {
-    for row in x.chunks_exact_mut(bias.len()) {
-        add(row, bias);
+    /// Adds `bias` to every row of `x`.
+    pub(crate) fn add_bias(x: &mut [f32], bias: &[f32]) {
+        for row in x.chunks_exact_mut(bias.len()) {
+            for (x, &b) in row.iter_mut().zip(bias) {
+                *x += b;
+            }
+        }
     }
-}
 
-/// `x += y`.
-pub(crate) fn add(x: &mut [f32], y: &[f32]) {
-    for (x, &y) in x.iter_mut().zip(y) {
-        *x += y;
+    /// `x += y`.
+    pub(crate) fn add(x: &mut [f32], y: &[f32]) {
+        for (x, &y) in x.iter_mut().zip(y) {
+            *x += y;
+        }
     }
 }
 

@@ -8,46 +8,86 @@ use ndarray::Array2;
 use rayon::prelude::*;
 use std::sync::Arc;
 
-/// The level at which a weight's sensitivity is measured: at level 1 the errors are so large that they do not add up, and far up the
-/// stack the divergences drown in rounding.
-const PROBE_LEVEL: u32 = 2;
+/// Levels from which a step is measured with the whole model at that level. Down there errors are large and do not add up: what a weight
+/// is worth depends on how bad the others are.
+const PROBED_STEPS: [u32; 2] = [1, 2];
 
-/// Per stacked weight, the model's KL divergence per unit of the weight's squared error: one run per weight, with that weight at
-/// level 2 and all others as they were. `errors[w][b - 1]` is the squared error of weight `w` at level `b`.
-pub(crate) fn sensitivities<S: BlockSource + Sync + ?Sized>(
+/// The level at which a weight is measured with all others as they were, which tells what the steps above are worth.
+const PROBE_LEVEL: u32 = 3;
+
+/// A measured worth below this share of what the original model says is noise.
+const LEAST_SHARE: f64 = 0.5;
+
+/// Per stacked weight and level, the divergence that is predicted to be left: `curves[w][b - 1]` for level `b`.
+///
+/// `errors[w][b - 1]` is the squared error of weight `w` at level `b`, in closed form. A step from level b to b + 1 is worth
+/// a · (error at b − error at b + 1), with a sensitivity `a` (nats per unit of error) that is measured three times per weight: with the whole
+/// model at level 1, the weight going to 2; with the whole model at level 2, the weight going to 3; and with the model as it was, the
+/// weight alone at level 3, which serves all further steps. That is three runs per weight, whatever the number of blocks.
+pub(crate) fn divergence_curves<S: BlockSource + Sync + ?Sized>(
     checkpoint: &Checkpoint,
     source: &S,
     errors: &[Vec<f64>],
     windows: &[&[u32]],
     progress: &dyn Progress,
-) -> Result<Vec<f64>, LlmError> {
+) -> Result<Vec<Vec<f64>>, LlmError> {
     let load = |_, spec: &crate::WeightSpec| Ok::<_, LlmError>(Arc::new(checkpoint.weight(spec)?));
     let original = Decoder::new(checkpoint.config().clone(), load, |spec| checkpoint.vector(spec))?;
-    let mut decoder = original.clone();
-    let finals = windows
-        .par_iter()
-        .with_max_len(1)
-        .map(|w| original.hidden(&w[..w.len() - 1], &mut Pass::new()))
-        .collect::<Result<Vec<_>, _>>()?;
-    let probes: Vec<u32> = errors.iter().map(|e| PROBE_LEVEL.min(e.len() as u32)).collect();
-    progress.stage("sensitivity (weights)", probes.len() as u64);
-    let divergences = try_each(
-        &mut decoder,
-        source,
-        windows,
-        |w| rebuild(source, w, probes[w]).map(Some),
-        |window, decoder, hidden| {
-            let scores = score(decoder, hidden, windows[window], Some((&original, &finals[window])))?;
-            Ok(scores.kl / scores.tokens as f64)
-        },
-        progress,
-    )?;
-    let per_error = |(w, kl): (usize, f64)| {
-        let error = errors[w][probes[w] as usize - 1];
-        // A weight that is exact at the probe needs no further block; rounding may make a divergence slightly negative.
-        if error > 0.0 { kl.max(0.0) / error } else { 0.0 }
+    let finals = in_windows(windows, |w| original.hidden(&w[..w.len() - 1], &mut Pass::new()))?;
+    progress.stage("sensitivity (runs)", ((PROBED_STEPS.len() + 1) * errors.len()) as u64);
+    let divergence = |window: usize, decoder: &_, hidden: &_| {
+        let scores = score(decoder, hidden, windows[window], Some((&original, &finals[window])))?;
+        Ok(scores.kl / scores.tokens as f64)
     };
-    Ok(divergences.into_iter().enumerate().map(per_error).collect())
+    // nats per unit of error; 0 for a weight whose error does not change.
+    let per_error = |nats: f64, error: f64| if error > 0.0 { (nats / error).max(0.0) } else { 0.0 };
+
+    let probes: Vec<u32> = errors.iter().map(|e| PROBE_LEVEL.min(e.len() as u32)).collect();
+    let mut decoder = original.clone();
+    let alone = |w: usize| rebuild(source, w, probes[w]).map(Some);
+    let found = try_each(&mut decoder, source, windows, alone, divergence, progress)?;
+    let alone: Vec<f64> =
+        found.iter().zip(&probes).zip(errors).map(|((nats, p), e)| per_error(*nats, e[*p as usize - 1])).collect();
+
+    let mut worth: Vec<Vec<f64>> = errors
+        .iter()
+        .zip(&alone)
+        .map(|(e, a)| e.windows(2).map(|step| a * (step[0] - step[1])).collect())
+        .collect();
+    for level in PROBED_STEPS {
+        let levels: Vec<u32> = errors.iter().map(|e| level.min(e.len() as u32)).collect();
+        let mut decoder = StackModel::open(source, &levels, &())?.into_decoder();
+        let base = in_windows(windows, |w| decoder.hidden(&w[..w.len() - 1], &mut Pass::new()))?;
+        let base = (0..windows.len()).map(|i| divergence(i, &decoder, &base[i])).sum::<Result<f64, LlmError>>()?;
+        let base = base / windows.len() as f64;
+        let step = level as usize;
+        let next = |w: usize| (step < errors[w].len()).then(|| rebuild(source, w, level + 1)).transpose();
+        let found = try_each(&mut decoder, source, windows, next, divergence, progress)?;
+        let measured: Vec<(usize, f64)> = found
+            .into_iter()
+            .enumerate()
+            .filter(|(w, _)| step < errors[*w].len())
+            .map(|(w, nats)| (w, base - nats))
+            .collect();
+        // Divergences do not add up down there, so what is taken from them is the shares of the weights, not their sum: a step must
+        // stay comparable with the steps above it.
+        let sum = |values: &mut dyn Iterator<Item = f64>| values.sum::<f64>();
+        let share = sum(&mut measured.iter().map(|(w, _)| worth[*w][step - 1])) / sum(&mut measured.iter().map(|(_, m)| *m));
+        if share.is_finite() {
+            measured.into_iter().for_each(|(w, m)| worth[w][step - 1] = m * share);
+        }
+    }
+    // What is left at a level is the worth of all steps above it, and of the step to the weight itself.
+    Ok(worth.iter().zip(errors).zip(&alone).map(|((steps, e), a)| left(steps, a * e[e.len() - 1])).collect())
+}
+
+/// Running sums from the end: what is left before each step, and after the last.
+fn left(steps: &[f64], last: f64) -> Vec<f64> {
+    let mut left = vec![last; steps.len() + 1];
+    for i in (0..steps.len()).rev() {
+        left[i] = left[i + 1] + steps[i];
+    }
+    left
 }
 
 /// Per stacked weight and block, the perplexity when that block is loaded and every other weight is a level below: the paper's score
@@ -63,7 +103,7 @@ pub(crate) fn perplexities<S: BlockSource + Sync + ?Sized>(
     progress.stage("perplexity (runs)", n_blocks.iter().map(|n| u64::from(n - 1)).sum());
     for level in 1..most {
         let levels: Vec<u32> = n_blocks.iter().map(|n| level.min(*n)).collect();
-        let mut decoder = StackModel::open(source, &levels)?.into_decoder();
+        let mut decoder = StackModel::open(source, &levels, &())?.into_decoder();
         let found = try_each(
             &mut decoder,
             source,
@@ -163,4 +203,39 @@ fn score(
     reference: Option<(&Decoder<Arc<Dense>>, &Array2<f32>)>,
 ) -> Result<Scores, LlmError> {
     crate::eval::score_hidden(decoder, hidden.view(), reference.map(|(d, h)| (d, h.view())), &window[1..])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{CompressOptions, Ordering, compress, eval};
+
+    #[test]
+    fn measurements_from_kept_states_equal_those_of_whole_runs() {
+        let data = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/");
+        for name in ["llama", "qwen2"] {
+            let checkpoint = Checkpoint::open(format!("{data}{name}")).unwrap();
+            let options = CompressOptions {
+                rank: Some(1),
+                n_blocks: 3,
+                samples: 2,
+                seq_len: Some(16),
+                ordering: Ordering::Random,
+                ..Default::default()
+            };
+            let draft = compress(&checkpoint, None, &options, &std::env::temp_dir(), &()).unwrap().draft;
+            let windows: Vec<Vec<u32>> = (0..3).map(|w| (0..20).map(|i| (w * 7 + i * i) % 96).collect()).collect();
+            let windows: Vec<&[u32]> = windows.iter().map(|w| &w[..]).collect();
+
+            let scores = perplexities(&draft, &windows, &()).unwrap();
+            for w in 0..draft.weights().len() {
+                let mut levels = vec![1; draft.weights().len()];
+                levels[w] = 2;
+                let model = StackModel::open(&draft, &levels, &()).unwrap().into_decoder();
+                let whole = eval::perplexity(&model, &windows, &()).unwrap().perplexity;
+                assert!((scores[w][1] / whole - 1.0).abs() < 1e-9, "{name} {w}: {} and {whole}", scores[w][1]);
+
+            }
+        }
+    }
 }

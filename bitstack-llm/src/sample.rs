@@ -229,4 +229,3 @@ pub(crate) fn window<L: LinearOp>(
     }
     Ok(tokens)
 }
-

@@ -1,6 +1,6 @@
 //! Models made of stacks: a `.bitstack` file, or the draft of one, opened at the levels of a plan.
 
-use crate::{Decoder, Dense, Elements, LlmError, ModelConfig, Tokenizer};
+use crate::{Decoder, Dense, Elements, LlmError, ModelConfig, Progress, Tokenizer};
 use bitstack_core::Level;
 use bitstack_format::{BlockSource, Dtype, Tensor};
 use half::{bf16, f16};
@@ -25,12 +25,14 @@ impl<'s, S: BlockSource + Sync + ?Sized> StackModel<'s, S> {
     /// # Errors
     /// Malformed config, weights that are missing or have another shape than the config says, damaged blocks, levels that are 0 or
     /// more than there are blocks.
-    pub fn open(source: &'s S, levels: &[u32]) -> Result<Self, LlmError> {
+    pub fn open(source: &'s S, levels: &[u32], progress: &dyn Progress) -> Result<Self, LlmError> {
         let config = config(source)?;
+        progress.stage("load (weights)", config.weights().len() as u64);
         let mut stacked = vec![(usize::MAX, 0); source.weights().len()];
         let decoder = Decoder::new(
             config,
             |index, spec| -> Result<_, LlmError> {
+                progress.advance(1);
                 let Some(weight) = source.weight_index(&spec.name) else {
                     let tensor = source.read_tensor(&spec.tensor_name())?;
                     let shape = [spec.rows, spec.cols];
@@ -84,9 +86,8 @@ impl<'s, S: BlockSource + Sync + ?Sized> StackModel<'s, S> {
 /// # Errors
 /// No or malformed `config.json`.
 pub fn config<S: BlockSource + ?Sized>(source: &S) -> Result<ModelConfig, LlmError> {
-    let text = |name: &str| -> Result<String, LlmError> {
-        Ok(String::from_utf8_lossy(&source.read_file(name)?).into_owned())
-    };
+    let text =
+        |name: &str| -> Result<String, LlmError> { Ok(String::from_utf8_lossy(&source.read_file(name)?).into_owned()) };
     let mut config = ModelConfig::from_json(&text("config.json")?)?;
     if source.files().iter().any(|f| f.name == "generation_config.json") {
         config.add_generation_config(&text("generation_config.json")?)?;

@@ -17,10 +17,27 @@ use crate::{LoadOrder, Method, Scores, Sizes, SortError};
 /// A block that removes little, or even adds error, but opens the way to one that removes much, thus shares a segment with
 /// it. Blocks after a weight's least error have segments that rise; these come after all that fall, so the order is
 /// complete, but their prefixes are worse than shorter ones.
+///
+/// Errors add up only where they are small. Up to the level `lockstep`, therefore, no weight is a level ahead of another: block b
+/// of every weight comes before block b + 1 of any, and the slopes only order the blocks of a level. The merge starts there.
 #[derive(Debug, Clone, PartialEq)]
 pub struct GainPerByte {
     /// One error per block, shaped like the sizes. Finite.
     pub errors: Scores,
+    /// The level up to which all weights go together; 0 and 1 mean that only the first blocks do.
+    pub lockstep: usize,
+}
+
+impl GainPerByte {
+    /// No lockstep beyond the first blocks.
+    pub fn new(errors: Scores) -> Self {
+        Self { errors, lockstep: 1 }
+    }
+
+    /// All weights go together up to this level.
+    pub fn lockstep(self, level: usize) -> Self {
+        Self { lockstep: level, ..self }
+    }
 }
 
 impl Method for GainPerByte {
@@ -31,13 +48,26 @@ impl Method for GainPerByte {
                 return Err(SortError::NonFiniteError { weight, level: block + 1, value: errors[block] });
             }
         }
+        let curves = || (0..).zip(self.errors.weights().zip(sizes.weights()));
+        let mut weights: Vec<u32> = (0..sizes.n_weights() as u32).collect();
+        let lockstep = self.lockstep.max(1);
+        for block in 1..lockstep.min(sizes.n_blocks()) {
+            let mut level: Vec<(u32, f64)> = curves()
+                .filter(|(_, (errors, _))| block < errors.len())
+                .map(|(weight, (errors, bytes))| {
+                    (weight, (errors[block] - errors[block - 1]) / bytes[block] as f64 + 0.0)
+                })
+                .collect();
+            level.sort_by(|a, b| a.1.total_cmp(&b.1));
+            weights.extend(level.into_iter().map(|(weight, _)| weight));
+        }
         let mut segments: Vec<(u32, Segment)> = Vec::new();
-        for (weight, (errors, bytes)) in self.errors.weights().zip(sizes.weights()).enumerate() {
-            segments.extend(hull(errors, bytes).into_iter().map(|segment| (weight as u32, segment)));
+        for (weight, (errors, bytes)) in curves().filter(|(_, (errors, _))| lockstep < errors.len()) {
+            let above = lockstep - 1..;
+            segments.extend(hull(&errors[above.clone()], &bytes[above]).into_iter().map(|segment| (weight, segment)));
         }
         // Stable, and slopes never fall along a hull: the segments of one weight stay in order.
         segments.sort_by(|a, b| a.1.slope.total_cmp(&b.1.slope).then(a.0.cmp(&b.0)));
-        let mut weights: Vec<u32> = (0..sizes.n_weights() as u32).collect();
         for (weight, segment) in segments {
             weights.extend(std::iter::repeat_n(weight, segment.n_blocks));
         }
@@ -120,10 +150,25 @@ mod tests {
         check_hull(&[8.0], &[9], &[]);
     }
 
+    #[test]
+    fn lockstep_levels_are_ordered_by_slope_and_finished_one_by_one() {
+        // Slopes: weight 0 -8, -4, -2; weight 1 -1, -16, -1 (one segment of two without lockstep); weight 2 has two blocks.
+        let errors = [vec![14.0, 6.0, 2.0, 0.0], vec![18.0, 17.0, 1.0, 0.0], vec![3.0, 0.0]];
+        let sizes = Sizes::new(0, [vec![1; 4], vec![1; 4], vec![1; 2]]).unwrap();
+        let order = |level| {
+            GainPerByte::new(Scores::new(&errors)).lockstep(level).order(&sizes).unwrap().weights()[3..].to_vec()
+        };
+        assert_eq!(order(1), [1, 1, 0, 0, 2, 0, 1]);
+        assert_eq!(order(0), order(1));
+        assert_eq!(order(2), [0, 2, 1, 1, 0, 0, 1]);
+        assert_eq!(order(3), [0, 2, 1, 1, 0, 0, 1]);
+        assert_eq!(order(99), [0, 2, 1, 1, 0, 0, 1]);
+    }
+
     #[track_caller]
     fn check_order(errors: &[Vec<f64>], bytes: &[Vec<u64>], expected: &[u32]) {
         let sizes = Sizes::new(0, bytes).unwrap();
-        let order = GainPerByte { errors: Scores::new(errors) }.order(&sizes).unwrap();
+        let order = GainPerByte::new(Scores::new(errors)).order(&sizes).unwrap();
         assert_eq!(order.weights(), expected);
     }
 
@@ -157,7 +202,7 @@ mod tests {
     #[test]
     fn errors_that_are_not_finite_are_rejected() {
         let sizes = Sizes::new(0, [vec![1], vec![1, 1]]).unwrap();
-        let order = |value| GainPerByte { errors: Scores::new([vec![1.0], vec![1.0, value]]) }.order(&sizes);
+        let order = |value| GainPerByte::new(Scores::new([vec![1.0], vec![1.0, value]])).order(&sizes);
         let infinite = SortError::NonFiniteError { weight: 1, level: 2, value: f64::INFINITY };
         assert_eq!(order(f64::INFINITY), Err(infinite));
         assert!(matches!(order(f64::NAN), Err(SortError::NonFiniteError { weight: 1, level: 2, .. })));

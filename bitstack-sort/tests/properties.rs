@@ -144,7 +144,7 @@ proptest! {
     #[test]
     fn gain_per_byte_accepts_any_finite_error(model in model(finite())) {
         let (sizes, errors) = split(&model);
-        check_method(&GainPerByte { errors }, &sizes)?;
+        check_method(&GainPerByte::new(errors), &sizes)?;
     }
 
     /// A choice of levels that alone has the least error + λ·bytes, for some price λ > 0 of a byte, is a vertex of the
@@ -154,7 +154,7 @@ proptest! {
         model in (0..50_u64, vec(vec((1..9_u64, (0..40_i32).prop_map(f64::from)), 1..=5), 1..=4))
     ) {
         let (sizes, errors) = split(&model);
-        let order = GainPerByte { errors: errors.clone() }.order(&sizes).unwrap();
+        let order = GainPerByte::new(errors.clone()).order(&sizes).unwrap();
         let choices: Vec<_> = all_levels(&sizes).into_iter().map(|levels| {
             let cost = cost(&levels, &sizes, &errors);
             (levels, cost)

@@ -16,7 +16,13 @@ pub(crate) fn run(args: &Compress, reporter: &Reporter) -> Result<()> {
 }
 
 /// Compresses the model in `model` and writes `output`; replaces it only when `force` is set.
-pub(crate) fn to_file(model: &Path, output: &Path, method: &MethodArgs, force: bool, reporter: &Reporter) -> Result<()> {
+pub(crate) fn to_file(
+    model: &Path,
+    output: &Path,
+    method: &MethodArgs,
+    force: bool,
+    reporter: &Reporter,
+) -> Result<()> {
     let started = Instant::now();
     let checkpoint = Checkpoint::open(model)?;
     let text = match &method.calibration {

@@ -25,9 +25,8 @@ const PROMPT: &str = "The old man looked at the river, and";
 pub(crate) fn run(args: &Demo, reporter: &Reporter) -> Result<()> {
     let dir = &args.output;
     let model = dir.join("tiny-llama");
-    let write = |path: &Path, bytes: &[u8]| {
-        fs::write(path, bytes).with_context(|| format!("cannot write {}", path.display()))
-    };
+    let write =
+        |path: &Path, bytes: &[u8]| fs::write(path, bytes).with_context(|| format!("cannot write {}", path.display()));
     fs::create_dir_all(&model).with_context(|| format!("cannot make the directory {}", model.display()))?;
     for (name, bytes) in MODEL {
         write(&model.join(name), bytes)?;
@@ -37,14 +36,22 @@ pub(crate) fn run(args: &Demo, reporter: &Reporter) -> Result<()> {
     let [model, text, file_name, picture] = [&model, &text, &file, &picture].map(|p| p.display().to_string());
 
     step(&["compress", &model, "-o", &file_name, "--force"], reporter)?;
-    step(&["eval", &file_name, &model, "--text", &text, "--steps", "8", "--reference", &model, "--plot", &picture], reporter)?;
+    step(
+        &["eval", &file_name, &model, "--text", &text, "--steps", "8", "--reference", &model, "--plot", &picture],
+        reporter,
+    )?;
     let stack = Stack::open(&file, reporter)?;
     let (least, most) = (stack.order.minimum_bytes(), stack.order.total_bytes());
     for memory in [least, least + (most - least) / 4, most] {
         let memory = memory.to_string();
-        step(&["generate", &file_name, "--memory", &memory, "--max-tokens", "60", "--top-p", "0.9", "--prompt", PROMPT], reporter)?;
+        step(
+            &["generate", &file_name, "--memory", &memory, "--max-tokens", "60", "--top-p", "0.9", "--prompt", PROMPT],
+            reporter,
+        )?;
     }
-    print(&format!("\nThe file is {file_name}, the picture {picture}. Now your own model:\n  bitstack compress MODEL_DIR -o model.bitstack\n"))
+    print(&format!(
+        "\nThe file is {file_name}, the picture {picture}. Now your own model:\n  bitstack compress MODEL_DIR -o model.bitstack\n"
+    ))
 }
 
 /// Shows a command and runs it.

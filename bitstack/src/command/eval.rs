@@ -73,7 +73,7 @@ impl Measure<'_> {
         };
         // All plans first: a size that is too small is told before the long work.
         let plans = budgets.iter().map(|b| stack.plan(*b)).collect::<Result<Vec<_>>>()?;
-        let mut model = StackModel::open(&stack.file, &plans[0].levels)?;
+        let mut model = StackModel::open(&stack.file, &plans[0].levels, self.reporter)?;
         let tokens = self.tokens(&tokenizer(&stack.file)?)?;
         let windows = self.windows(&tokens, model.decoder().config())?;
         self.reporter.stage("eval (windows)", (plans.len() * windows.len()) as u64);
@@ -124,10 +124,9 @@ impl Measure<'_> {
     }
 
     fn metrics<L: LinearOp>(&self, model: &Decoder<L>, windows: &[&[u32]]) -> Result<Metrics> {
-        let step = |_, _| self.reporter.advance(1);
         Ok(match self.reference {
-            Some(reference) => compare(model, reference, windows, &step)?,
-            None => perplexity(model, windows, &step)?,
+            Some(reference) => compare(model, reference, windows, self.reporter)?,
+            None => perplexity(model, windows, self.reporter)?,
         })
     }
 }

@@ -60,7 +60,11 @@ pub(crate) fn inspect(args: &Inspect) -> Result<()> {
     let files: Vec<_> = stack.file.files().iter().map(|f| f.name.as_str()).collect();
     line("files", files.join(", "));
     let width = weights.iter().map(|w| w.name.len()).max().unwrap_or(0).max(6);
-    let _ = writeln!(out, "\n{:width$}  {:>14}  {:>4}  {:>6}  {:>6}  {:>10}", "weight", "shape", "rank", "method", "blocks", "all blocks");
+    let _ = writeln!(
+        out,
+        "\n{:width$}  {:>14}  {:>4}  {:>6}  {:>6}  {:>10}",
+        "weight", "shape", "rank", "method", "blocks", "all blocks"
+    );
     for w in weights {
         let bytes: u64 = (1..=w.n_blocks()).filter_map(|b| w.block_bytes(b)).sum();
         let _ = writeln!(
@@ -110,7 +114,7 @@ pub(crate) fn verify(args: &Verify, reporter: &Reporter) -> Result<ExitCode> {
     }
     to_stderr(&format!(
         "error: {name}: of {} tensors {} are damaged and {} missing; blocks before the first of them stay usable",
-        report.n_tensors,
+        report.n_tensors + report.missing.len(),
         report.damaged.len(),
         report.missing.len()
     ));

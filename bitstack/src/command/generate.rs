@@ -19,7 +19,8 @@ pub(crate) fn run(args: &Generate, reporter: &Reporter) -> Result<()> {
 fn stack(args: &Generate, reporter: &Reporter) -> Result<()> {
     let stack = Stack::open(&args.file, reporter)?;
     let plan = stack.plan(args.memory.unwrap_or(u64::MAX))?;
-    let model = StackModel::open(&stack.file, &plan.levels)?;
+    let model = StackModel::open(&stack.file, &plan.levels, reporter)?;
+    reporter.finish();
     let bits = stack.bits_per_weight(plan.resident_bytes);
     let about = format!("{} resident, {bits:.2} bits per stacked weight", size::show(plan.resident_bytes));
     continue_prompt(args, model.decoder(), &tokenizer(&stack.file)?, &about, reporter)

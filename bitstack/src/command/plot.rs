@@ -21,8 +21,13 @@ pub(crate) struct Panel<'a> {
     pub(crate) baseline: Option<(String, f64)>,
 }
 
-const COLOURS: [RGBColor; 5] =
-    [RGBColor(31, 94, 168), RGBColor(214, 96, 28), RGBColor(43, 140, 92), RGBColor(138, 66, 158), RGBColor(120, 120, 120)];
+const COLOURS: [RGBColor; 5] = [
+    RGBColor(31, 94, 168),
+    RGBColor(214, 96, 28),
+    RGBColor(43, 140, 92),
+    RGBColor(138, 66, 158),
+    RGBColor(120, 120, 120),
+];
 
 /// Draws the panels below each other and returns the SVG text.
 pub(crate) fn svg(panels: &[Panel<'_>]) -> Result<String> {

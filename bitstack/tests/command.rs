@@ -1,0 +1,328 @@
+//! The command as a user meets it: what it prints, where, and with which exit status.
+#![cfg(feature = "cli")]
+#![expect(clippy::print_stdout, reason = "a test that is skipped says so")]
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+use std::sync::OnceLock;
+use std::{fs, str};
+
+/// The built-in model's directory.
+fn model() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("demo/tiny-llama")
+}
+
+fn text() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("demo/text.txt")
+}
+
+fn bitstack<S: AsRef<std::ffi::OsStr>>(arguments: impl IntoIterator<Item = S>) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_bitstack")).args(arguments).output().unwrap()
+}
+
+/// Runs a line of arguments; `{}` stands for the paths, in turn.
+fn line(arguments: &str, paths: &[&Path]) -> Output {
+    let mut paths = paths.iter();
+    bitstack(arguments.split(' ').filter(|a| !a.is_empty()).map(|a| match a {
+        "{}" => paths.next().unwrap().as_os_str().to_owned(),
+        other => other.into(),
+    }))
+}
+
+fn stdout(output: &Output) -> &str {
+    str::from_utf8(&output.stdout).unwrap()
+}
+
+fn stderr(output: &Output) -> &str {
+    str::from_utf8(&output.stderr).unwrap()
+}
+
+/// A failure: this status, nothing on stdout, and one line on stderr that has all of these words.
+#[track_caller]
+fn fails(output: &Output, status: i32, words: &[&str]) {
+    let message = stderr(output);
+    assert_eq!(output.status.code(), Some(status), "{message}");
+    assert_eq!(stdout(output), "");
+    let errors: Vec<&str> = message.lines().filter(|l| l.starts_with("error: ")).collect();
+    assert_eq!(errors.len(), 1, "{message}");
+    assert!(message.lines().count() <= 4, "{message}");
+    for word in words {
+        assert!(message.contains(word), "no '{word}' in: {message}");
+    }
+}
+
+#[track_caller]
+fn succeeds(output: &Output) {
+    assert_eq!(output.status.code(), Some(0), "{}", stderr(output));
+}
+
+/// The built-in model, compressed once for all tests: 4 blocks, calibrated on the text.
+fn stack() -> &'static Path {
+    static STACK: OnceLock<(tempfile::TempDir, PathBuf)> = OnceLock::new();
+    let (_, path) = STACK.get_or_init(|| {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("tiny.bitstack");
+        let output = line(
+            "compress {} -o {} --blocks 4 --samples 4 --seq-len 128 --calibration {} --quiet",
+            &[&model(), &path, &text()],
+        );
+        succeeds(&output);
+        assert_eq!((stdout(&output), stderr(&output)), ("", ""), "quiet is quiet");
+        (dir, path)
+    });
+    path
+}
+
+/// A copy of the model's directory in which one file is changed.
+fn changed_model(file: &str, change: impl FnOnce(Vec<u8>) -> Option<Vec<u8>>) -> tempfile::TempDir {
+    let dir = tempfile::tempdir().unwrap();
+    for entry in fs::read_dir(model()).unwrap() {
+        let entry = entry.unwrap();
+        fs::copy(entry.path(), dir.path().join(entry.file_name())).unwrap();
+    }
+    let path = dir.path().join(file);
+    match change(fs::read(&path).unwrap()) {
+        Some(bytes) => fs::write(path, bytes).unwrap(),
+        None => fs::remove_file(path).unwrap(),
+    }
+    dir
+}
+
+fn json(output: &Output) -> serde_json::Value {
+    succeeds(output);
+    serde_json::from_str(stdout(output)).unwrap()
+}
+
+#[test]
+fn plans_never_exceed_the_budget_and_a_larger_budget_never_gives_less() {
+    let inspect = json(&line("inspect {} --json", &[stack()]));
+    let (least, most) = (inspect["minimum_bytes"].as_u64().unwrap(), inspect["total_bytes"].as_u64().unwrap());
+    let mut last = 0;
+    for i in 0..=12 {
+        let budget = least + (most - least) * i / 12;
+        let plan = json(&line(&format!("plan {{}} --memory {budget} --json"), &[stack()]));
+        let resident = plan["resident_bytes"].as_u64().unwrap();
+        assert!(resident <= budget && resident >= last);
+        last = resident;
+    }
+    assert_eq!(last, most);
+    let below = least - 1;
+    fails(&line(&format!("plan {{}} --memory {below}"), &[stack()]), 2, &[&below.to_string(), &least.to_string()]);
+}
+
+#[test]
+fn a_truncated_file_is_the_plan_and_nothing_else() {
+    let dir = tempfile::tempdir().unwrap();
+    let small = dir.path().join("small.bitstack");
+    let plan = json(&line("plan {} --memory 200kB --json", &[stack()]));
+    succeeds(&line("truncate {} --memory 200kB -o {}", &[stack(), &small]));
+    let inspect = json(&line("inspect {} --json", &[&small]));
+    assert_eq!(inspect["total_bytes"], plan["resident_bytes"]);
+    assert!(stdout(&line("verify {}", &[&small])).contains("all as written"));
+    // The same text comes out of the smaller file and out of the plan.
+    let arguments = "generate {} --prompt The --max-tokens 20 --seed 3 --memory 200kB";
+    let (a, b) = (line(arguments, &[&small]), line(arguments, &[stack()]));
+    succeeds(&a);
+    assert_eq!(stdout(&a), stdout(&b));
+    assert!(stderr(&a).contains("tokens/s"));
+    fails(&line("truncate {} --memory 200kB -o {}", &[stack(), &small]), 2, &["small.bitstack", "--force"]);
+    succeeds(&line("truncate {} --memory 200kB -o {} --force", &[stack(), &small]));
+}
+
+#[test]
+fn eval_measures_every_size_and_draws_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let picture = dir.path().join("curve.svg");
+    let output = line(
+        "eval {} --text {} --steps 3 --samples 4 --seq-len 128 --reference {} --json --plot {}",
+        &[stack(), &text(), &model(), &picture],
+    );
+    let rows = json(&output);
+    let rows = rows.as_array().unwrap();
+    assert_eq!(rows.len(), 3);
+    for row in rows {
+        for key in [
+            "budget_bytes",
+            "resident_bytes",
+            "bits_per_weight",
+            "perplexity",
+            "perplexity_stderr",
+            "kl",
+            "top1",
+            "tokens",
+        ] {
+            assert!(row[key].is_number(), "{key} of {row}");
+        }
+        assert_eq!(row["tokens"], 4 * 127);
+    }
+    assert!(rows[0]["kl"].as_f64() > rows[2]["kl"].as_f64());
+    assert!(fs::read_to_string(&picture).unwrap().contains("KL divergence"));
+
+    // The uncompressed model does not diverge from itself.
+    let same =
+        json(&line("eval {} --text {} --samples 2 --seq-len 64 --reference {} --json", &[&model(), &text(), &model()]));
+    assert_eq!(same[0]["kl"], 0.0);
+    assert_eq!(same[0]["top1"], 1.0);
+}
+
+#[test]
+fn a_file_cut_anywhere_after_the_smallest_model_is_used_with_a_warning() {
+    let dir = tempfile::tempdir().unwrap();
+    let whole = fs::read(stack()).unwrap();
+    let cut = dir.path().join("cut.bitstack");
+    fs::write(&cut, &whole[..whole.len() * 2 / 3]).unwrap();
+    let output = line("generate {} --prompt The --max-tokens 5", &[&cut]);
+    succeeds(&output);
+    assert!(stderr(&output).contains("warning: ") && stderr(&output).contains("missing"), "{}", stderr(&output));
+    let verify = line("verify {}", &[&cut]);
+    assert_eq!(verify.status.code(), Some(1));
+    assert!(stdout(&verify).lines().all(|l| l.starts_with("missing: ")));
+    fs::write(&cut, &whole[..100]).unwrap();
+    fails(&line("inspect {}", &[&cut]), 1, &["cut.bitstack", "header"]);
+}
+
+#[test]
+fn a_damaged_block_is_named_and_what_comes_before_it_still_works() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut bytes = fs::read(stack()).unwrap();
+    let at = bytes.len() - 40;
+    bytes[at] ^= 1;
+    let damaged = dir.path().join("damaged.bitstack");
+    fs::write(&damaged, bytes).unwrap();
+    let verify = line("verify {}", &[&damaged]);
+    assert_eq!(verify.status.code(), Some(1));
+    let name = stdout(&verify).split(' ').nth(1).unwrap().trim_end_matches(':').to_owned();
+    assert!(name.contains(".block."), "{name}");
+    fails(&line("generate {} --prompt The", &[&damaged]), 1, &["damaged.bitstack", &name]);
+    succeeds(&line("generate {} --prompt The --max-tokens 5 --memory 150kB", &[&damaged]));
+}
+
+#[test]
+fn bad_model_directories_are_named_with_what_is_wrong() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("out.bitstack");
+    let nowhere = dir.path().join("nowhere");
+    let compress = |model: &Path| line("compress {} -o {} --blocks 1 --samples 1 --seq-len 32", &[model, &out]);
+    fails(&compress(&nowhere), 1, &["nowhere", "config.json"]);
+
+    let config = |from: &'static str, to: &'static str| {
+        changed_model("config.json", move |bytes| {
+            let text = String::from_utf8(bytes).unwrap();
+            assert!(text.contains(from));
+            Some(text.replace(from, to).into_bytes())
+        })
+    };
+    fails(&compress(config("LlamaForCausalLM", "GPT2LMHeadModel").path()), 1, &["GPT2LMHeadModel", "Llama"]);
+    fails(&compress(config("\"hidden_size\": 128", "\"hidden_size\": 0").path()), 1, &["config.json", "hidden_size"]);
+    fails(&compress(config("\"hidden_size\": 128", "\"hidden_size\": 64").path()), 1, &["shape", "128", "64"]);
+    fails(&compress(config("{", "[").path()), 1, &["config.json", "JSON"]);
+    fails(
+        &compress(config("\"num_hidden_layers\": 2", "\"num_hidden_layers\": 3").path()),
+        1,
+        &["model.layers.2", "missing"],
+    );
+    fails(&compress(changed_model("config.json", |_| None).path()), 1, &["config.json"]);
+    fails(&compress(changed_model("model.safetensors", |_| None).path()), 1, &["model.safetensors"]);
+    fails(
+        &compress(changed_model("model.safetensors", |b| Some(b[..b.len() - 7].to_vec())).path()),
+        1,
+        &["model.safetensors"],
+    );
+    let nan = changed_model("model.safetensors", |mut bytes| {
+        let n = bytes.len();
+        bytes[n - 2..].copy_from_slice(&0x7fc0_u16.to_le_bytes()); // a bf16 NaN
+        Some(bytes)
+    });
+    fails(&compress(nan.path()), 1, &["NaN", "tensor"]);
+    assert!(!out.exists());
+    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0, "nothing is left behind");
+}
+
+#[test]
+fn bad_texts_are_named_with_both_lengths() {
+    let dir = tempfile::tempdir().unwrap();
+    let (empty, short, binary) = (dir.path().join("empty"), dir.path().join("short"), dir.path().join("binary"));
+    fs::write(&empty, "").unwrap();
+    fs::write(&short, "Too short.").unwrap();
+    fs::write(&binary, [0xff, 0xfe, 0]).unwrap();
+    let eval = |text: &Path| line("eval {} --text {}", &[stack(), text]);
+    fails(&eval(&empty), 1, &["empty"]);
+    fails(&eval(&short), 1, &["short", "512"]);
+    fails(&eval(&binary), 1, &["binary", "UTF-8"]);
+    fails(&eval(&dir.path().join("none")), 1, &["none", "No such file"]);
+    let out = dir.path().join("out.bitstack");
+    fails(&line("compress {} -o {} --calibration {}", &[&model(), &out, &short]), 1, &["tokens", "512"]);
+    assert!(!out.exists());
+}
+
+#[test]
+fn outputs_that_cannot_be_written_are_refused_before_any_work() {
+    let exists = stack();
+    let started = std::time::Instant::now();
+    fails(&line("compress {} -o {}", &[&model(), exists]), 2, &["tiny.bitstack exists", "--force"]);
+    fails(&line("compress {} -o {}", &[&model(), Path::new("/nowhere/at/all.bitstack")]), 1, &["/nowhere/at"]);
+    // Nothing was calibrated: a line of progress comes every five seconds, and none came; the whole work takes longer.
+    assert!(started.elapsed().as_secs() < 5);
+}
+
+#[test]
+fn wrong_usage_has_status_2_and_says_what_is_right() {
+    for (arguments, words) in [
+        ("plan {} --memory 4XB", &["4XB", "GiB"][..]),
+        ("plan {}", &["--memory"]),
+        ("eval {} --text x --steps 0", &["--steps"]),
+        ("eval {} --text x --memory 1GB --steps 3", &["--steps", "--memory"]),
+        ("compress {} -o x --method magic", &["magic", "avd"]),
+        ("compress {}", &["--output"]),
+        ("frobnicate {}", &["frobnicate"]),
+    ] {
+        let output = line(arguments, &[stack()]);
+        assert_eq!(output.status.code(), Some(2), "{arguments}");
+        for word in words {
+            assert!(stderr(&output).contains(word), "{arguments}: {}", stderr(&output));
+        }
+    }
+    let help = bitstack(["--help"]);
+    succeeds(&help);
+    for command in ["compress", "inspect", "verify", "plan", "truncate", "eval", "generate", "bench", "demo"] {
+        assert!(stdout(&help).contains(command));
+    }
+}
+
+#[test]
+fn the_same_seed_gives_the_same_text_and_greedy_needs_none() {
+    let generate = |rest: &str| {
+        let output = line(&format!("generate {{}} --prompt Once --max-tokens 16 {rest}"), &[stack()]);
+        succeeds(&output);
+        stdout(&output).to_owned()
+    };
+    assert_eq!(generate("--seed 5"), generate("--seed 5"));
+    assert_ne!(generate("--seed 5"), generate("--seed 6"));
+    assert_eq!(generate("--temperature 0 --seed 5"), generate("--temperature 0 --seed 6"));
+    assert_eq!(generate("--top-k 1 --seed 5"), generate("--temperature 0"));
+    assert!(generate("").starts_with("Once"));
+}
+
+#[test]
+fn a_full_disk_leaves_nothing_behind() {
+    if !Path::new("/dev/full").exists() || !is_root() {
+        println!("skipped: mounting a small file system needs Linux and root");
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let mounted = Command::new("mount").args(["-t", "tmpfs", "-o", "size=256k", "tmpfs"]).arg(dir.path()).status();
+    if !mounted.is_ok_and(|s| s.success()) {
+        println!("skipped: a small file system cannot be mounted here");
+        return;
+    }
+    let out = dir.path().join("out.bitstack");
+    let output = line("compress {} -o {} --blocks 8 --samples 1 --seq-len 32 --order random", &[&model(), &out]);
+    let left = fs::read_dir(dir.path()).unwrap().count();
+    Command::new("umount").arg(dir.path()).status().unwrap();
+    fails(&output, 1, &["No space left"]);
+    assert_eq!(left, 0);
+}
+
+fn is_root() -> bool {
+    fs::read_to_string("/proc/self/status").is_ok_and(|s| s.lines().any(|l| l.starts_with("Uid:\t0")))
+}
