@@ -1,6 +1,6 @@
-//! Time per block of absolute-value decomposition, on one thread. `decomp/avd/exact` is the full thin SVD that the fast way replaces.
+//! Time per block of absolute-value decomposition and time of nested codes (all eight blocks), on one thread. `decomp/avd/exact` is the full thin SVD that the fast way replaces.
 
-use bitstack_decomp::{DecomposeOptions, Svd, decompose};
+use bitstack_decomp::{DecomposeOptions, Nested, Svd, decompose};
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use ndarray::Array2;
 use rand::rngs::StdRng;
@@ -53,9 +53,21 @@ fn gram(c: &mut Criterion) {
     }
 }
 
+/// All blocks of a weight. The time does not depend on what H is.
+fn nested(c: &mut Criterion) {
+    let mut group = c.benchmark_group("decomp/nested/gram");
+    for n in [512, 1024] {
+        let (w, h) = (weight(n), Array2::eye(n));
+        group.throughput(Throughput::Elements(w.len() as u64));
+        group.bench_with_input(BenchmarkId::new("eight_blocks", n), &w, |b, w| {
+            b.iter(|| decompose(black_box(w.view()), &DecomposeOptions::nested(8, Nested::default()).gram(h.view())));
+        });
+    }
+}
+
 criterion_group! {
     name = benches;
     config = Criterion::default().sample_size(10).measurement_time(Duration::from_secs(2));
-    targets = fast, exact, gram
+    targets = fast, exact, gram, nested
 }
 criterion_main!(benches);

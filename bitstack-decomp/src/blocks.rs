@@ -24,8 +24,8 @@ pub fn decompose(weight: ArrayView2<'_, f32>, options: &DecomposeOptions<'_>) ->
 ///
 /// [`Method::Avd`] computes each block when it is asked for, so one can stop at an error that is low enough. It takes about 4 bytes per
 /// weight while it runs, and 4 · cols² more when there is a Gram matrix; [`crate::Svd::Exact`] several times that. [`Method::Nested`]
-/// chooses planes jointly and computes all blocks here; it takes about n_blocks / 4 bytes per weight, 16 · cols² for the Gram matrix, and
-/// per thread 256 · (8 · joint planes + later planes) · cols.
+/// chooses planes jointly and computes all blocks here; it takes about n_blocks / 4 bytes per weight, 12 · cols² for the Gram matrix, and
+/// per thread 512 · cols · (2 · joint planes + later planes + 3).
 ///
 /// # Errors
 /// When the weight is empty or has values that are not finite, when the rank is 0 or above min(rows, cols) (for nested codes: not 1),

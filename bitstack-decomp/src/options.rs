@@ -63,11 +63,11 @@ impl Default for Nested {
         Self {
             joint: 6,
             sweeps: 3,
-            range: 1.25,
-            ratio: 0.58,
+            range: 1.3,
+            ratio: 0.55,
             level_weights: vec![0.3, 2.0, 2.0, 2.0, 1.0, 1.0, 1.0, 1.0],
             diagonal: 0.0,
-            damping: 0.01,
+            damping: 0.1,
             factors: FactorType::I8,
         }
     }

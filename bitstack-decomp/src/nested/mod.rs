@@ -222,6 +222,8 @@ impl Plan<'_> {
         tile.stage(&Stage { q, omega, weights, sweeps, grids: &self.grids[..q] }, &self.levels, &[1.0; TILE]);
         for p in q..self.grids.len() {
             let size: Vec<f64> = tile.residual().iter().map(|r| r * GAIN).collect();
+            // A single plane has little to gain from more.
+            let sweeps = sweeps.min(2);
             let stage = Stage { q: 1, omega: &[1.0], weights: &[1.0], sweeps, grids: &self.grids[p..=p] };
             tile.stage(&stage, &[vec![1.0]], &size);
         }

@@ -10,9 +10,10 @@ use bitstack_core::Values;
 use faer::linalg::matmul::matmul;
 use faer::{Accum, MatMut, MatRef, Par};
 use half::f16;
+use pulp::{Simd, WithSimd};
 
 /// Groups of lanes in a tile.
-pub(crate) const SUBS: usize = 4;
+pub(crate) const SUBS: usize = 8;
 /// Rows of a tile.
 pub(crate) const TILE: usize = SUBS * LANES;
 /// Columns worked on before the rest is brought up to date by a matrix product.
@@ -266,68 +267,42 @@ impl<'a> Tile<'a> {
         let Some((group, before)) = self.groups.split_last_mut() else { return };
         let q = group.q;
         let arch = pulp::Arch::new();
-        let Some(full) = &self.metric.full else {
-            for s in 0..SUBS {
-                arch.dispatch(|| {
-                    for c in 0..n {
-                        let at = c * SUBS + s;
-                        let mut targets = [[0.0; LANES]; MAX_JOINT];
-                        for b in 0..q {
-                            let base = value(before, &coefficients[s][b * p..], at);
-                            for l in 0..LANES {
-                                targets[b][l] = (self.x[at][l] - base[l]) * roots[s][b][l];
-                            }
-                        }
-                        group.z[at] = choose(&targets[..q], &tables[s], &mut self.costs);
-                    }
-                });
+        let full = self.metric.full.as_ref();
+        // Without H nothing is fed forward, and one block does.
+        let block = if full.is_some() { BLOCK } else { n };
+        let mut carried = vec![[0.0f32; LANES]; if full.is_some() { n * SUBS * q } else { 0 }];
+        let mut errors = vec![[0.0f32; LANES]; if full.is_some() { BLOCK * SUBS * q } else { 0 }];
+        let mut factor = vec![0.0f32; BLOCK * BLOCK];
+        for j0 in (0..n).step_by(block) {
+            let j1 = n.min(j0 + block);
+            if let Some(full) = full {
+                // The block of Ũ on the diagonal, transposed.
+                for j in j0..j1 {
+                    (j0..j).for_each(|i| factor[(j - j0) * BLOCK + i - j0] = full.u[i * n + j]);
+                }
             }
-            return;
-        };
-        let u = MatRef::from_row_major_slice(&full.u, n, n);
-        let mut carried = vec![[0.0f32; LANES]; n * SUBS * q];
-        let mut errors = vec![[0.0f32; LANES]; BLOCK * SUBS * q];
-        for j0 in (0..n).step_by(BLOCK) {
-            let j1 = n.min(j0 + BLOCK);
             for s in 0..SUBS {
-                arch.dispatch(|| {
-                    for j in j0..j1 {
-                        let at = j * SUBS + s;
-                        let mut targets = [[0.0; LANES]; MAX_JOINT];
-                        targets[..q].copy_from_slice(&carried[at * q..at * q + q]);
-                        for i in j0..j {
-                            let f = full.u[i * n + j];
-                            let e = &errors[((i - j0) * SUBS + s) * q..][..q];
-                            for b in 0..q {
-                                for l in 0..LANES {
-                                    targets[b][l] += f * e[b][l];
-                                }
-                            }
-                        }
-                        let mut goals = [[0.0; LANES]; MAX_JOINT];
-                        let mut rest = [[0.0; LANES]; MAX_JOINT];
-                        for b in 0..q {
-                            let base = value(before, &coefficients[s][b * p..], at);
-                            for l in 0..LANES {
-                                rest[b][l] = self.x[at][l] - base[l];
-                                goals[b][l] = (rest[b][l] + targets[b][l]) * roots[s][b][l];
-                            }
-                        }
-                        let z = choose(&goals[..q], &tables[s], &mut self.costs);
-                        group.z[at] = z;
-                        let values = suffix(&z, q, lo, p, &coefficients[s]);
-                        let e = &mut errors[((j - j0) * SUBS + s) * q..][..q];
-                        for b in 0..q {
-                            for l in 0..LANES {
-                                e[b][l] = rest[b][l] - values[b][l];
-                            }
-                        }
-                    }
-                });
+                let columns = Columns {
+                    range: j0..j1,
+                    s,
+                    q,
+                    lo,
+                    p,
+                    before,
+                    z: &mut group.z,
+                    coefficients: &coefficients[s],
+                    table: &tables[s],
+                    roots: &roots[s],
+                    costs: &mut self.costs,
+                };
+                let fed = full.map(|_| Fed { factor: &factor, carried: &carried, errors: &mut errors });
+                arch.dispatch(Feedback { columns, x: &self.x, fed });
             }
-            if j1 < n {
+            if let Some(full) = full
+                && j1 < n
+            {
                 let m = j1 - j0;
-                let lhs = u.submatrix(j0, j1, m, n - j1).transpose();
+                let lhs = MatRef::from_row_major_slice(&full.u, n, n).submatrix(j0, j1, m, n - j1).transpose();
                 let rhs = matrix(&errors[..m * SUBS * q], m, SUBS * q);
                 let out = matrix_mut(&mut carried[j1 * SUBS * q..], n - j1, SUBS * q);
                 matmul(out, Accum::Add, lhs, rhs, 1.0, Par::Seq);
@@ -341,13 +316,9 @@ impl<'a> Tile<'a> {
         let (Some(full), Some(group)) = (&self.metric.full, self.groups.last_mut()) else { return };
         let q = group.q;
         let mut planes = vec![[0.0f32; LANES]; n * SUBS * q];
-        pulp::Arch::new().dispatch(|| {
-            for at in 0..n * SUBS {
-                for i in 0..q {
-                    planes[at * q + i] = signs(&group.z[at], q, i);
-                }
-            }
-        });
+        for (planes, z) in planes.chunks_exact_mut(q).zip(&group.z) {
+            planes.iter_mut().enumerate().for_each(|(i, plane)| *plane = signs(z, q, i));
+        }
         group.ph = vec![[0.0f32; LANES]; n * SUBS * q];
         let h = MatRef::from_row_major_slice(&full.h, n, n);
         let out = matrix_mut(&mut group.ph, n, SUBS * q);
@@ -370,64 +341,21 @@ impl<'a> Tile<'a> {
         for j0 in (0..n).step_by(BLOCK) {
             let j1 = n.min(j0 + BLOCK);
             for s in 0..SUBS {
-                arch.dispatch(|| {
-                    for j in j0..j1 {
-                        let at = j * SUBS + s;
-                        let hjj = full.h[j * n + j];
-                        // The gradient of each level's error with respect to its value here.
-                        let mut g = [[0.0f32; LANES]; MAX_JOINT];
-                        let ph = &group.ph[at * q..at * q + q];
-                        for b in 0..q {
-                            let u = &coefficients[s][b * p..];
-                            for l in 0..LANES {
-                                g[b][l] = -self.xh[at][l];
-                            }
-                            for other in before.iter() {
-                                for i in 0..other.q {
-                                    let ph = &other.ph[at * other.q + i];
-                                    for l in 0..LANES {
-                                        g[b][l] += u[other.lo + i][l] * ph[l];
-                                    }
-                                }
-                            }
-                            for i in 0..=b {
-                                for l in 0..LANES {
-                                    g[b][l] += u[lo + i][l] * ph[i][l];
-                                }
-                            }
-                        }
-                        for i in j0..j {
-                            let f = full.h[i * n + j];
-                            let d = &changes[(i - j0) * q..][..q];
-                            for b in 0..q {
-                                for l in 0..LANES {
-                                    g[b][l] += f * d[b][l];
-                                }
-                            }
-                        }
-                        let old = group.z[at];
-                        let values = suffix(&old, q, lo, p, &coefficients[s]);
-                        let inverse = if hjj > 0.0 { 1.0 / hjj } else { 0.0 };
-                        let mut goals = [[0.0; LANES]; MAX_JOINT];
-                        for b in 0..q {
-                            for l in 0..LANES {
-                                goals[b][l] = (values[b][l] - g[b][l] * inverse) * roots[s][b][l];
-                            }
-                        }
-                        let z = choose(&goals[..q], &tables[s], &mut self.costs);
-                        group.z[at] = z;
-                        let after = suffix(&z, q, lo, p, &coefficients[s]);
-                        let d = &mut changes[(j - j0) * q..][..q];
-                        let flips = &mut flips[((j - j0) * SUBS + s) * q..][..q];
-                        for b in 0..q {
-                            let (then, now) = (signs(&old, q, b), signs(&z, q, b));
-                            for l in 0..LANES {
-                                d[b][l] = after[b][l] - values[b][l];
-                                flips[b][l] = now[l] - then[l];
-                            }
-                        }
-                    }
-                });
+                let columns = Columns {
+                    range: j0..j1,
+                    s,
+                    q,
+                    lo,
+                    p,
+                    before,
+                    z: &mut group.z,
+                    coefficients: &coefficients[s],
+                    table: &tables[s],
+                    roots: &roots[s],
+                    costs: &mut self.costs,
+                };
+                let (changes, flips) = (&mut changes[..], &mut flips[..]);
+                arch.dispatch(Sweep { columns, n, h: &full.h, xh: &self.xh, ph: &group.ph, changes, flips });
             }
             let m = j1 - j0;
             let lhs = h.submatrix(0, j0, n, m);
@@ -449,48 +377,30 @@ impl<'a> Tile<'a> {
         let arch = pulp::Arch::new();
         let mut plane = vec![[0.0f32; LANES]; BLOCK * p];
         let mut products = vec![[0.0f32; LANES]; BLOCK * q];
+        let mut weights = vec![[0.0f32; LANES]; BLOCK];
         let mut part = vec![[0.0f32; LANES]; q * (p + 1)];
         for j0 in (0..n).step_by(BLOCK) {
             let m = BLOCK.min(n - j0);
             for s in 0..SUBS {
                 part.fill([0.0; LANES]);
-                arch.dispatch(|| {
-                    for j in 0..m {
-                        let at = (j0 + j) * SUBS + s;
-                        for g in before.iter().chain([group]) {
-                            for i in 0..g.q {
-                                plane[(g.lo + i) * BLOCK + j] = signs(&g.z[at], g.q, i);
-                            }
-                        }
-                        for i in 0..q {
-                            products[i * BLOCK + j] = if group.ph.is_empty() {
-                                let h = self.metric.diagonal[j0 + j];
-                                plane[(lo + i) * BLOCK + j].map(|x| x * h)
-                            } else {
-                                group.ph[at * q + i]
-                            };
+                for j in 0..m {
+                    let at = (j0 + j) * SUBS + s;
+                    for g in before.iter().chain([group]) {
+                        for i in 0..g.q {
+                            plane[(g.lo + i) * BLOCK + j] = signs(&g.z[at], g.q, i);
                         }
                     }
                     for i in 0..q {
-                        let ph = &products[i * BLOCK..][..m];
-                        for k in 0..=lo + i {
-                            let mut sum = [0.0f32; LANES];
-                            for (a, b) in ph.iter().zip(&plane[k * BLOCK..][..m]) {
-                                for l in 0..LANES {
-                                    sum[l] += a[l] * b[l];
-                                }
-                            }
-                            part[i * (p + 1) + k] = sum;
-                        }
-                        let mut sum = [0.0f32; LANES];
-                        for (j, a) in ph.iter().enumerate() {
-                            for l in 0..LANES {
-                                sum[l] += a[l] * self.x[(j0 + j) * SUBS + s][l];
-                            }
-                        }
-                        part[i * (p + 1) + p] = sum;
+                        products[i * BLOCK + j] = if group.ph.is_empty() {
+                            let h = self.metric.diagonal[j0 + j];
+                            plane[(lo + i) * BLOCK + j].map(|x| x * h)
+                        } else {
+                            group.ph[at * q + i]
+                        };
                     }
-                });
+                    weights[j] = self.x[at];
+                }
+                arch.dispatch(Products { m, q, lo, plane: &plane, products: &products, x: &weights, sums: &mut part });
                 for i in 0..q {
                     for k in 0..=lo + i {
                         for l in 0..LANES {
@@ -611,6 +521,191 @@ impl<'a> Tile<'a> {
     pub(crate) fn positive(&self, i: usize, c: usize, r: usize) -> bool {
         let Some(group) = self.groups.iter().rfind(|g| g.lo <= i) else { return true };
         (group.z[c * SUBS + r / LANES][r % LANES] >> (group.q - 1 - (i - group.lo))) & 1 == 1
+    }
+}
+
+/// What a pass over a block of columns needs of the tile, for one group of lanes.
+///
+/// The passes are structs and not closures for the sake of [`pulp`]: their bodies have to be inlined into the function that it compiles
+/// for the instructions of the CPU.
+struct Columns<'a> {
+    range: std::ops::Range<usize>,
+    s: usize,
+    q: usize,
+    lo: usize,
+    p: usize,
+    before: &'a [Group],
+    z: &'a mut [[u8; LANES]],
+    coefficients: &'a [Lane],
+    table: &'a [Lane],
+    roots: &'a [Lane],
+    costs: &'a mut Costs,
+}
+
+/// What is fed forward: the block of Ũ on the diagonal, transposed; what came from the blocks before; the errors of this block.
+struct Fed<'a> {
+    factor: &'a [f32],
+    carried: &'a [Lane],
+    errors: &'a mut [Lane],
+}
+
+struct Feedback<'a> {
+    columns: Columns<'a>,
+    x: &'a [Lane],
+    fed: Option<Fed<'a>>,
+}
+
+impl WithSimd for Feedback<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) {
+        let Self { columns, x, mut fed } = self;
+        let Columns { range, s, q, lo, p, before, z, coefficients, table, roots, costs } = columns;
+        for j in range.clone() {
+            let (at, k) = (j * SUBS + s, j - range.start);
+            let mut rest = [[0.0; LANES]; MAX_JOINT];
+            let mut goals = [[0.0; LANES]; MAX_JOINT];
+            for b in 0..q {
+                rest[b] = x[at];
+                if !before.is_empty() {
+                    let base = value(before, &coefficients[b * p..], at);
+                    for l in 0..LANES {
+                        rest[b][l] -= base[l];
+                    }
+                }
+                let mut goal = rest[b];
+                if let Some(Fed { factor, carried, errors }) = &fed {
+                    let mut sum = carried[at * q + b];
+                    for (i, f) in factor[k * BLOCK..][..k].iter().enumerate() {
+                        let e = &errors[(i * SUBS + s) * q + b];
+                        for l in 0..LANES {
+                            sum[l] += f * e[l];
+                        }
+                    }
+                    for l in 0..LANES {
+                        goal[l] += sum[l];
+                    }
+                }
+                for l in 0..LANES {
+                    goals[b][l] = goal[l] * roots[b][l];
+                }
+            }
+            z[at] = choose(&goals[..q], table, costs);
+            if let Some(Fed { errors, .. }) = &mut fed {
+                let values = suffix(&z[at], q, lo, p, coefficients);
+                let errors = &mut errors[(k * SUBS + s) * q..][..q];
+                for b in 0..q {
+                    for l in 0..LANES {
+                        errors[b][l] = rest[b][l] - values[b][l];
+                    }
+                }
+            }
+        }
+    }
+}
+
+struct Sweep<'a> {
+    columns: Columns<'a>,
+    n: usize,
+    h: &'a [f32],
+    xh: &'a [Lane],
+    ph: &'a [Lane],
+    /// Of each level's value, this block, this group of lanes.
+    changes: &'a mut [Lane],
+    /// Of each plane, this block, all groups of lanes.
+    flips: &'a mut [Lane],
+}
+
+impl WithSimd for Sweep<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) {
+        let Self { columns, n, h, xh, ph, changes, flips } = self;
+        let Columns { range, s, q, lo, p, before, z, coefficients, table, roots, costs } = columns;
+        for j in range.clone() {
+            let (at, k) = (j * SUBS + s, j - range.start);
+            let hjj = h[j * n + j];
+            let inverse = if hjj > 0.0 { 1.0 / hjj } else { 0.0 };
+            let old = z[at];
+            let values = suffix(&old, q, lo, p, coefficients);
+            let mut goals = [[0.0; LANES]; MAX_JOINT];
+            for b in 0..q {
+                // The gradient of this level's error with respect to its value here.
+                let u = &coefficients[b * p..][..p];
+                let mut g = [0.0f32; LANES];
+                for other in before {
+                    for i in 0..other.q {
+                        let (u, ph) = (&u[other.lo + i], &other.ph[at * other.q + i]);
+                        for l in 0..LANES {
+                            g[l] += u[l] * ph[l];
+                        }
+                    }
+                }
+                for i in 0..=b {
+                    let (u, ph) = (&u[lo + i], &ph[at * q + i]);
+                    for l in 0..LANES {
+                        g[l] += u[l] * ph[l];
+                    }
+                }
+                for (i, f) in h[j * n + range.start..][..k].iter().enumerate() {
+                    let d = &changes[i * q + b];
+                    for l in 0..LANES {
+                        g[l] += f * d[l];
+                    }
+                }
+                for l in 0..LANES {
+                    goals[b][l] = (values[b][l] - (g[l] - xh[at][l]) * inverse) * roots[b][l];
+                }
+            }
+            let new = choose(&goals[..q], table, costs);
+            z[at] = new;
+            let after = suffix(&new, q, lo, p, coefficients);
+            let flips = &mut flips[(k * SUBS + s) * q..][..q];
+            let changes = &mut changes[k * q..][..q];
+            for b in 0..q {
+                let (then, now) = (signs(&old, q, b), signs(&new, q, b));
+                for l in 0..LANES {
+                    changes[b][l] = after[b][l] - values[b][l];
+                    flips[b][l] = now[l] - then[l];
+                }
+            }
+        }
+    }
+}
+
+/// Sums over `m` columns of products of planes (`BLOCK` columns each) with H̃ P and of x with H̃ P; `q x (lo + q + 1)` sums.
+struct Products<'a> {
+    m: usize,
+    q: usize,
+    lo: usize,
+    plane: &'a [Lane],
+    products: &'a [Lane],
+    x: &'a [Lane],
+    sums: &'a mut [Lane],
+}
+
+impl WithSimd for Products<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) {
+        let Self { m, q, lo, plane, products, x, sums } = self;
+        let width = lo + q + 1;
+        for i in 0..q {
+            let ph = &products[i * BLOCK..][..m];
+            for k in (0..=lo + i).chain([lo + q]) {
+                let other = if k < lo + q { &plane[k * BLOCK..][..m] } else { &x[..m] };
+                let mut sum = [0.0f32; LANES];
+                for (a, b) in ph.iter().zip(other) {
+                    for l in 0..LANES {
+                        sum[l] += a[l] * b[l];
+                    }
+                }
+                sums[i * width + k] = sum;
+            }
+        }
     }
 }
 
