@@ -5,8 +5,8 @@
 //! `cargo run --release -p bitstack-examples --example 01-decompose` prints a table like
 //! ```text
 //! rank  blocks  bits per weight  relative error
-//!    1       1            1.094           0.594
-//!    1       2            2.188           0.355
+//!    1       1            1.104           0.590
+//!    1       2            2.208           0.345
 //! ```
 
 use bitstack_decomp::{DecomposeOptions, decompose};
