@@ -20,8 +20,8 @@
 //! Any prefix of a stack is a complete, usable weight, and going up or down one level touches only one block.
 //!
 //! # What is not here
-//! No file access ([`bitstack-format`](https://docs.rs/bitstack-format)), no decomposition
-//! ([`bitstack-decomp`](https://docs.rs/bitstack-decomp)), no fast kernels: [`Level`] is the plain arithmetic that those are checked against.
+//! No file access (`bitstack-format`), no decomposition (`bitstack-decomp`), no fast kernels: [`Level`] is the plain arithmetic that those
+//! are checked against.
 #![forbid(unsafe_code)]
 
 mod block;

@@ -5,7 +5,7 @@ use super::progress::Reporter;
 use super::{size, usage};
 use anyhow::{Context, Result};
 use bitstack_format::{Existing, write_atomically};
-use bitstack_llm::{BlockMethod, Checkpoint, CompressOptions, Ordering, Progress, Scaling, compress};
+use bitstack_llm::{BlockMethod, Checkpoint, CompressOptions, Ordering, Scaling, compress};
 use std::path::Path;
 use std::time::Instant;
 
@@ -43,15 +43,9 @@ pub(crate) fn to_file(
     compressed.draft.set_provenance("made by", &describe(method, text.is_some()))?;
 
     let existing = if force { Existing::Replace } else { Existing::Refuse };
+    let mut progress = reporter.bytes("write (bytes)");
     let bytes = write_atomically(output, existing, |out| {
-        let mut done_before = None;
-        compressed.draft.finish(compressed.order.weights(), out, &mut |done, total| {
-            let before = done_before.replace(done).unwrap_or_else(|| {
-                reporter.stage("write (bytes)", total);
-                0
-            });
-            reporter.advance(done - before);
-        })
+        compressed.draft.finish(compressed.order.weights(), out, &mut progress)
     })?;
     reporter.finish();
     reporter.say(&format!(

@@ -6,7 +6,6 @@ use super::progress::{Reporter, to_stderr};
 use super::{print, size};
 use anyhow::Result;
 use bitstack_format::{BlockSource, Existing, write_atomically};
-use bitstack_llm::Progress;
 use serde_json::json;
 use std::fmt::Write;
 use std::process::ExitCode;
@@ -92,14 +91,7 @@ pub(crate) fn inspect(args: &Inspect) -> Result<()> {
 /// `bitstack verify`
 pub(crate) fn verify(args: &Verify, reporter: &Reporter) -> Result<ExitCode> {
     let stack = Stack::open(&args.file, &Reporter::new(true))?;
-    let mut shown = None;
-    let report = stack.file.verify(&mut |done, total| {
-        let before = shown.replace(done).unwrap_or_else(|| {
-            reporter.stage("verify (bytes)", total);
-            0
-        });
-        reporter.advance(done - before);
-    })?;
+    let report = stack.file.verify(&mut reporter.bytes("verify (bytes)"))?;
     reporter.finish();
     for damage in &report.damaged {
         print(&format!("damaged: {}: {}\n", damage.name, damage.reason))?;
@@ -158,16 +150,9 @@ pub(crate) fn truncate(args: &Truncate, reporter: &Reporter) -> Result<()> {
     let plan = stack.plan(args.memory)?;
     let existing = if args.force { Existing::Replace } else { Existing::Refuse };
     super::compress::refuse_existing(&args.output, args.force)?;
-    let mut shown = None;
-    let bytes = write_atomically(&args.output, existing, |out| {
-        stack.file.write_prefix(plan.n_blocks, out, &mut |done, total| {
-            let before = shown.replace(done).unwrap_or_else(|| {
-                reporter.stage("write (bytes)", total);
-                0
-            });
-            reporter.advance(done - before);
-        })
-    })?;
+    let mut progress = reporter.bytes("write (bytes)");
+    let bytes =
+        write_atomically(&args.output, existing, |out| stack.file.write_prefix(plan.n_blocks, out, &mut progress))?;
     reporter.finish();
     reporter.say(&format!(
         "{}: {} resident ({:.3} bits per stacked weight), {} on disk",

@@ -49,6 +49,18 @@ impl Reporter {
         }
     }
 
+    /// A stage that counts bytes: to be told how many are done, of how many.
+    pub(crate) fn bytes(&self, name: &'static str) -> impl FnMut(u64, u64) {
+        let mut before = None;
+        move |done, total| {
+            let before = before.replace(done).unwrap_or_else(|| {
+                self.stage(name, total);
+                0
+            });
+            self.advance(done - before);
+        }
+    }
+
     /// A remark to the user, on stderr, unless quiet.
     pub(crate) fn say(&self, text: &str) {
         match &self.mode {
