@@ -181,7 +181,7 @@ fn own_text(
     seed: u64,
     progress: &dyn Progress,
 ) -> Result<Vec<u32>, LlmError> {
-    let decoder = Decoder::load(checkpoint)?;
+    let decoder = Decoder::load_with(checkpoint, progress)?;
     let start = checkpoint.config().eos_tokens.first().copied().unwrap_or(0);
     progress.stage("text from the model (windows)", n_windows as u64);
     let windows = (0..n_windows)

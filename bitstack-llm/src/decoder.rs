@@ -20,7 +20,7 @@ use rayon::prelude::*;
 
 use crate::config::WEIGHTS_PER_LAYER;
 use crate::linear::{LinearOp, Threads};
-use crate::{Checkpoint, Dense, LlmError, ModelConfig, RopeConfig, VectorSpec, WeightSpec, math};
+use crate::{Checkpoint, Dense, LlmError, ModelConfig, Progress, RopeConfig, VectorSpec, WeightSpec, math};
 
 /// Sees the inputs of the linear operators as a pass goes by.
 pub trait Observer {
@@ -164,7 +164,21 @@ impl Decoder<Dense> {
     /// # Errors
     /// As [`Checkpoint::weight`].
     pub fn load(checkpoint: &Checkpoint) -> Result<Self, LlmError> {
-        Self::new(checkpoint.config().clone(), |_, spec| checkpoint.weight(spec), |spec| checkpoint.vector(spec))
+        Self::load_with(checkpoint, &())
+    }
+
+    /// As [`load`](Self::load), telling `progress` of every weight.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::weight`].
+    pub fn load_with(checkpoint: &Checkpoint, progress: &dyn Progress) -> Result<Self, LlmError> {
+        let config = checkpoint.config().clone();
+        progress.stage("load (weights)", config.weights().len() as u64);
+        let weight = |_, spec: &WeightSpec| {
+            progress.advance(1);
+            checkpoint.weight(spec)
+        };
+        Self::new(config, weight, |spec| checkpoint.vector(spec))
     }
 
     /// The same model with every weight widened to f32: a few percent faster, twice the memory.

@@ -33,7 +33,11 @@ pub(crate) fn divergence_curves<S: BlockSource + Sync + ?Sized>(
     windows: &[&[u32]],
     progress: &dyn Progress,
 ) -> Result<Vec<Vec<f64>>, LlmError> {
-    let load = |_, spec: &crate::WeightSpec| Ok::<_, LlmError>(Arc::new(checkpoint.weight(spec)?));
+    progress.stage("load (weights)", checkpoint.config().weights().len() as u64);
+    let load = |_, spec: &crate::WeightSpec| {
+        progress.advance(1);
+        Ok::<_, LlmError>(Arc::new(checkpoint.weight(spec)?))
+    };
     let original = Decoder::new(checkpoint.config().clone(), load, |spec| checkpoint.vector(spec))?;
     let finals = in_windows(windows, |w| original.hidden(&w[..w.len() - 1], &mut Pass::new()))?;
     progress.stage("sensitivity (runs)", (LOCKSTEP * errors.len()) as u64);

@@ -87,7 +87,7 @@ pub(crate) struct MethodArgs {
     #[arg(long, value_enum, default_value_t = Scale::Gram)]
     pub(crate) scale: Scale,
 
-    /// Plain text to calibrate on; without it the model writes its own.
+    /// Plain text to calibrate on; without it the model writes its own, which takes long with a large model.
     #[arg(long, value_name = "FILE.txt")]
     pub(crate) calibration: Option<PathBuf>,
 

@@ -32,7 +32,7 @@ struct Row {
 pub(crate) fn run(args: &Eval, reporter: &Reporter) -> Result<()> {
     let text = read_text(&args.text)?;
     let reference = match &args.reference {
-        Some(dir) => Some(Decoder::load(&Checkpoint::open(dir)?)?),
+        Some(dir) => Some(Decoder::load_with(&Checkpoint::open(dir)?, reporter)?),
         None => None,
     };
     let mut rows = Vec::new();
@@ -97,7 +97,7 @@ impl Measure<'_> {
         if let Some(budget) = self.args.memory.iter().find(|m| **m < bytes) {
             return Err(usage(format!("--memory {budget}: an uncompressed model has one size, {bytes} bytes")));
         }
-        let decoder = Decoder::load(&checkpoint)?;
+        let decoder = Decoder::load_with(&checkpoint, self.reporter)?;
         let tokens = self.tokens(&Tokenizer::from_bytes(&checkpoint.companion("tokenizer.json")?)?)?;
         let windows = self.windows(&tokens, decoder.config())?;
         self.reporter.stage("eval (windows)", windows.len() as u64);

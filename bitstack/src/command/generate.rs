@@ -34,7 +34,9 @@ fn directory(args: &Generate, reporter: &Reporter) -> Result<()> {
     }
     let about = format!("{} resident, uncompressed", size::show(bytes));
     let tokenizer = Tokenizer::from_bytes(&checkpoint.companion("tokenizer.json")?)?;
-    continue_prompt(args, &Decoder::load(&checkpoint)?, &tokenizer, &about, reporter)
+    let decoder = Decoder::load_with(&checkpoint, reporter)?;
+    reporter.finish();
+    continue_prompt(args, &decoder, &tokenizer, &about, reporter)
 }
 
 fn continue_prompt<L: LinearOp>(
