@@ -93,10 +93,10 @@ impl<'a> Walk<'a> {
                 }));
             }
             sums.par_iter_mut().enumerate().with_max_len(1).try_for_each(|(group, sum)| {
-                let specs = self.checkpoint.config().weights();
-                seen.iter()
-                    .try_for_each(|inputs| sum.stats.update(inputs[group].1.view()))
-                    .map_err(|source| LlmError::Weight { name: specs[sum.weights[0]].name.clone(), source })
+                seen.iter().try_for_each(|inputs| sum.stats.update(inputs[group].1.view())).map_err(|source| {
+                    let name = self.checkpoint.config().weights()[sum.weights[0]].name.clone();
+                    LlmError::Weight { name, source }
+                })
             })?;
         }
         Ok(sums)

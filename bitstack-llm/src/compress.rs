@@ -9,6 +9,7 @@ use bitstack_core::{ActivationStats, Collect, Scales, Shape, WeightStack};
 use bitstack_decomp::{DecomposeOptions, Nested};
 use bitstack_format::{BlockSource, Draft};
 use bitstack_sort::{Balanced, GainPerByte, Greedy, LoadOrder, Method, Random, Scores, Sizes};
+use ndarray::ArrayView2;
 use rayon::prelude::*;
 use std::path::Path;
 
@@ -275,21 +276,26 @@ impl Work<'_> {
     /// Decomposes the weights that read these inputs, side by side, and puts their blocks into the draft in the model's order.
     fn weights(&mut self, inputs: &[InputStats]) -> Result<(), LlmError> {
         let specs = self.checkpoint.config().weights();
-        let jobs: Vec<(&WeightSpec, &ActivationStats)> = inputs
+        // Once for all weights that read the same input: it is as large as they are.
+        let grams: Vec<_> = inputs.iter().map(|group| group.stats.gram()).collect();
+        let jobs: Vec<(&WeightSpec, &ActivationStats, Option<ArrayView2<'_, f64>>)> = inputs
             .iter()
-            .flat_map(|group| group.weights.iter().map(|w| (&specs[*w], &group.stats)))
-            .filter(|(spec, _)| !self.is_kept(spec))
+            .zip(&grams)
+            .flat_map(|(group, gram)| {
+                group.weights.iter().map(|w| (&specs[*w], &group.stats, gram.as_ref().map(|g| g.view())))
+            })
+            .filter(|(spec, ..)| !self.is_kept(spec))
             .collect();
         let done = jobs
             .par_iter()
             .with_max_len(1)
-            .map(|(spec, stats)| {
-                let result = self.one(spec, stats)?;
+            .map(|(spec, stats, gram)| {
+                let result = self.one(spec, stats, *gram)?;
                 self.progress.advance(1);
                 Ok(result)
             })
             .collect::<Result<Vec<_>, LlmError>>()?;
-        for ((spec, _), (stack, errors)) in jobs.iter().zip(done) {
+        for ((spec, ..), (stack, errors)) in jobs.iter().zip(done) {
             let weight = self.draft.weight_index(&spec.name).expect("every stacked weight was added before");
             for block in stack.blocks() {
                 self.draft.push_block(weight, block.view())?;
@@ -299,7 +305,12 @@ impl Work<'_> {
         Ok(())
     }
 
-    fn one(&self, spec: &WeightSpec, stats: &ActivationStats) -> Result<(WeightStack, Vec<f64>), LlmError> {
+    fn one(
+        &self,
+        spec: &WeightSpec,
+        stats: &ActivationStats,
+        gram: Option<ArrayView2<'_, f64>>,
+    ) -> Result<(WeightStack, Vec<f64>), LlmError> {
         let in_weight = |source| LlmError::Weight { name: spec.name.clone(), source };
         let config = self.checkpoint.config();
         let grouped = config.n_heads != config.n_kv_heads;
@@ -313,7 +324,6 @@ impl Work<'_> {
             Scaling::Reference => Scales::reference(stats).map_err(in_weight)?,
         };
         let matrix = self.checkpoint.matrix(spec)?;
-        let gram = stats.gram();
         let options = match self.options.method {
             // Chosen with the order by gain, on the divergence of a whole model at 2 to 4.5 bits per weight.
             BlockMethod::Nested => DecomposeOptions::nested(
@@ -325,8 +335,8 @@ impl Work<'_> {
             }
         };
         let mut options = options.seed(self.options.seed).scales(&scales);
-        if let Some(gram) = &gram {
-            options = options.gram(gram.view());
+        if let Some(gram) = gram {
+            options = options.gram(gram);
         }
         let result = bitstack_decomp::decompose(matrix.view(), &options)
             .map_err(|source| LlmError::Decompose { name: spec.name.clone(), source })?;

@@ -74,9 +74,8 @@ pub(crate) fn divergence_curves<S: BlockSource + Sync + ?Sized>(
             .collect();
         // Divergences do not add up down there, so what is taken from them is the shares of the weights, not their sum: a step must
         // stay comparable with the steps above it.
-        let sum = |values: &mut dyn Iterator<Item = f64>| values.sum::<f64>();
-        let share =
-            sum(&mut measured.iter().map(|(w, _)| worth[*w][step - 1])) / sum(&mut measured.iter().map(|(_, m)| *m));
+        let predicted: f64 = measured.iter().map(|(w, _)| worth[*w][step - 1]).sum();
+        let share = predicted / measured.iter().map(|(_, nats)| nats).sum::<f64>();
         if share.is_finite() {
             measured.into_iter().for_each(|(w, m)| worth[w][step - 1] = m * share);
         }
