@@ -11,8 +11,8 @@ use crate::header::{
 use crate::tensor::wrong;
 use crate::write::{alignment, pad_bytes, pad_name, write_stack};
 use crate::{
-    ALIGNMENT, BlockKind, BlockSource, Dtype, FormatError, MAX_HEADER_BYTES, ReadAt, Tensor, TensorInfo, VERSION,
-    WeightInfo, order,
+    ALIGNMENT, BlockExtent, BlockKind, BlockSource, Dtype, FormatError, MAX_HEADER_BYTES, ReadAt, Tensor, TensorInfo,
+    VERSION, Verify, WeightInfo, order,
 };
 use bitstack_core::{Block, BlockLayout, FactorType, Shape};
 use bitstack_pack::row_bytes;
@@ -271,6 +271,31 @@ impl<S: ReadAt> StackFile<S> {
             reason: format!("the file has {} blocks, {n_blocks} were asked for", self.order.len()),
         })?;
         write_stack(&self.catalog, &self.source, order, out, progress)
+    }
+
+    /// The bytes that block `block` (from 1) of weight `weight` (from 0) takes, and where its parts are among them.
+    ///
+    /// # Errors
+    /// [`FormatError::NoSuchWeight`], [`FormatError::NoSuchBlock`]; [`FormatError::OutOfMemory`] when they cannot be addressed.
+    pub fn block_extent(&self, weight: usize, block: usize) -> Result<BlockExtent, FormatError> {
+        self.catalog.block_extent(weight, block)
+    }
+
+    /// Reads the bytes of a block into `bytes`, which must be [`BlockExtent::len_bytes`] of them, for [`BlockExtent::view`]. Numbers
+    /// of more than one byte come in the order of this machine. What `bytes` holds between the parts, and after an error, is
+    /// unspecified.
+    ///
+    /// # Errors
+    /// As [`BlockSource::read_block`], except that the values of the block are checked by [`BlockExtent::view`];
+    /// [`FormatError::Block`] when `bytes` is of another length.
+    pub fn read_block_bytes(
+        &self,
+        weight: usize,
+        block: usize,
+        verify: Verify,
+        bytes: &mut [u8],
+    ) -> Result<(), FormatError> {
+        self.catalog.read_block_bytes(&self.source, weight, block, verify, bytes)
     }
 
     fn whole(&self, i: usize) -> Result<usize, FormatError> {

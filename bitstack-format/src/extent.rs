@@ -1,0 +1,183 @@
+//! A block as one run of bytes: what a program keeps in memory when it uses blocks in place.
+
+use crate::catalog::{BlockParts, Catalog, FactorParts, Stored};
+use crate::{FormatError, ReadAt};
+use bitstack_core::{BasisRef, BlockLayout, BlockRef, CoefficientsRef, CoreError, SignView, ValuesRef, f16};
+use std::ops::Range;
+
+/// Read at once and hashed while still in the cache.
+const PIECE_BYTES: usize = 256 << 10;
+
+/// Whether bytes are compared with their BLAKE3 hashes as they are read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+pub enum Verify {
+    /// Every byte that is used, at the cost of a pass of hashing over it.
+    #[default]
+    Always,
+    /// No byte: for storage that is trusted, or was verified before.
+    Never,
+}
+
+/// The bytes of a block, from the first of its signs to the last of its coefficients, and where its parts are among them.
+///
+/// The parts lie in a file one after another, so that a block is read at once and used where it is, by [`BlockExtent::view`].
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BlockExtent {
+    layout: BlockLayout,
+    len_bytes: usize,
+    signs: Range<usize>,
+    basis: Option<FactorExtent>,
+    coefficients: FactorExtent,
+}
+
+/// Where the values of a factor are among the bytes of a block, and its scales when it is of 8 bits.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct FactorExtent {
+    values: Range<usize>,
+    scales: Option<Range<usize>>,
+}
+
+impl BlockExtent {
+    /// What the block is made of.
+    pub fn layout(&self) -> &BlockLayout {
+        &self.layout
+    }
+
+    /// Bytes from the first to the last, pads between the parts included: a few more than the resident bytes of the block, which are
+    /// those of its parts.
+    pub fn len_bytes(&self) -> usize {
+        self.len_bytes
+    }
+
+    /// The block whose bytes these are, as [`StackFile::read_block_bytes`](crate::StackFile::read_block_bytes) reads them.
+    ///
+    /// # Errors
+    /// [`CoreError::Mismatch`] when there are not [`len_bytes`](Self::len_bytes) of them or they do not begin at an even address;
+    /// [`CoreError::Signs`] and [`CoreError::NotFinite`] for values that no block may have.
+    pub fn view<'a>(&self, bytes: &'a [u8]) -> Result<BlockRef<'a>, CoreError> {
+        self.check_len(bytes)?;
+        let BlockLayout { shape, rank, planes, .. } = self.layout;
+        let signs = SignView::new(shape.rows(), shape.cols(), &bytes[self.signs.clone()])
+            .map_err(|source| CoreError::Signs { shape, source })?;
+        let basis = match &self.basis {
+            Some(basis) => Some(BasisRef::new(rank, shape.cols(), basis.view(bytes)?)?),
+            None => None,
+        };
+        let coefficients = CoefficientsRef::new(shape.rows(), planes, rank, self.coefficients.view(bytes)?)?;
+        Ok(BlockRef { signs, basis, coefficients })
+    }
+
+    pub(crate) fn check_len(&self, bytes: &[u8]) -> Result<(), CoreError> {
+        if bytes.len() == self.len_bytes {
+            return Ok(());
+        }
+        Err(CoreError::Mismatch { what: "the bytes of a block", expected: self.len_bytes, actual: bytes.len() })
+    }
+
+    /// Turns halves read from a file, which are little-endian, into those of this machine.
+    fn make_native(&self, bytes: &mut [u8]) {
+        if cfg!(target_endian = "little") {
+            return;
+        }
+        for factor in self.basis.iter().chain([&self.coefficients]) {
+            let halves = factor.scales.as_ref().unwrap_or(&factor.values);
+            bytes[halves.clone()].chunks_exact_mut(2).for_each(|half| half.swap(0, 1));
+        }
+    }
+}
+
+impl FactorExtent {
+    fn view<'a>(&self, bytes: &'a [u8]) -> Result<ValuesRef<'a>, CoreError> {
+        let values = &bytes[self.values.clone()];
+        Ok(match &self.scales {
+            None => ValuesRef::F16(halves(values)?),
+            Some(scales) => {
+                ValuesRef::I8 { codes: bytemuck::cast_slice(values), scales: halves(&bytes[scales.clone()])? }
+            }
+        })
+    }
+}
+
+fn halves(bytes: &[u8]) -> Result<&[f16], CoreError> {
+    bytemuck::try_cast_slice(bytes).map_err(|_| CoreError::Mismatch {
+        what: "the multiple at which the bytes of a block begin in memory",
+        expected: align_of::<f16>(),
+        actual: 1,
+    })
+}
+
+impl Catalog {
+    /// Where the parts of a block are among its bytes.
+    pub(crate) fn block_extent(&self, weight: usize, block: usize) -> Result<BlockExtent, FormatError> {
+        let parts = self.block_parts(weight, block)?;
+        let info = &self.weights[weight];
+        let start = self.tensors[parts.signs].offset_bytes;
+        let out_of_memory = || FormatError::OutOfMemory {
+            what: format!("block {block} of weight {}", info.name),
+            bytes: self.tensors[parts.last()].end_bytes() - start,
+        };
+        let range = |i: usize| -> Result<Range<usize>, FormatError> {
+            let tensor: &Stored = &self.tensors[i];
+            let [from, to] = [tensor.offset_bytes, tensor.end_bytes()].map(|at| usize::try_from(at - start));
+            Ok(from.map_err(|_| out_of_memory())?..to.map_err(|_| out_of_memory())?)
+        };
+        let factor = |parts: FactorParts| -> Result<FactorExtent, FormatError> {
+            Ok(FactorExtent { values: range(parts.values)?, scales: parts.scales.map(range).transpose()? })
+        };
+        Ok(BlockExtent {
+            layout: info.blocks[block - 1],
+            len_bytes: range(parts.last())?.end,
+            signs: range(parts.signs)?,
+            basis: parts.basis.map(factor).transpose()?,
+            coefficients: factor(parts.coefficients)?,
+        })
+    }
+
+    /// Reads the bytes of a block; those of pads stay as they are.
+    pub(crate) fn read_block_bytes(
+        &self,
+        source: &(impl ReadAt + ?Sized),
+        weight: usize,
+        block: usize,
+        verify: Verify,
+        bytes: &mut [u8],
+    ) -> Result<(), FormatError> {
+        let parts: BlockParts = self.block_parts(weight, block)?;
+        let extent = self.block_extent(weight, block)?;
+        let info = &self.weights[weight];
+        extent.check_len(bytes).map_err(|source| FormatError::Block { weight: info.name.clone(), block, source })?;
+        let start = self.tensors[parts.signs].offset_bytes;
+        match verify {
+            Verify::Never => source.read_exact_at(bytes, start).map_err(|source| FormatError::Read {
+                what: format!("block {block} of weight {}", info.name),
+                source,
+            })?,
+            Verify::Always => {
+                for i in parts.tensors() {
+                    let tensor = &self.tensors[i];
+                    // The length was checked: the ends of its tensors are within the block.
+                    let part = (tensor.offset_bytes - start) as usize..(tensor.end_bytes() - start) as usize;
+                    read_verified(source, tensor, &mut bytes[part])?;
+                }
+            }
+        }
+        extent.make_native(bytes);
+        Ok(())
+    }
+}
+
+fn read_verified(source: &(impl ReadAt + ?Sized), tensor: &Stored, bytes: &mut [u8]) -> Result<(), FormatError> {
+    let mut hasher = blake3::Hasher::new();
+    let mut offset = tensor.offset_bytes;
+    for piece in bytes.chunks_mut(PIECE_BYTES) {
+        source
+            .read_exact_at(piece, offset)
+            .map_err(|source| FormatError::Read { what: format!("tensor {}", tensor.info.name), source })?;
+        hasher.update(piece);
+        offset += piece.len() as u64;
+    }
+    if *hasher.finalize().as_bytes() == tensor.hash {
+        return Ok(());
+    }
+    Err(FormatError::Damaged { name: tensor.info.name.clone() })
+}

@@ -1,0 +1,120 @@
+//! Blocks read as one run of bytes and used where they are.
+
+mod samples;
+
+use bitstack_core::CoreError;
+use bitstack_format::{BlockSource, FormatError, StackFile, Verify};
+
+/// Every block of the sample as (weight, block).
+fn blocks(file: &StackFile<Vec<u8>>) -> Vec<(usize, usize)> {
+    file.weights().iter().enumerate().flat_map(|(w, info)| (1..=info.n_blocks()).map(move |b| (w, b))).collect()
+}
+
+/// `n` bytes that begin at an address which is `phase` more than a multiple of 64.
+fn at_phase(buffer: &mut Vec<u8>, n: usize, phase: usize) -> &mut [u8] {
+    *buffer = vec![0xa5; n + 128];
+    let start = (64 - buffer.as_ptr().addr() % 64) % 64 + phase;
+    &mut buffer[start..start + n]
+}
+
+#[test]
+fn bytes_of_a_block_are_the_block_wherever_they_begin_evenly() {
+    let file = StackFile::open(samples::file()).unwrap();
+    let mut buffer = Vec::new();
+    for (w, b) in blocks(&file) {
+        for verify in [Verify::Always, Verify::Never] {
+            for phase in [0, 2, 62] {
+                let extent = file.block_extent(w, b).unwrap();
+                let resident = file.weights()[w].block_bytes(b).unwrap();
+                assert!(
+                    (resident..resident + 4).contains(&(extent.len_bytes() as u64)),
+                    "at most one pad for each factor"
+                );
+                let bytes = at_phase(&mut buffer, extent.len_bytes(), phase);
+                file.read_block_bytes(w, b, verify, bytes).unwrap();
+                assert_eq!(
+                    extent.view(bytes).unwrap(),
+                    file.read_block(w, b).unwrap().view(),
+                    "block {b} of weight {w}"
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn bytes_of_another_length_or_at_an_odd_address_are_rejected() {
+    let file = StackFile::open(samples::file()).unwrap();
+    let mut buffer = Vec::new();
+    for (w, b) in blocks(&file) {
+        let extent = file.block_extent(w, b).unwrap();
+        for n in [0, extent.len_bytes() - 1, extent.len_bytes() + 1] {
+            let error = file.read_block_bytes(w, b, Verify::Always, &mut vec![0; n]).unwrap_err();
+            assert!(matches!(error, FormatError::Block { block, source: CoreError::Mismatch { actual, .. }, .. }
+                if block == b && actual == n));
+            assert!(matches!(extent.view(&vec![0; n]), Err(CoreError::Mismatch { actual, .. }) if actual == n));
+        }
+        let bytes = at_phase(&mut buffer, extent.len_bytes(), 1);
+        file.read_block_bytes(w, b, Verify::Always, bytes).unwrap(); // reading needs no alignment
+        assert!(matches!(extent.view(bytes), Err(CoreError::Mismatch { expected: 2, actual: 1, .. })));
+    }
+    assert!(matches!(file.block_extent(9, 1), Err(FormatError::NoSuchWeight { weight: 9, .. })));
+    assert!(matches!(file.block_extent(0, 0), Err(FormatError::NoSuchBlock { block: 0, .. })));
+    assert!(matches!(
+        file.read_block_bytes(0, 9, Verify::Never, &mut []),
+        Err(FormatError::NoSuchBlock { block: 9, .. })
+    ));
+}
+
+#[test]
+fn a_changed_byte_anywhere_in_a_block_is_noticed_with_verification_and_only_with_it() {
+    let good = samples::file();
+    let file = StackFile::open(good.clone()).unwrap();
+    for (w, b) in blocks(&file) {
+        let extent = file.block_extent(w, b).unwrap();
+        let mut original = vec![0; extent.len_bytes()];
+        file.read_block_bytes(w, b, Verify::Never, &mut original).unwrap();
+        let start = (0..good.len()).step_by(64).find(|&at| good[at..].starts_with(&original)).unwrap();
+        let mut n_noticed = 0;
+        for at in 0..original.len() {
+            let mut bad = good.clone();
+            bad[start + at] ^= 1;
+            let bad = StackFile::open(bad).unwrap();
+            let mut bytes = vec![0; original.len()];
+            if let Err(error) = bad.read_block_bytes(w, b, Verify::Always, &mut bytes) {
+                let FormatError::Damaged { name } = error else { panic!("{error}") };
+                assert!(name.starts_with(&format!("{}.block.{b}.", file.weights()[w].name)), "{name}");
+                n_noticed += 1;
+            }
+            bad.read_block_bytes(w, b, Verify::Never, &mut bytes).unwrap();
+            assert_ne!(bytes, original);
+        }
+        // Pads within a block are not read for use: they are checked by `verify`.
+        assert_eq!(n_noticed as u64, file.weights()[w].block_bytes(b).unwrap());
+    }
+}
+
+#[test]
+fn a_source_that_ends_within_a_block_is_an_error_that_names_it() {
+    /// Says that it is whole, and is not.
+    struct Shrunk(Vec<u8>, usize);
+    impl bitstack_format::ReadAt for Shrunk {
+        fn size_bytes(&self) -> std::io::Result<u64> {
+            self.0.size_bytes()
+        }
+        fn read_exact_at(&self, buf: &mut [u8], offset_bytes: u64) -> std::io::Result<()> {
+            self.0[..self.1].read_exact_at(buf, offset_bytes)
+        }
+    }
+    let bytes = samples::file();
+    let len = bytes.len();
+    let file = StackFile::open(Shrunk(bytes, len - 1)).unwrap();
+    let mut buffer = vec![0; file.block_extent(0, 3).unwrap().len_bytes()];
+    for (verify, expected) in [
+        (Verify::Never, "block 3 of weight layers.0.q_proj.weight"),
+        (Verify::Always, "layers.0.q_proj.weight.block.3.u"),
+    ] {
+        let error = file.read_block_bytes(0, 3, verify, &mut buffer).unwrap_err();
+        assert!(matches!(error, FormatError::Read { .. }) && error.to_string().contains(expected), "{error}");
+    }
+}
