@@ -1,0 +1,112 @@
+//! What a forward pass works on.
+
+use crate::RuntimeError;
+use crate::resident::Resident;
+use crate::swap::Prefix;
+use bitstack_core::{Level, Shape};
+use bitstack_format::FormatError;
+use bitstack_sort::LoadOrder;
+use std::sync::Arc;
+
+/// What never changes: the load order, and where the blocks of each weight are in it.
+#[derive(Debug)]
+pub(crate) struct Table {
+    pub(crate) order: LoadOrder,
+    /// Per position of the order the weight (from 0) and its block (from 1).
+    pub(crate) entries: Vec<(usize, usize)>,
+    pub(crate) weights: Vec<TableWeight>,
+}
+
+#[derive(Debug)]
+pub(crate) struct TableWeight {
+    pub(crate) name: String,
+    pub(crate) shape: Shape,
+    /// The positions of its blocks in the load order, rising.
+    pub(crate) positions: Vec<usize>,
+}
+
+/// A model at one size: the first blocks of the load order, all in memory, unchanged as long as it is held.
+///
+/// A forward pass takes one at its start and works on it to its end, whatever happens to the budget meanwhile. Blocks that the budget
+/// has no room for any more leave memory when the last snapshot that holds them is dropped, so do not keep one without need.
+#[derive(Debug)]
+pub struct Snapshot {
+    table: Arc<Table>,
+    /// The first blocks of the load order.
+    blocks: Vec<Arc<Resident>>,
+    levels: Vec<u32>,
+}
+
+impl Snapshot {
+    /// The snapshot without blocks. Only the loader sees it.
+    pub(crate) fn empty(table: Arc<Table>) -> Self {
+        let levels = vec![0; table.weights.len()];
+        Self { table, blocks: Vec::new(), levels }
+    }
+
+    /// Per weight the number of its blocks that are there, at least 1: the levels of a plan.
+    pub fn levels(&self) -> &[u32] {
+        &self.levels
+    }
+
+    /// The number of blocks of all weights together: the length of the prefix of the load order that this is.
+    pub fn n_blocks(&self) -> usize {
+        self.blocks.len()
+    }
+
+    /// Bytes of these blocks and of the unstacked tensors: the `resident_bytes` of the plan.
+    pub fn resident_bytes(&self) -> u64 {
+        self.table.order.cumulative_bytes()[self.blocks.len()]
+    }
+
+    /// Weight `weight` (from 0, in the order of the file) at its level. Its planes borrow from the snapshot.
+    ///
+    /// Putting it together takes time in proportion to its rows and columns (the factors are looked through for values that are not
+    /// finite), not to its elements.
+    ///
+    /// # Errors
+    /// [`RuntimeError::NoSuchWeight`]; [`RuntimeError::Block`] when the blocks, each of which is valid, do not fit together.
+    pub fn level(&self, weight: usize) -> Result<Level<'_>, RuntimeError> {
+        let n_weights = self.levels.len();
+        let TableWeight { name, shape, positions } =
+            self.table.weights.get(weight).ok_or(RuntimeError::NoSuchWeight { weight, n_weights })?;
+        let wrong = |block, source| {
+            let weight = name.clone();
+            let source = FormatError::Block { weight: weight.clone(), block, source };
+            RuntimeError::Block { weight, block, source: Arc::new(source) }
+        };
+        let level = self.levels[weight] as usize;
+        let mut blocks = Vec::with_capacity(level);
+        for (i, &position) in positions[..level].iter().enumerate() {
+            blocks.push(self.blocks[position].view().map_err(|source| wrong(i + 1, source))?);
+        }
+        Level::new(*shape, blocks).map_err(|source| wrong(level, source))
+    }
+}
+
+impl Prefix for Snapshot {
+    type Item = Arc<Resident>;
+
+    fn len(&self) -> usize {
+        self.blocks.len()
+    }
+
+    fn cut(&self, len: usize) -> Self {
+        let mut levels = self.levels.clone();
+        for &(weight, _) in &self.table.entries[len..self.blocks.len()] {
+            levels[weight] -= 1;
+        }
+        Self { table: self.table.clone(), blocks: self.blocks[..len].to_vec(), levels }
+    }
+
+    fn grown(&self, items: Vec<Arc<Resident>>) -> Self {
+        let mut levels = self.levels.clone();
+        let mut blocks = Vec::with_capacity(self.blocks.len() + items.len());
+        blocks.extend_from_slice(&self.blocks);
+        blocks.extend(items);
+        for &(weight, _) in &self.table.entries[self.blocks.len()..blocks.len()] {
+            levels[weight] += 1;
+        }
+        Self { table: self.table.clone(), blocks, levels }
+    }
+}

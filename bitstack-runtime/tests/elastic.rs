@@ -1,0 +1,198 @@
+//! Models that change their size: always a plan of the load order, with the products of its levels and the bytes it says.
+
+mod stacks;
+
+use bitstack_format::{BlockSource, StackFile};
+use bitstack_runtime::{Elastic, Options, RuntimeError, Start, Verify};
+use stacks::{Beyond, Gate, open, products, products_of};
+use std::sync::Arc;
+use std::time::Duration;
+
+const TRUSTED: Options = Options { verify: Verify::Never, start: Start::Whole };
+
+#[test]
+fn every_budget_gives_its_plan_and_the_products_of_its_levels() {
+    let bytes = stacks::small();
+    let model = open(bytes.clone(), u64::MAX, Options::default());
+    let order = model.order().clone();
+    let sizes: Vec<u64> = order.cumulative_bytes()[order.n_weights()..].to_vec();
+    // Up and down in steps of every size.
+    let n = sizes.len();
+    let walk = (0..n).chain((0..n).rev()).chain([n - 1, 0, n - 1, n / 2, 0, n / 3]);
+    for i in walk {
+        let plan = model.set_budget(sizes[i]).unwrap();
+        model.wait().unwrap();
+        let snapshot = model.snapshot();
+        assert_eq!(plan, order.plan(sizes[i]).unwrap());
+        assert_eq!((snapshot.levels(), snapshot.resident_bytes()), (&plan.levels[..], sizes[i]));
+        assert_eq!(products_of(&snapshot), products(&bytes, &plan.levels));
+        let status = model.status();
+        assert_eq!((status.budget_bytes, status.target_bytes, status.resident_bytes), (sizes[i], sizes[i], sizes[i]));
+        assert!(!status.loading && status.error.is_none());
+    }
+}
+
+#[test]
+fn allocated_bytes_are_those_of_the_blocks_in_whole_pages() {
+    let bytes = stacks::small();
+    let model = open(bytes.clone(), u64::MAX, TRUSTED);
+    let file = StackFile::open(bytes).unwrap();
+    let page = rustix::param::page_size() as u64;
+    for budget in [model.order().total_bytes(), model.order().minimum_bytes(), model.order().total_bytes() / 2] {
+        let plan = model.set_budget(budget).unwrap();
+        model.wait().unwrap();
+        let blocks = plan.levels.iter().enumerate().flat_map(|(w, &level)| (1..=level as usize).map(move |b| (w, b)));
+        let pages: u64 =
+            blocks.map(|(w, b)| (file.block_extent(w, b).unwrap().len_bytes() as u64).next_multiple_of(page)).sum();
+        assert_eq!(model.status().allocated_bytes, file.base_bytes() + pages);
+    }
+}
+
+#[test]
+fn budget_below_the_smallest_model_is_an_error_and_changes_nothing() {
+    let model = open(stacks::small(), u64::MAX, TRUSTED);
+    let minimum = model.order().minimum_bytes();
+    let before = model.snapshot();
+    for budget in [0, minimum - 1] {
+        let error = model.set_budget(budget).unwrap_err();
+        assert!(
+            matches!(error, RuntimeError::Budget(_)) && error.to_string().contains(&minimum.to_string()),
+            "{error}"
+        );
+        let file = StackFile::open(stacks::small()).unwrap();
+        assert!(matches!(Elastic::open(file, budget, TRUSTED), Err(RuntimeError::Budget(_))));
+    }
+    assert!(Arc::ptr_eq(&before, &model.snapshot()));
+    assert_eq!(model.status().budget_bytes, u64::MAX);
+}
+
+#[test]
+fn shrinking_is_in_place_on_return_and_a_snapshot_held_stays_whole() {
+    let bytes = stacks::small();
+    let model = open(bytes.clone(), u64::MAX, TRUSTED);
+    let large = model.snapshot();
+    let expected = products(&bytes, large.levels());
+    let allocated = model.status().allocated_bytes;
+
+    let plan = model.set_budget(model.order().minimum_bytes()).unwrap();
+    assert_eq!(model.snapshot().levels(), plan.levels);
+    assert_eq!(model.status().resident_bytes, plan.resident_bytes);
+    assert_eq!(products_of(&large), expected);
+    assert_eq!(model.status().allocated_bytes, allocated); // somebody still works on it
+    drop(large);
+    assert!(model.status().allocated_bytes < allocated);
+}
+
+#[test]
+fn blocks_that_an_old_snapshot_holds_are_not_read_again() {
+    let source = Arc::new(Gate::new(stacks::small()));
+    let model = open(source.clone(), u64::MAX, TRUSTED);
+    let (total, minimum) = (model.order().total_bytes(), model.order().minimum_bytes());
+    let (large, allocated, reads) = (model.snapshot(), model.status().allocated_bytes, source.reads());
+    model.set_budget(minimum).unwrap();
+    model.set_budget(total).unwrap();
+    model.wait().unwrap();
+    assert_eq!((model.status().allocated_bytes, source.reads()), (allocated, reads));
+
+    drop(large);
+    model.set_budget(minimum).unwrap();
+    model.set_budget(total).unwrap();
+    model.wait().unwrap();
+    assert_eq!(source.reads() - reads, model.order().n_blocks() - model.order().n_weights());
+}
+
+#[test]
+fn smallest_start_returns_with_the_first_blocks_and_grows_in_the_background() {
+    let bytes = stacks::small();
+    let source = Arc::new(Gate::new(bytes.clone()));
+    let file = StackFile::open(source.clone()).unwrap();
+    source.permit(file.weights().len(), Beyond::Wait); // one read for each block
+    let options = Options { verify: Verify::Never, start: Start::Smallest };
+    let model = Elastic::open(file, u64::MAX, options).unwrap();
+    assert_eq!(model.snapshot().levels(), [1; 4]);
+    assert_eq!(products_of(&model.snapshot()), products(&bytes, &[1; 4]));
+    let status = model.status();
+    assert!(status.loading && status.target_bytes == model.order().total_bytes());
+
+    source.permit(usize::MAX, Beyond::Wait);
+    model.wait().unwrap();
+    assert_eq!(model.snapshot().levels(), [5; 4]);
+}
+
+#[test]
+fn every_snapshot_on_the_way_is_a_prefix_of_the_load_order() {
+    let bytes = stacks::small();
+    let source = Arc::new(Gate::new(bytes.clone()));
+    let model = open(source.clone(), u64::MAX, TRUSTED);
+    let order = model.order().clone();
+    model.set_budget(order.minimum_bytes()).unwrap();
+    source.permit(0, Beyond::Wait);
+    model.set_budget(order.total_bytes()).unwrap();
+    let mut status = model.status();
+    let mut lengths = Vec::new();
+    while status.loading {
+        // Longer apart than snapshots are published, so that more than the last one can be seen.
+        std::thread::sleep(Duration::from_millis(25));
+        source.permit(2, Beyond::Wait);
+        status = model.wait_change(status.change, Duration::from_millis(100));
+        let snapshot = model.snapshot();
+        assert_eq!(snapshot.levels(), order.plan_of_len(snapshot.n_blocks()).unwrap().levels);
+        assert_eq!(products_of(&snapshot), products(&bytes, snapshot.levels()));
+        lengths.push(snapshot.n_blocks());
+    }
+    lengths.dedup();
+    assert!(lengths.is_sorted() && lengths.len() > 2, "{lengths:?}");
+    assert_eq!(lengths.last(), Some(&order.n_blocks()));
+}
+
+#[test]
+fn later_budget_supersedes_an_earlier_one_that_is_being_loaded() {
+    let bytes = stacks::small();
+    let source = Arc::new(Gate::new(bytes.clone()));
+    let model = open(source.clone(), u64::MAX, TRUSTED);
+    let order = model.order().clone();
+    let plan = model.set_budget(order.minimum_bytes()).unwrap();
+    let allocated = model.status().allocated_bytes;
+
+    source.permit(3, Beyond::Wait);
+    model.set_budget(order.total_bytes()).unwrap();
+    model.set_budget(order.minimum_bytes()).unwrap(); // returns although reads hang
+    assert_eq!(model.snapshot().levels(), plan.levels);
+    source.permit(usize::MAX, Beyond::Wait);
+    model.wait().unwrap();
+    assert_eq!(model.snapshot().levels(), plan.levels);
+
+    // In the middle of one growth, another one to less.
+    source.permit(1, Beyond::Wait);
+    model.set_budget(order.total_bytes()).unwrap();
+    let plan = model.set_budget(order.cumulative_bytes()[order.n_weights() + 3]).unwrap();
+    source.permit(usize::MAX, Beyond::Wait);
+    model.wait().unwrap();
+    assert_eq!(model.snapshot().levels(), plan.levels);
+    model.set_budget(order.minimum_bytes()).unwrap();
+    // The loader lets go of what it read in vain.
+    let deadline = std::time::Instant::now() + Duration::from_secs(10);
+    while model.status().allocated_bytes != allocated {
+        assert!(std::time::Instant::now() < deadline, "{:?}", model.status());
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+#[test]
+fn model_can_be_dropped_while_it_grows() {
+    let source = Arc::new(Gate::new(stacks::small()));
+    let model = open(source.clone(), u64::MAX, TRUSTED);
+    let snapshot = model.snapshot();
+    model.set_budget(model.order().minimum_bytes()).unwrap();
+    drop(snapshot);
+    source.permit(1, Beyond::Wait);
+    model.set_budget(u64::MAX).unwrap();
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            std::thread::sleep(Duration::from_millis(20));
+            source.permit(usize::MAX, Beyond::Wait);
+        });
+        drop(model);
+    });
+    assert_eq!(Arc::strong_count(&source), 1, "the loader is gone");
+}
