@@ -1,0 +1,3 @@
+//! The loops, per instruction set, behind one dispatch point.
+
+pub(crate) mod scalar;
