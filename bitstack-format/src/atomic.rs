@@ -1,6 +1,7 @@
 use crate::FormatError;
 use std::io::{self, BufWriter, Write};
 use std::path::Path;
+use tempfile::NamedTempFile;
 
 const BUFFER_BYTES: usize = 1 << 20;
 
@@ -16,9 +17,14 @@ pub enum Existing {
 /// Creates a file with what `write` writes, all of it or nothing.
 ///
 /// The bytes go to a temporary file beside `path`, through a buffer; when `write` has returned they are made durable and the file
-/// takes its name in one step. On any error the temporary file is removed and `path` is as it was. A reader that has the old file
-/// open keeps the old contents. Of two processes that create the same file, the last to finish wins with [`Existing::Replace`], the
-/// first with [`Existing::Refuse`]. (A process that is killed may leave its temporary file, `.<name>.*.tmp`.)
+/// takes its name in one step. On any error before that the temporary file is removed and `path` is as it was. Only if the directory cannot be
+/// synced after it, which is an error too, the new file has its name already; it may lose it in a power cut.
+///
+/// - **Two writers** of the same path, in one process or in several: with [`Existing::Replace`] the last to finish wins, with
+///   [`Existing::Refuse`] the first, and the others get [`FormatError::Exists`]. The file is always one of theirs, never a mixture.
+/// - **A reader** that opens `path` meanwhile gets the old file or the new one, whole; one that has the old file open goes on reading
+///   the old contents, until it closes it.
+/// - **A writer that is killed** may leave its temporary file, `.<name>.*.tmp`. Nothing reads it, and it can be deleted.
 ///
 /// `write` may use `?` on [`io::Error`]s of the writer: they come back with the path. Its other errors come back as they are.
 ///
@@ -40,7 +46,62 @@ pub fn write_atomically<T>(
     existing: Existing,
     write: impl FnOnce(&mut dyn Write) -> Result<T, FormatError>,
 ) -> Result<T, FormatError> {
-    let path = path.as_ref();
+    create(&Disk, path.as_ref(), existing, write)
+}
+
+/// The operations on the file system that creating a file takes; a trait so that tests can let any one of them fail.
+trait FileSystem {
+    /// A temporary file, which is removed when it is dropped.
+    type Temporary: Write;
+
+    fn create_temporary(&self, dir: &Path, prefix: &str) -> io::Result<Self::Temporary>;
+    fn sync(&self, file: &Self::Temporary) -> io::Result<()>;
+    /// Gives the file its name.
+    fn persist(&self, file: Self::Temporary, path: &Path, existing: Existing) -> io::Result<()>;
+    fn sync_dir(&self, dir: &Path) -> io::Result<()>;
+}
+
+/// The real one.
+struct Disk;
+
+impl FileSystem for Disk {
+    type Temporary = NamedTempFile;
+
+    fn create_temporary(&self, dir: &Path, prefix: &str) -> io::Result<NamedTempFile> {
+        let mut builder = tempfile::Builder::new();
+        builder.prefix(prefix).suffix(".tmp");
+        #[cfg(unix)]
+        {
+            // Temporary files are private by default; this one is to become an ordinary file. The process's mask still applies.
+            builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
+        }
+        builder.tempfile_in(dir)
+    }
+
+    fn sync(&self, file: &NamedTempFile) -> io::Result<()> {
+        file.as_file().sync_all()
+    }
+
+    fn persist(&self, file: NamedTempFile, path: &Path, existing: Existing) -> io::Result<()> {
+        let persisted = match existing {
+            Existing::Replace => file.persist(path),
+            Existing::Refuse => file.persist_noclobber(path),
+        };
+        persisted.map(drop).map_err(|e| e.error)
+    }
+
+    fn sync_dir(&self, dir: &Path) -> io::Result<()> {
+        // On other systems there is nothing to call.
+        if cfg!(unix) { std::fs::File::open(dir)?.sync_all() } else { Ok(()) }
+    }
+}
+
+fn create<T, F: FileSystem>(
+    files: &F,
+    path: &Path,
+    existing: Existing,
+    write: impl FnOnce(&mut dyn Write) -> Result<T, FormatError>,
+) -> Result<T, FormatError> {
     let failed = |operation, source| FormatError::File { operation, path: path.to_owned(), source };
     let name = path.file_name().ok_or_else(|| failed("create", io::ErrorKind::InvalidFilename.into()))?;
     if existing == Existing::Refuse && path.symlink_metadata().is_ok() {
@@ -54,31 +115,174 @@ pub fn write_atomically<T>(
         _ => Path::new("."),
     };
     let prefix = format!(".{}.", name.to_string_lossy());
-    let mut builder = tempfile::Builder::new();
-    builder.prefix(&prefix).suffix(".tmp");
-    #[cfg(unix)]
-    {
-        // Temporary files are private by default; this one is to become an ordinary file. The process's mask still applies.
-        builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
-    }
-    let file = builder.tempfile_in(dir).map_err(|e| failed("create", e))?;
+    let file = files.create_temporary(dir, &prefix).map_err(|e| failed("create", e))?;
 
     let mut out = BufWriter::with_capacity(BUFFER_BYTES, file);
-    let value = write(&mut out).map_err(|error| match error {
+    let written = write(&mut out).and_then(|value| Ok(out.flush().map(|()| value)?));
+    // Taken apart rather than dropped, which would try to write what is left.
+    let (file, _) = out.into_parts();
+    let value = written.map_err(|error| match error {
         FormatError::Write { source } => failed("write", source),
         other => other,
     })?;
-    let file = out.into_inner().map_err(|e| failed("write", e.into_error()))?;
-    file.as_file().sync_all().map_err(|e| failed("sync", e))?;
-    match existing {
-        Existing::Replace => file.persist(path).map(drop).map_err(|e| failed("replace", e.error))?,
-        Existing::Refuse => file.persist_noclobber(path).map(drop).map_err(|e| match e.error.kind() {
-            io::ErrorKind::AlreadyExists => FormatError::Exists { path: path.to_owned() },
-            _ => failed("create", e.error),
-        })?,
-    }
-    // The name is durable only once the directory is; on other systems there is nothing to call.
-    #[cfg(unix)]
-    std::fs::File::open(dir).and_then(|dir| dir.sync_all()).map_err(|e| failed("sync the directory of", e))?;
+    files.sync(&file).map_err(|e| failed("sync", e))?;
+    files.persist(file, path, existing).map_err(|e| match (existing, e.kind()) {
+        (Existing::Refuse, io::ErrorKind::AlreadyExists) => FormatError::Exists { path: path.to_owned() },
+        (Existing::Refuse, _) => failed("create", e),
+        (Existing::Replace, _) => failed("replace", e),
+    })?;
+    // The name is durable only once the directory is.
+    files.sync_dir(dir).map_err(|e| failed("sync the directory of", e))?;
     Ok(value)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::cell::Cell;
+    use std::rc::Rc;
+
+    /// What happens to the n-th operation.
+    #[derive(Debug, Clone, Copy, PartialEq)]
+    enum Fault {
+        /// It fails for good.
+        Error,
+        /// It is interrupted, once; whoever asked has to ask again.
+        Interrupted,
+        /// It writes one byte only. Nothing happens to what is not a write.
+        Short,
+        /// It writes nothing and says so.
+        Nothing,
+    }
+
+    /// A disk whose n-th operation goes wrong.
+    struct Faulty {
+        fault: Fault,
+        left: Rc<Cell<Option<usize>>>,
+    }
+
+    struct FaultyFile {
+        file: NamedTempFile,
+        fault: Fault,
+        left: Rc<Cell<Option<usize>>>,
+    }
+
+    /// Counts an operation; whether it is the one.
+    fn is_due(left: &Cell<Option<usize>>) -> bool {
+        let due = left.get() == Some(0);
+        left.set(left.get().and_then(|n| n.checked_sub(1)));
+        due
+    }
+
+    fn due(left: &Cell<Option<usize>>, fault: Fault) -> io::Result<()> {
+        if is_due(left) && fault == Fault::Error { Err(io::Error::other("pulled out")) } else { Ok(()) }
+    }
+
+    impl Write for FaultyFile {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            if !is_due(&self.left) {
+                // At most so many at once, so that there are several writes.
+                return self.file.write(&bytes[..bytes.len().min(BUFFER_BYTES / 2)]);
+            }
+            match self.fault {
+                Fault::Error => Err(io::Error::other("pulled out")),
+                Fault::Interrupted => Err(io::ErrorKind::Interrupted.into()),
+                Fault::Short => self.file.write(&bytes[..1]),
+                Fault::Nothing => Ok(0),
+            }
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            due(&self.left, self.fault)?;
+            self.file.flush()
+        }
+    }
+
+    impl FileSystem for Faulty {
+        type Temporary = FaultyFile;
+
+        fn create_temporary(&self, dir: &Path, prefix: &str) -> io::Result<FaultyFile> {
+            due(&self.left, self.fault)?;
+            let (fault, left) = (self.fault, Rc::clone(&self.left));
+            Ok(FaultyFile { file: Disk.create_temporary(dir, prefix)?, fault, left })
+        }
+
+        fn sync(&self, file: &FaultyFile) -> io::Result<()> {
+            due(&self.left, self.fault)?;
+            Disk.sync(&file.file)
+        }
+
+        fn persist(&self, file: FaultyFile, path: &Path, existing: Existing) -> io::Result<()> {
+            due(&self.left, self.fault)?;
+            Disk.persist(file.file, path, existing)
+        }
+
+        fn sync_dir(&self, dir: &Path) -> io::Result<()> {
+            due(&self.left, self.fault)?;
+            Disk.sync_dir(dir)
+        }
+    }
+
+    /// Lets every operation go wrong in turn; returns what was reported, in the order of the operations.
+    fn with_every_fault(fault: Fault, existing: Existing) -> Vec<&'static str> {
+        let contents: Vec<u8> = (0..3 * BUFFER_BYTES + 5).map(|i| (i % 251) as u8).collect();
+        let mut operations = Vec::new();
+        for n in 0.. {
+            let dir = tempfile::tempdir().unwrap();
+            let path = dir.path().join("out.bitstack");
+            if existing == Existing::Replace {
+                std::fs::write(&path, "old").unwrap();
+            }
+            let left = Rc::new(Cell::new(Some(n)));
+            let files = Faulty { fault, left: Rc::clone(&left) };
+            let result = create(&files, &path, existing, |out| {
+                contents.chunks(100_000).try_for_each(|part| out.write_all(part)).map_err(FormatError::from)
+            });
+            let names: Vec<_> = dir.path().read_dir().unwrap().map(|entry| entry.unwrap().file_name()).collect();
+            match result {
+                Ok(()) => assert_eq!(std::fs::read(&path).unwrap(), contents, "operation {n}"),
+                Err(FormatError::File { operation, path: named, .. }) => {
+                    assert_eq!(named, path, "operation {n}");
+                    operations.push(operation);
+                    match (operation, existing) {
+                        // The last step: the file is in its place, and that it may not stay there is said.
+                        ("sync the directory of", _) => assert_eq!(std::fs::read(&path).unwrap(), contents),
+                        (_, Existing::Replace) => assert_eq!(std::fs::read(&path).unwrap(), b"old", "operation {n}"),
+                        (_, Existing::Refuse) => assert_eq!(names.len(), 0, "operation {n}: {names:?}"),
+                    }
+                }
+                Err(error) => panic!("operation {n}: {error}"),
+            }
+            assert!(names.iter().all(|name| name == "out.bitstack"), "operation {n}: {names:?}");
+            if left.get().is_some() {
+                break;
+            }
+        }
+        operations
+    }
+
+    #[test]
+    fn whichever_operation_fails_there_is_no_half_made_file_and_the_error_names_it() {
+        for (existing, name) in [(Existing::Refuse, "create"), (Existing::Replace, "replace")] {
+            let operations = with_every_fault(Fault::Error, existing);
+            let n = operations.len();
+            assert_eq!(operations[0], "create");
+            assert!(n > 8 && operations[1..n - 3].iter().all(|o| *o == "write"), "{operations:?}");
+            assert_eq!(operations[n - 3..], ["sync", name, "sync the directory of"]);
+        }
+    }
+
+    #[test]
+    fn interrupted_and_short_writes_are_taken_up_again() {
+        for fault in [Fault::Interrupted, Fault::Short] {
+            assert!(with_every_fault(fault, Existing::Refuse).is_empty(), "{fault:?}");
+            assert!(with_every_fault(fault, Existing::Replace).is_empty(), "{fault:?}");
+        }
+    }
+
+    #[test]
+    fn a_write_of_nothing_is_an_error() {
+        let operations = with_every_fault(Fault::Nothing, Existing::Replace);
+        assert!(!operations.is_empty() && operations.iter().all(|o| *o == "write"), "{operations:?}");
+    }
 }

@@ -2,15 +2,13 @@ use crate::catalog::{
     BASE_DTYPES, BASIS, BlockParts, COEFFICIENTS, Catalog, FILE_PREFIX, FactorParts, MAX_DIMS, SCALE_SUFFIX, SIGNS,
     Stored, check_file_name, check_model_name, check_name, part_name,
 };
-use crate::source::write_all_at;
 use crate::tensor::wrong;
 use crate::write::write_stack;
-use crate::{BlockKind, BlockSource, Dtype, FormatError, Tensor, TensorInfo, WeightInfo};
+use crate::{BlockKind, BlockSource, Dtype, FormatError, Tensor, TensorInfo, WeightInfo, WriteAt};
 use bitstack_core::{Block, BlockLayout, BlockRef, CoreError, Shape, ValuesRef, f16};
 use bitstack_pack::row_bytes;
 use std::borrow::Cow;
 use std::collections::BTreeMap;
-use std::fs::File;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
@@ -20,8 +18,9 @@ use std::path::{Path, PathBuf};
 /// ([`BlockSource`]), to measure what an order is made from.
 #[derive(Debug)]
 pub struct Draft {
-    scratch: File,
-    dir: PathBuf,
+    scratch: Box<dyn WriteAt>,
+    /// Where the scratch file is, for errors.
+    place: PathBuf,
     len_bytes: u64,
     catalog: Catalog,
 }
@@ -38,7 +37,17 @@ impl Draft {
             path: dir.clone(),
             source,
         })?;
-        Ok(Self { scratch, dir, len_bytes: 0, catalog: Catalog::default() })
+        Ok(Self::create_on(scratch, dir))
+    }
+
+    /// An empty draft on storage of the caller's, which is empty too. Errors call its place `place`.
+    ///
+    /// ```
+    /// let draft = bitstack_format::Draft::create_on(Vec::new(), "memory");
+    /// # assert!(bitstack_format::BlockSource::weights(&draft).is_empty());
+    /// ```
+    pub fn create_on(scratch: impl WriteAt + 'static, place: impl Into<PathBuf>) -> Self {
+        Self { scratch: Box::new(scratch), place: place.into(), len_bytes: 0, catalog: Catalog::default() }
     }
 
     /// Notes where the stack comes from, under a key of the caller's: a model's name, options, a version. A key given again is replaced.
@@ -150,7 +159,12 @@ impl Draft {
         out: impl Write,
         progress: &mut dyn FnMut(u64, u64),
     ) -> Result<u64, FormatError> {
-        write_stack(&self.catalog, &self.scratch, order, out, progress)
+        self.placed(write_stack(&self.catalog, &*self.scratch, order, out, progress))
+    }
+
+    /// Says of a failed read where it failed.
+    fn placed<T>(&self, result: Result<T, FormatError>) -> Result<T, FormatError> {
+        result.map_err(|error| error.of(format_args!("a scratch file in {}", self.place.display())))
     }
 
     /// Writes a tensor at the end of the scratch file. On failure nothing has changed: the next one goes to the same place.
@@ -161,9 +175,9 @@ impl Draft {
         if info.len_bytes != bytes.len() as u64 {
             return Err(wrong(&info.name, "the number of bytes", bytes.len(), info.len_bytes));
         }
-        write_all_at(&self.scratch, bytes, self.len_bytes).map_err(|source| FormatError::File {
+        self.scratch.write_all_at(bytes, self.len_bytes).map_err(|source| FormatError::File {
             operation: "write to a scratch file in",
-            path: self.dir.clone(),
+            path: self.place.clone(),
             source,
         })?;
         let stored = Stored { info, offset_bytes: self.len_bytes, hash: *blake3::hash(bytes).as_bytes() };
@@ -234,15 +248,15 @@ impl BlockSource for Draft {
     }
 
     fn read_tensor(&self, name: &str) -> Result<Tensor, FormatError> {
-        self.catalog.load_tensor(&self.scratch, self.catalog.tensor_index(name)?)
+        self.placed(self.catalog.load_tensor(&*self.scratch, self.catalog.tensor_index(name)?))
     }
 
     fn read_file(&self, name: &str) -> Result<Vec<u8>, FormatError> {
-        self.catalog.load_bytes(&self.scratch, self.catalog.file_index(name)?)
+        self.placed(self.catalog.load_bytes(&*self.scratch, self.catalog.file_index(name)?))
     }
 
     fn read_block(&self, weight: usize, block: usize) -> Result<Block, FormatError> {
-        self.catalog.load_block(&self.scratch, weight, block)
+        self.placed(self.catalog.load_block(&*self.scratch, weight, block))
     }
 }
 

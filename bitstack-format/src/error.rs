@@ -1,4 +1,5 @@
 use bitstack_core::CoreError;
+use std::fmt;
 use std::io;
 use std::path::PathBuf;
 
@@ -231,4 +232,14 @@ pub enum FormatError {
         /// The bytes asked for.
         bytes: u64,
     },
+}
+
+impl FormatError {
+    /// A failed read, with the place of the thing that was read; other errors as they are.
+    pub(crate) fn of(self, place: fmt::Arguments<'_>) -> Self {
+        match self {
+            Self::Read { what, source } => Self::Read { what: format!("{what} of {place}"), source },
+            other => other,
+        }
+    }
 }

@@ -19,17 +19,25 @@ use bitstack_pack::row_bytes;
 use std::collections::{BTreeMap, HashSet};
 use std::fmt;
 use std::fs::File;
-use std::io::Write;
-use std::path::Path;
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
 
-/// What opening a file may use. The memory for opening is a small multiple of the header's bytes; that for reading a tensor is the
-/// tensor's, and no tensor is read that the file does not wholly contain.
+/// What a file may make its reader use.
+///
+/// Opening takes at most [`Limits::OPENING_BYTES_PER_HEADER_BYTE`] bytes of memory for each byte of the header, which must be there and
+/// within its limit before any of it is read, and 64 KiB. Reading takes the tensor's or block's own bytes, and no tensor is read that the file does
+/// not wholly contain; verifying takes the largest block and a buffer of 1 MiB; writing a prefix a new header and that buffer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Limits {
     /// Most bytes of a header. Never above [`MAX_HEADER_BYTES`], its default.
     pub header_bytes: u64,
     /// Most bytes of a single tensor. By default 64 GiB.
     pub tensor_bytes: u64,
+}
+
+impl Limits {
+    /// The most bytes of memory that opening takes for one byte of the header, as the tests measure it on headers made for the purpose.
+    pub const OPENING_BYTES_PER_HEADER_BYTE: u64 = 16;
 }
 
 impl Default for Limits {
@@ -45,6 +53,8 @@ impl Default for Limits {
 #[derive(Debug)]
 pub struct StackFile<S> {
     source: S,
+    /// The file that was opened by its path, for errors.
+    path: Option<PathBuf>,
     catalog: Catalog,
     /// Of whole blocks.
     order: Vec<u32>,
@@ -114,12 +124,23 @@ impl StackFile<File> {
     /// As [`StackFile::open`], with the path.
     pub fn open_path(path: impl AsRef<Path>) -> Result<Self, FormatError> {
         let path = path.as_ref();
-        let file = File::open(path).map_err(|source| FormatError::File {
-            operation: "open",
-            path: path.to_owned(),
-            source,
-        })?;
-        Self::open(file).map_err(|source| FormatError::At { path: path.to_owned(), source: Box::new(source) })
+        Self::open_path_with(path, &Limits::default())
+    }
+
+    /// Opens the file at `path`.
+    ///
+    /// # Errors
+    /// As [`StackFile::open_with`], with the path. What is not a regular file (a directory, a pipe) is not opened.
+    pub fn open_path_with(path: impl AsRef<Path>, limits: &Limits) -> Result<Self, FormatError> {
+        let path = path.as_ref();
+        let failed = |source| FormatError::File { operation: "open", path: path.to_owned(), source };
+        // Before it is opened: to open a pipe is to wait for somebody to write to it.
+        if !std::fs::metadata(path).map_err(failed)?.is_file() {
+            return Err(failed(io::Error::new(io::ErrorKind::InvalidInput, "it is not a regular file")));
+        }
+        let file = File::open(path).map_err(failed)?;
+        let at = |source| FormatError::At { path: path.to_owned(), source: Box::new(source) };
+        Ok(Self { path: Some(path.to_owned()), ..Self::open_with(file, limits).map_err(at)? })
     }
 }
 
@@ -153,7 +174,7 @@ impl<S: ReadAt> StackFile<S> {
         let n_whole = catalog.tensors.partition_point(|t| t.end_bytes() <= size_bytes);
         let missing = catalog.tensors[n_whole..].iter().find(|t| !t.info.name.starts_with(PAD_PREFIX));
         let Some(first) = missing.map(|t| t.info.name.clone()) else {
-            return Ok(Self { source, catalog, order, n_whole, missing: None, size_bytes });
+            return Ok(Self { source, path: None, catalog, order, n_whole, missing: None, size_bytes });
         };
 
         let mut n_blocks = 0;
@@ -175,7 +196,7 @@ impl<S: ReadAt> StackFile<S> {
         }
         let missing = Missing { n_blocks: order.len() - n_blocks, bytes: expected - size_bytes, first };
         order.truncate(n_blocks);
-        Ok(Self { source, catalog, order, n_whole, missing: Some(missing), size_bytes })
+        Ok(Self { source, path: None, catalog, order, n_whole, missing: Some(missing), size_bytes })
     }
 
     /// The load order of the blocks that are there: indices of weights; a weight's first mention is its block 1, and so on.
@@ -270,7 +291,15 @@ impl<S: ReadAt> StackFile<S> {
             position: self.order.len(),
             reason: format!("the file has {} blocks, {n_blocks} were asked for", self.order.len()),
         })?;
-        write_stack(&self.catalog, &self.source, order, out, progress)
+        self.placed(write_stack(&self.catalog, &self.source, order, out, progress))
+    }
+
+    /// Says of a failed read where it failed.
+    fn placed<T>(&self, result: Result<T, FormatError>) -> Result<T, FormatError> {
+        match &self.path {
+            Some(path) => result.map_err(|error| error.of(format_args!("{}", path.display()))),
+            None => result,
+        }
     }
 
     /// The bytes that block `block` (from 1) of weight `weight` (from 0) takes, and where its parts are among them.
@@ -324,15 +353,15 @@ impl<S: ReadAt> BlockSource for StackFile<S> {
     }
 
     fn read_tensor(&self, name: &str) -> Result<Tensor, FormatError> {
-        self.catalog.load_tensor(&self.source, self.whole(self.catalog.tensor_index(name)?)?)
+        self.placed(self.catalog.load_tensor(&self.source, self.whole(self.catalog.tensor_index(name)?)?))
     }
 
     fn read_file(&self, name: &str) -> Result<Vec<u8>, FormatError> {
-        self.catalog.load_bytes(&self.source, self.catalog.file_index(name)?)
+        self.placed(self.catalog.load_bytes(&self.source, self.catalog.file_index(name)?))
     }
 
     fn read_block(&self, weight: usize, block: usize) -> Result<Block, FormatError> {
-        self.catalog.load_block(&self.source, weight, block)
+        self.placed(self.catalog.load_block(&self.source, weight, block))
     }
 }
 

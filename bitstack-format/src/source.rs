@@ -1,3 +1,4 @@
+use std::fmt;
 use std::fs::File;
 use std::io;
 use std::sync::Arc;
@@ -82,27 +83,50 @@ impl ReadAt for File {
     }
 }
 
-/// Writes all of `buf` at an offset; the file's cursor is of no account.
-#[cfg(unix)]
-pub(crate) fn write_all_at(file: &File, buf: &[u8], offset_bytes: u64) -> io::Result<()> {
-    std::os::unix::fs::FileExt::write_all_at(file, buf, offset_bytes)
+/// Storage for what is not finished yet: bytes that can be written at any offset and read back. A file, memory, ...
+pub trait WriteAt: ReadAt + fmt::Debug + Send + Sync {
+    /// Writes all of `buf` from `offset_bytes` on, over what is there or beyond it.
+    ///
+    /// # Errors
+    /// Whatever the storage says; some of `buf` may then be written.
+    fn write_all_at(&mut self, buf: &[u8], offset_bytes: u64) -> io::Result<()>;
 }
 
-/// Writes all of `buf` at an offset; the file's cursor is of no account.
-#[cfg(windows)]
-pub(crate) fn write_all_at(file: &File, mut buf: &[u8], mut offset_bytes: u64) -> io::Result<()> {
-    while !buf.is_empty() {
-        match std::os::windows::fs::FileExt::seek_write(file, buf, offset_bytes) {
-            Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
-            Ok(n) => {
-                buf = &buf[n..];
-                offset_bytes += n as u64;
-            }
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(error) => return Err(error),
-        }
+impl WriteAt for File {
+    #[cfg(unix)]
+    fn write_all_at(&mut self, buf: &[u8], offset_bytes: u64) -> io::Result<()> {
+        std::os::unix::fs::FileExt::write_all_at(self, buf, offset_bytes)
     }
-    Ok(())
+
+    #[cfg(windows)]
+    fn write_all_at(&mut self, mut buf: &[u8], mut offset_bytes: u64) -> io::Result<()> {
+        while !buf.is_empty() {
+            match std::os::windows::fs::FileExt::seek_write(self, buf, offset_bytes) {
+                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+                Ok(n) => {
+                    buf = &buf[n..];
+                    offset_bytes += n as u64;
+                }
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+}
+
+impl WriteAt for Vec<u8> {
+    /// Bytes between the end and the offset become zeros.
+    fn write_all_at(&mut self, buf: &[u8], offset_bytes: u64) -> io::Result<()> {
+        let end = usize::try_from(offset_bytes).ok().and_then(|offset| offset.checked_add(buf.len()));
+        let end = end.ok_or(io::ErrorKind::FileTooLarge)?;
+        if end > self.len() {
+            self.try_reserve(end - self.len()).map_err(|_| io::ErrorKind::OutOfMemory)?;
+            self.resize(end, 0);
+        }
+        self[end - buf.len()..end].copy_from_slice(buf);
+        Ok(())
+    }
 }
 
 macro_rules! read_at_through_pointer {

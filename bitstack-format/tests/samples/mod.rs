@@ -2,7 +2,7 @@
 #![allow(dead_code, reason = "every test file uses its own part of this")]
 
 use bitstack_core::{Basis, Block, Coefficients, FactorType, Shape, SignMatrix, Values, f16};
-use bitstack_format::{Draft, Dtype};
+use bitstack_format::{Draft, Dtype, FormatError};
 use serde_json::{Map, Value, json};
 
 /// Small numbers that look random, the same on every machine.
@@ -94,22 +94,31 @@ pub(crate) const ORDER: [u32; 5] = [1, 0, 0, 1, 0];
 pub(crate) const CONFIG: &[u8] = b"{\"model_type\":\"sample\"}\n";
 pub(crate) const TOKENIZER: &[u8] = b"{\"version\":\"1.0\"}";
 
-/// The sample as a draft.
-pub(crate) fn draft() -> Draft {
-    let mut draft = Draft::create_in(std::env::temp_dir()).unwrap();
+/// One step of making a draft.
+pub(crate) type Step<'a> = &'a dyn Fn(&mut Draft) -> Result<(), FormatError>;
+
+/// Puts the sample into a draft step by step, each step taken by `attempt`.
+pub(crate) fn fill(draft: &mut Draft, attempt: &mut dyn FnMut(&mut Draft, Step<'_>) -> Result<(), FormatError>) {
     draft.set_provenance("source", "a sample \"model\"\n").unwrap();
     draft.set_provenance("options", "--blocks 3").unwrap();
-    draft.push_file("config.json", CONFIG).unwrap();
-    draft.push_file("tokenizer.json", TOKENIZER).unwrap();
+    attempt(draft, &|d| d.push_file("config.json", CONFIG)).unwrap();
+    attempt(draft, &|d| d.push_file("tokenizer.json", TOKENIZER)).unwrap();
     let norm: Vec<u8> = [1.0f32, -2.5, 0.125].iter().flat_map(|x| x.to_le_bytes()).collect();
-    draft.push_base("norm.weight", Dtype::F32, &[3], &norm).unwrap();
-    draft.push_base("layers.0.q_proj.bias", Dtype::BF16, &[3, 1], &[0x80, 0x3f, 0, 0x40, 0x40, 0x40]).unwrap();
+    attempt(draft, &|d| d.push_base("norm.weight", Dtype::F32, &[3], &norm)).unwrap();
+    let bias = [0x80, 0x3f, 0, 0x40, 0x40, 0x40];
+    attempt(draft, &|d| d.push_base("layers.0.q_proj.bias", Dtype::BF16, &[3, 1], &bias)).unwrap();
     for (name, shape, rank, blocks) in weights() {
         let w = draft.add_weight(name, shape, rank, "avd").unwrap();
         for block in &blocks {
-            draft.push_block(w, block.view()).unwrap();
+            attempt(draft, &|d| d.push_block(w, block.view())).unwrap();
         }
     }
+}
+
+/// The sample as a draft.
+pub(crate) fn draft() -> Draft {
+    let mut draft = Draft::create_in(std::env::temp_dir()).unwrap();
+    fill(&mut draft, &mut |draft, step| step(draft));
     draft
 }
 
@@ -130,21 +139,44 @@ pub(crate) fn header_text(file: &[u8]) -> &str {
     std::str::from_utf8(&file[8..data_offset(file)]).unwrap().trim_end()
 }
 
+/// Where the data of a file begins if its length is to be believed.
+pub(crate) fn data_offset_of(file: &[u8]) -> usize {
+    let length = u64::from_le_bytes(*file.first_chunk().unwrap());
+    usize::try_from(length.saturating_add(8)).unwrap_or(usize::MAX)
+}
+
 /// A file around any header text: padded, and with the right hash of the header, so that what is wrong with it is found later.
 pub(crate) fn seal(text: &str, data: &[u8]) -> Vec<u8> {
+    seal_bytes(text.as_bytes(), data)
+}
+
+/// [`seal`] for what may not be text.
+pub(crate) fn seal_bytes(header: &[u8], data: &[u8]) -> Vec<u8> {
     const FIELD: &str = "\"header_blake3\":\"";
-    let mut text = text.as_bytes().to_vec();
+    let mut text = header.to_vec();
     while !(8 + text.len()).is_multiple_of(64) {
         text.push(b' ');
     }
     let length = (text.len() as u64).to_le_bytes();
-    if let Some(at) = text.windows(FIELD.len()).position(|w| w == FIELD.as_bytes()) {
-        let digits = at + FIELD.len()..at + FIELD.len() + 64;
+    let at = text.windows(FIELD.len()).position(|w| w == FIELD.as_bytes()).map(|at| at + FIELD.len());
+    if let Some(at) = at.filter(|at| at + 64 <= text.len()) {
+        let digits = at..at + 64;
         text[digits.clone()].fill(b'0');
         let hash = blake3::Hasher::new().update(&length).update(&text).finalize();
         text[digits].copy_from_slice(hash.to_hex().as_bytes());
     }
     [&length[..], &text, data].concat()
+}
+
+/// The bytes of a tensor in a header, if its type and shape say.
+fn len_bytes(tensor: &Value) -> Option<u64> {
+    let bytes = match tensor.get("dtype")?.as_str()? {
+        "U8" | "I8" => 1,
+        "F16" | "BF16" => 2,
+        "F32" => 4,
+        _ => return None,
+    };
+    tensor.get("shape")?.as_array()?.iter().try_fold(bytes, |n: u64, d| n.checked_mul(d.as_u64()?))
 }
 
 /// A file taken apart, to be changed and put together again.
@@ -180,20 +212,22 @@ impl Forge {
 
     /// Puts the tensors one after another, as long as their shapes and types say, and makes hashes and data as long.
     pub(crate) fn lay_out(&mut self) {
+        assert!(self.try_lay_out(), "{:?}", self.tensors);
+    }
+
+    /// [`Forge::lay_out`], if every tensor has a type, a shape, and less than 1 MiB; else nothing is changed.
+    pub(crate) fn try_lay_out(&mut self) -> bool {
+        let mut tensors = self.tensors.clone();
         let mut offset = 0;
-        for (_, t) in &mut self.tensors {
-            let bytes = match t["dtype"].as_str().unwrap() {
-                "U8" | "I8" => 1,
-                "F16" | "BF16" => 2,
-                "F32" => 4,
-                other => panic!("{other}"),
-            };
-            let len = t["shape"].as_array().unwrap().iter().fold(bytes, |n, d| n * d.as_u64().unwrap());
+        for (_, t) in &mut tensors {
+            let Some(len) = len_bytes(t).filter(|&len| len < 1 << 20) else { return false };
             t["data_offsets"] = json!([offset, offset + len]);
             offset += len;
         }
+        self.tensors = tensors;
         self.data.resize(offset as usize, 0);
         self.metadata["blake3"] = json!("0".repeat(64 * self.tensors.len()));
+        true
     }
 
     /// The header's text.
