@@ -324,7 +324,7 @@ impl<S: ReadAt> StackFile<S> {
         verify: Verify,
         bytes: &mut [u8],
     ) -> Result<(), FormatError> {
-        self.catalog.read_block_bytes(&self.source, weight, block, verify, bytes)
+        self.placed(self.catalog.read_block_bytes(&self.source, weight, block, verify, bytes))
     }
 
     fn whole(&self, i: usize) -> Result<usize, FormatError> {
