@@ -226,3 +226,240 @@ impl<P: Prefix, E: Clone> State<P, E> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The numbers from 0, so that a value of a length is right or wrong at sight.
+    #[derive(Debug, PartialEq)]
+    struct Numbers(Vec<usize>);
+
+    impl Prefix for Numbers {
+        type Item = usize;
+
+        fn len(&self) -> usize {
+            self.0.len()
+        }
+
+        fn cut(&self, len: usize) -> Self {
+            assert!(len < self.len());
+            Self(self.0[..len].to_vec())
+        }
+
+        fn grown(&self, items: Vec<usize>) -> Self {
+            Self(self.0.iter().copied().chain(items).collect())
+        }
+    }
+
+    type NumberSwap = Swap<Numbers, &'static str>;
+
+    fn goal(len: usize) -> Goal {
+        Goal { len, budget_bytes: 10 * len as u64 }
+    }
+
+    fn swap(len: usize) -> NumberSwap {
+        Swap::new(Arc::new(Numbers((0..len).collect())), goal(len))
+    }
+
+    /// Takes the current value and checks that it is a prefix.
+    fn check(swap: &NumberSwap) -> usize {
+        let value = swap.current();
+        assert!(value.0.iter().enumerate().all(|(i, &item)| i == item), "{value:?}");
+        value.len()
+    }
+
+    /// Does jobs, `batch` items at a time, until the end. The item of position `bad` cannot be had.
+    fn work(swap: &NumberSwap, batch: usize, bad: usize) {
+        while let Some(job) = swap.next_job() {
+            let mut len = job.from;
+            while len < job.to && swap.is_wanted(len, len) {
+                if len >= bad {
+                    swap.fail(&job, "bad item");
+                    break;
+                }
+                let items: Vec<usize> = (len..job.to.min(len + batch).min(bad)).collect();
+                let n = items.len();
+                if !swap.publish(len, items) {
+                    break;
+                }
+                len += n;
+            }
+        }
+    }
+
+    /// Nobody asks any more: the value becomes as long as was asked for last.
+    fn check_settled(swap: &NumberSwap) {
+        swap.wait().unwrap();
+        let view = swap.view();
+        assert_eq!((view.current.len(), view.is_working), (view.goal.len, false));
+        assert_eq!(view.goal, goal(view.goal.len), "length and budget are of one request");
+        check(swap);
+    }
+
+    #[cfg(not(loom))]
+    mod single {
+        use super::*;
+
+        #[test]
+        fn shorter_request_is_in_place_at_once_and_longer_one_is_a_job() {
+            let swap = swap(3);
+            assert!(swap.job().is_none());
+            let held = swap.current();
+            swap.request(goal(1));
+            assert_eq!((check(&swap), held.len(), swap.job().is_none()), (1, 3, true));
+            swap.request(goal(4));
+            let job = swap.next_job().unwrap();
+            assert_eq!((check(&swap), job.from, job.to), (1, 1, 4));
+        }
+
+        #[test]
+        fn items_are_taken_as_far_as_they_are_wanted() {
+            let swap = swap(1);
+            swap.request(goal(4));
+            assert!(swap.is_wanted(1, 3) && !swap.is_wanted(1, 4) && !swap.is_wanted(2, 3));
+            swap.request(goal(3));
+            assert!(swap.publish(1, vec![1, 2, 3]));
+            assert_eq!(check(&swap), 3);
+            // What follows a value that was cut meanwhile is of no use.
+            swap.request(goal(2));
+            swap.request(goal(5));
+            assert!(!swap.publish(3, vec![3, 4]));
+            assert_eq!(check(&swap), 2);
+        }
+
+        #[test]
+        fn failure_is_of_its_request_only() {
+            let swap = swap(1);
+            swap.request(goal(4));
+            let job = swap.job().unwrap();
+            swap.request(goal(5));
+            swap.fail(&job, "too late");
+            assert!(swap.view().failed.is_none() && swap.view().is_working);
+            swap.fail(&swap.job().unwrap(), "in time");
+            assert_eq!((swap.wait(), swap.job()), (Err("in time"), None));
+            swap.request(goal(5));
+            assert!(swap.view().failed.is_none() && swap.job().is_some());
+        }
+
+        #[test]
+        fn changes_are_counted_and_waited_for() {
+            let swap = swap(2);
+            let seen = swap.view().change;
+            assert_eq!(swap.wait_change(seen, Duration::from_millis(1)).change, seen);
+            swap.request(goal(1));
+            let view = swap.wait_change(seen, Duration::from_secs(100));
+            assert_ne!(view.change, seen);
+            assert_eq!(view.goal, goal(1));
+        }
+
+        #[test]
+        fn everybody_gets_what_was_asked_for_last() {
+            let swap = swap(1);
+            let n = if cfg!(miri) { 20 } else { 2000 };
+            std::thread::scope(|scope| {
+                scope.spawn(|| work(&swap, 3, usize::MAX));
+                scope.spawn(|| (0..n).for_each(|_| assert!(check(&swap) > 0)));
+                let setters: Vec<_> = (0..2)
+                    .map(|k| {
+                        let swap = &swap;
+                        scope.spawn(move || (0..n).for_each(|i| swap.request(goal(1 + (7 * i + k) % 11))))
+                    })
+                    .collect();
+                setters.into_iter().for_each(|setter| setter.join().unwrap());
+                check_settled(&swap);
+                swap.close();
+            });
+        }
+    }
+
+    /// Every interleaving of a few threads, up to a number of preemptions.
+    #[cfg(loom)]
+    mod loom {
+        use super::*;
+        use ::loom::thread;
+
+        fn explore(test: impl Fn() + Send + Sync + 'static) {
+            let mut builder = ::loom::model::Builder::new();
+            builder.preemption_bound = Some(3);
+            builder.check(test);
+        }
+
+        fn start(len: usize, batch: usize, bad: usize) -> (Arc<NumberSwap>, thread::JoinHandle<()>) {
+            let swap = Arc::new(swap(len));
+            let worker = {
+                let swap = swap.clone();
+                thread::spawn(move || work(&swap, batch, bad))
+            };
+            (swap, worker)
+        }
+
+        #[test]
+        fn loom_last_of_two_requests_wins_and_every_value_is_a_prefix() {
+            explore(|| {
+                let (swap, worker) = start(2, 1, usize::MAX);
+                let other = {
+                    let swap = swap.clone();
+                    thread::spawn(move || {
+                        swap.request(goal(3));
+                        check(&swap);
+                    })
+                };
+                swap.request(goal(1));
+                check(&swap);
+                other.join().unwrap();
+                check_settled(&swap);
+                assert!([1, 3].contains(&check(&swap)));
+                swap.close();
+                worker.join().unwrap();
+            });
+        }
+
+        #[test]
+        fn loom_growth_that_is_cut_short_ends_at_the_smaller_size() {
+            explore(|| {
+                let (swap, worker) = start(1, 2, usize::MAX);
+                swap.request(goal(4));
+                let held = swap.current();
+                let len = held.len();
+                swap.request(goal(2));
+                assert!(check(&swap) <= 2);
+                check_settled(&swap);
+                assert_eq!((check(&swap), held.len()), (2, len));
+                swap.close();
+                worker.join().unwrap();
+            });
+        }
+
+        #[test]
+        fn loom_failure_is_told_to_who_waits_and_forgotten_by_the_next_request() {
+            explore(|| {
+                let (swap, worker) = start(1, 1, 2);
+                swap.request(goal(3));
+                assert_eq!(swap.wait(), Err("bad item"));
+                assert_eq!(check(&swap), 2);
+                swap.request(goal(3));
+                swap.request(goal(2));
+                check_settled(&swap);
+                swap.close();
+                worker.join().unwrap();
+            });
+        }
+
+        #[test]
+        fn loom_closing_ends_the_worker_and_those_who_wait() {
+            explore(|| {
+                let (swap, worker) = start(1, 1, usize::MAX);
+                let waiting = {
+                    let swap = swap.clone();
+                    thread::spawn(move || swap.wait())
+                };
+                swap.request(goal(3));
+                swap.close();
+                worker.join().unwrap();
+                assert_eq!(waiting.join().unwrap(), Ok(()));
+                check(&swap);
+            });
+        }
+    }
+}
