@@ -145,11 +145,8 @@ impl<P: Prefix, E: Clone> Swap<P, E> {
         }
         let mut grown = Arc::new(base.grown(items));
         let mut state = self.lock();
-        if !Arc::ptr_eq(&state.current, &base) {
-            return false;
-        }
+        // If the value was cut meanwhile, `grown` has what was cut off; then, too, it is a prefix, and what counts is the goal.
         let surplus = (grown.len() > state.goal.len).then(|| {
-            // A smaller request came while these items were on their way; not below `len`, or the value would be another.
             let cut = Arc::new(grown.cut(state.goal.len));
             std::mem::replace(&mut grown, cut)
         });
