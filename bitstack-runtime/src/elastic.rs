@@ -7,6 +7,7 @@ use crate::swap::{Goal, Swap, View};
 use bitstack_format::{BlockSource, ReadAt, StackFile, Verify};
 use bitstack_sort::{LoadOrder, Plan, Sizes};
 use std::sync::Arc;
+use std::sync::atomic::AtomicUsize;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -27,6 +28,14 @@ pub enum Start {
     Whole,
     /// When the smallest model is: the first block of every weight. The rest is loaded in the background.
     Smallest,
+}
+
+/// The load order of a file, with the bytes of every size there is: what a budget can be, before anything is loaded.
+///
+/// # Errors
+/// [`RuntimeError::Budget`] when the sizes do not add up to a 64-bit number of bytes.
+pub fn load_order<S: ReadAt>(file: &StackFile<S>) -> Result<LoadOrder, RuntimeError> {
+    Ok(LoadOrder::from_weights(file.order(), &Sizes::new(file.base_bytes(), file.block_sizes())?)?)
 }
 
 /// The blocks of a stack that are in memory: as many as a budget allows, loaded and dropped while others read.
@@ -71,7 +80,7 @@ impl<S: ReadAt + Send + Sync + 'static> Elastic<S> {
     /// [`RuntimeError::Budget`] when the budget is below the smallest model, which it states; whatever a block that is needed before
     /// this returns fails with.
     pub fn open(file: StackFile<S>, budget_bytes: u64, options: Options) -> Result<Self, RuntimeError> {
-        let order = LoadOrder::from_weights(file.order(), &Sizes::new(file.base_bytes(), file.block_sizes())?)?;
+        let order = load_order(&file)?;
         let plan = order.plan(budget_bytes)?;
         let mut weights: Vec<TableWeight> = file
             .weights()
@@ -82,7 +91,7 @@ impl<S: ReadAt + Send + Sync + 'static> Elastic<S> {
         for (position, &(weight, _)) in entries.iter().enumerate() {
             weights[weight].positions.push(position);
         }
-        let table = Arc::new(Table { order, entries, weights });
+        let table = Arc::new(Table { order, entries, weights, live: AtomicUsize::new(0) });
 
         let first = match options.start {
             Start::Whole => plan.n_blocks,
@@ -157,7 +166,7 @@ impl<S> Elastic<S> {
             budget_bytes: view.goal.budget_bytes,
             target_bytes: bytes[view.goal.len],
             resident_bytes: view.current.resident_bytes(),
-            allocated_bytes: bytes[0] + self.loader.account.mapped_bytes(),
+            allocated_bytes: bytes[0] + self.loader.account.allocated_bytes(),
             loading: view.is_working,
             error: view.failed,
             change: view.change,

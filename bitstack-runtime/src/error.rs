@@ -8,7 +8,7 @@ use std::sync::Arc;
 #[non_exhaustive]
 pub enum RuntimeError {
     // ---- the caller asks for something wrong
-    /// There is no plan for the budget: it is below the smallest model.
+    /// There is no plan for the budget: it is below the smallest model, or the sizes are beyond counting.
     #[error(transparent)]
     Budget(#[from] SortError),
     /// There is no such weight.
@@ -61,6 +61,12 @@ pub enum RuntimeError {
         block: usize,
         /// What the panic says.
         message: String,
+    },
+    /// A file that is measured cannot be opened or read.
+    #[error(transparent)]
+    File {
+        /// What is wrong.
+        source: Arc<FormatError>,
     },
     /// A thread cannot be started.
     #[error("cannot start the thread that {job}: {source}")]

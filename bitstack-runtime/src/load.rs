@@ -16,6 +16,9 @@ use std::time::{Duration, Instant};
 const READERS: usize = 2;
 /// A snapshot is published when the last one is this old, so that a growing model is soon of use, and when a job ends.
 const PUBLISH_EVERY: Duration = Duration::from_millis(20);
+/// While somebody works on a snapshot, each reader rests this many times as long as it was at work: together they take a quarter of the
+/// time of one core, and of the memory's. A forward pass on all cores waits for the slowest of them.
+const REST: u32 = 6;
 /// How much less a loading thread counts than one that computes, as `nice` has it: about a tenth.
 #[cfg(target_os = "linux")]
 const NICE: i32 = 10;
@@ -88,6 +91,7 @@ impl<S: ReadAt + Send + Sync> Loader<S> {
                     break;
                 }
                 drop(p);
+                let before = thread_time();
                 let block = self.block(position);
                 let mut p = lock(&progress);
                 match block {
@@ -102,6 +106,10 @@ impl<S: ReadAt + Send + Sync> Loader<S> {
                             p.failed = Some((position, error));
                         }
                     }
+                }
+                drop(p);
+                if swap.is_held() || self.table.live.load(Ordering::Relaxed) > 1 {
+                    std::thread::sleep(REST * thread_time().saturating_sub(before));
                 }
             }
         };
@@ -154,6 +162,14 @@ impl<S: ReadAt + Send + Sync> Loader<S> {
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The time for which this thread was at work: not waiting for storage, nor for a core.
+fn thread_time() -> Duration {
+    #[cfg(unix)]
+    return rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime).try_into().unwrap_or_default();
+    #[cfg(not(unix))]
+    Duration::ZERO
 }
 
 /// Makes way for threads that compute. Threads started from this one inherit it.

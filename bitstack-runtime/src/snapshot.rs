@@ -7,6 +7,7 @@ use bitstack_core::{Level, Shape};
 use bitstack_format::FormatError;
 use bitstack_sort::LoadOrder;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// What never changes: the load order, and where the blocks of each weight are in it.
 #[derive(Debug)]
@@ -15,6 +16,8 @@ pub(crate) struct Table {
     /// Per position of the order the weight (from 0) and its block (from 1).
     pub(crate) entries: Vec<(usize, usize)>,
     pub(crate) weights: Vec<TableWeight>,
+    /// Snapshots that exist; all but one are held by somebody.
+    pub(crate) live: AtomicUsize,
 }
 
 #[derive(Debug)]
@@ -41,7 +44,12 @@ impl Snapshot {
     /// The snapshot without blocks. Only the loader sees it.
     pub(crate) fn empty(table: Arc<Table>) -> Self {
         let levels = vec![0; table.weights.len()];
-        Self { table, blocks: Vec::new(), levels }
+        Self::new(table, Vec::new(), levels)
+    }
+
+    fn new(table: Arc<Table>, blocks: Vec<Arc<Resident>>, levels: Vec<u32>) -> Self {
+        table.live.fetch_add(1, Ordering::Relaxed);
+        Self { table, blocks, levels }
     }
 
     /// Per weight the number of its blocks that are there, at least 1: the levels of a plan.
@@ -84,6 +92,12 @@ impl Snapshot {
     }
 }
 
+impl Drop for Snapshot {
+    fn drop(&mut self) {
+        self.table.live.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
 impl Prefix for Snapshot {
     type Item = Arc<Resident>;
 
@@ -96,7 +110,7 @@ impl Prefix for Snapshot {
         for &(weight, _) in &self.table.entries[len..self.blocks.len()] {
             levels[weight] -= 1;
         }
-        Self { table: self.table.clone(), blocks: self.blocks[..len].to_vec(), levels }
+        Self::new(self.table.clone(), self.blocks[..len].to_vec(), levels)
     }
 
     fn grown(&self, items: Vec<Arc<Resident>>) -> Self {
@@ -107,6 +121,6 @@ impl Prefix for Snapshot {
         for &(weight, _) in &self.table.entries[self.blocks.len()..blocks.len()] {
             levels[weight] += 1;
         }
-        Self { table: self.table.clone(), blocks, levels }
+        Self::new(self.table.clone(), blocks, levels)
     }
 }

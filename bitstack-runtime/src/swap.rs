@@ -92,6 +92,11 @@ impl<P: Prefix, E: Clone> Swap<P, E> {
         self.lock().current.clone()
     }
 
+    /// Whether somebody holds the value of now.
+    pub(crate) fn is_held(&self) -> bool {
+        Arc::strong_count(&self.lock().current) > 1
+    }
+
     /// Everything of now.
     pub(crate) fn view(&self) -> View<P, E> {
         self.lock().view()
@@ -105,10 +110,8 @@ impl<P: Prefix, E: Clone> Swap<P, E> {
         state.failed = None;
         let cut = (state.current.len() > goal.len).then(|| Arc::new(state.current.cut(goal.len)));
         let old = cut.map(|cut| std::mem::replace(&mut state.current, cut));
-        self.tell(state);
+        self.tell(state, old);
         self.work.notify_all();
-        // Perhaps the last to hold what was cut off: giving that back takes time, and nobody waits for it.
-        drop(old);
     }
 
     /// What there is to do, if anything.
@@ -151,8 +154,8 @@ impl<P: Prefix, E: Clone> Swap<P, E> {
             std::mem::replace(&mut grown, cut)
         });
         let old = std::mem::replace(&mut state.current, grown);
-        self.tell(state);
-        drop((old, surplus));
+        // Those who are told find that nothing but the new value is held here.
+        self.tell(state, (base, old, surplus));
         true
     }
 
@@ -161,7 +164,7 @@ impl<P: Prefix, E: Clone> Swap<P, E> {
         let mut state = self.lock();
         if state.request == job.request {
             state.failed = Some(error);
-            self.tell(state);
+            self.tell(state, ());
         }
     }
 
@@ -193,13 +196,15 @@ impl<P: Prefix, E: Clone> Swap<P, E> {
     pub(crate) fn close(&self) {
         let mut state = self.lock();
         state.closed = true;
-        self.tell(state);
+        self.tell(state, ());
         self.work.notify_all();
     }
 
-    fn tell(&self, mut state: MutexGuard<'_, State<P, E>>) {
+    /// Ends a change: gives back what it replaced, which may take time, without the lock, and tells everybody who waits.
+    fn tell<T>(&self, mut state: MutexGuard<'_, State<P, E>>, replaced: T) {
         state.change += 1;
         drop(state);
+        drop(replaced);
         self.changed.notify_all();
     }
 }
