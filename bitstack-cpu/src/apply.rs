@@ -1,10 +1,14 @@
-//! The product: checks, what is prepared once per call, and the split into tiles of rows.
+//! The product: checks, what is prepared once per call, and the split into blocks of rows.
 
-use crate::kernel::scalar;
+use crate::kernel::tables::{self, Vector};
+use crate::kernel::{Line, Signs, scalar};
 use crate::{CpuError, Isa};
-use bitstack_core::{BasisRef, CoefficientsRef, Level, ValuesRef};
+use bitstack_core::{BasisRef, Level, SignView, ValuesRef};
 
-/// Rows rebuilt together. A multiple of it starts every task.
+/// Rows of a task. Their product is kept as `tokens x rows` until all are done, so that tasks write apart from each other.
+const BLOCK_ROWS: usize = 256;
+
+/// Rows rebuilt together.
 const TILE_ROWS: usize = 16;
 
 /// Columns rebuilt together: a tile of W is 16 KiB.
@@ -14,13 +18,10 @@ const TILE_COLS: usize = 256;
 const LANES: usize = 16;
 
 /// Tokens taken at once; more are taken in batches, so that the buffers stay small.
-const BATCH: usize = 256;
+const BATCH: usize = 64;
 
 /// Below this many products per plane (rank x tokens) each is summed straight from the bits, above W is rebuilt.
 const FEW: usize = 8;
-
-/// Bytes of signs that are worth a task of their own.
-const TASK_BYTES: usize = 128 << 10;
 
 /// Over how many threads a product runs. The result is the same, bit for bit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -36,15 +37,23 @@ pub enum Threads {
 pub struct Scratch {
     /// Which basis each plane uses.
     basis_of_plane: Vec<usize>,
-    /// The bases, each once, as (plane that brings it) numbers.
-    bases: Vec<usize>,
-    /// Few products: z = v ⊙ x, `bases x rank x tokens x padded columns`.
+    /// The first plane that uses each basis.
+    plane_of_basis: Vec<usize>,
+    /// One row of a basis in f32, and its product with a token.
+    v_row: Vec<f32>,
+    z_row: Vec<f32>,
+    /// The tables of z = v ⊙ x: `bases x groups of vectors x passes`, and the value of one step of each vector and pass.
+    tables: Vec<Line>,
+    scales: Vec<f32>,
+    /// `bases x rank x tokens x padded columns`: z.
     z: Vec<f32>,
-    /// Many tokens: the bases in f32, `bases x rank x padded columns`.
+    /// `bases x rank x padded columns`: the bases.
     v: Vec<f32>,
-    /// Many tokens: x, `panels x padded columns x LANES`.
+    /// `panels x padded columns x LANES`: the tokens.
     x: Vec<f32>,
-    /// The product, `rows x padded tokens`.
+    /// The coefficients in f32: `blocks of rows x planes x rank x rows of the block`.
+    u: Vec<f32>,
+    /// The product: `blocks of rows x tokens x rows of the block`.
     y: Vec<f32>,
 }
 
@@ -99,10 +108,11 @@ impl Kernel {
         scratch.find_bases(level);
         for (x, y) in x.chunks(BATCH * cols).zip(y.chunks_mut(BATCH * rows)) {
             let tokens = x.len() / cols;
-            if level.planes()[0].basis.rank() * tokens < FEW {
-                few(level, x, y, tokens, threads, scratch);
-            } else {
-                many(level, x, y, tokens, threads, scratch);
+            let done = tables::has(self.isa) && looked_up(level, x, y, tokens, threads, scratch);
+            if !done && level.planes()[0].basis.rank() * tokens < FEW {
+                summed(level, x, y, tokens, threads, scratch);
+            } else if !done {
+                rebuilt(level, x, y, tokens, threads, scratch);
             }
         }
         Ok(())
@@ -112,13 +122,13 @@ impl Kernel {
 impl Scratch {
     fn find_bases(&mut self, level: &Level<'_>) {
         self.basis_of_plane.clear();
-        self.bases.clear();
+        self.plane_of_basis.clear();
         for (i, p) in level.planes().iter().enumerate() {
             // Planes that share a basis share it with the plane before.
             if i == 0 || !same_memory(level.planes()[i - 1].basis, p.basis) {
-                self.bases.push(i);
+                self.plane_of_basis.push(i);
             }
-            self.basis_of_plane.push(self.bases.len() - 1);
+            self.basis_of_plane.push(self.plane_of_basis.len() - 1);
         }
     }
 }
@@ -139,121 +149,281 @@ fn grown<T: Copy + Default>(buffer: &mut Vec<T>, len: usize) -> &mut [T] {
     &mut buffer[..len]
 }
 
-/// Row `k` of a basis in f32; `out` may be longer, and is filled up with zeros.
+/// Row `k` of a basis in f32.
 fn widen(basis: BasisRef<'_>, k: usize, out: &mut [f32]) {
-    let cols = basis.cols();
-    let (out, padding) = out.split_at_mut(cols);
+    let row = k * basis.cols()..(k + 1) * basis.cols();
     match basis.values() {
         ValuesRef::F16(values) => {
-            for (o, v) in out.iter_mut().zip(&values[k * cols..]) {
-                *o = v.to_f32();
+            for (o, v) in out.iter_mut().zip(&values[row]) {
+                *o = widened(v.to_bits());
             }
         }
         ValuesRef::I8 { codes, scales } => {
             let scale = scales[k].to_f32();
-            for (o, &v) in out.iter_mut().zip(&codes[k * cols..]) {
+            for (o, &v) in out.iter_mut().zip(&codes[row]) {
                 *o = f32::from(v) * scale;
             }
         }
     }
-    padding.fill(0.0);
 }
 
-/// U[row, plane, k].
-fn coefficient(u: CoefficientsRef<'_>, row: usize, plane: usize, k: usize) -> f32 {
-    let vector = plane * u.rank() + k;
-    let index = row * u.planes() * u.rank() + vector;
-    match u.values() {
-        ValuesRef::F16(values) => values[index].to_f32(),
-        ValuesRef::I8 { codes, scales } => f32::from(codes[index]) * scales[vector].to_f32(),
-    }
-}
-
-/// Calls `task(first_row, out)` for tiles of rows that together are all of them; `out` is `rows x width`.
-fn split(
-    first_row: usize,
-    out: &mut [f32],
-    width: usize,
-    task_rows: usize,
-    threads: Threads,
-    task: &(impl Fn(usize, &mut [f32]) + Sync),
-) {
-    let rows = out.len() / width;
-    if threads == Threads::One || rows <= task_rows {
-        return task(first_row, out);
-    }
-    let half = (rows / 2).next_multiple_of(TILE_ROWS).min(rows);
-    let (top, bottom) = out.split_at_mut(half * width);
-    rayon::join(
-        || split(first_row, top, width, task_rows, threads, task),
-        || split(first_row + half, bottom, width, task_rows, threads, task),
-    );
-}
-
-fn task_rows(level: &Level<'_>, factor: usize) -> usize {
-    let row_bytes = level.shape().cols().div_ceil(8) * level.planes().len() * factor;
-    (TASK_BYTES / row_bytes).next_multiple_of(TILE_ROWS).max(TILE_ROWS)
-}
-
-/// y[t, r] = Σ_plane Σ_k U[r, plane, k] · Σ_c S[r, c] z[k, t, c], with z[k, t] = V[k] ⊙ x[t] made once.
-fn few(level: &Level<'_>, x: &[f32], y: &mut [f32], tokens: usize, threads: Threads, scratch: &mut Scratch) {
-    let (rows, cols) = (level.shape().rows(), level.shape().cols());
-    let (planes, rank) = (level.planes(), level.planes()[0].basis.rank());
-    let padded = cols.next_multiple_of(8);
-    let z = grown(&mut scratch.z, scratch.bases.len() * rank * tokens * padded);
-    for (z, &plane) in z.chunks_exact_mut(rank * tokens * padded).zip(&scratch.bases) {
-        for (k, z) in z.chunks_exact_mut(tokens * padded).enumerate() {
-            let (first, rest) = z.split_at_mut(padded);
-            widen(planes[plane].basis, k, first);
-            for (z, x) in rest.chunks_exact_mut(padded).zip(x.chunks_exact(cols).skip(1)) {
-                z.copy_from_slice(first);
-                times(z, x);
-            }
-            times(first, &x[..cols]);
-        }
-    }
-    let (z, basis_of_plane) = (&*z, &scratch.basis_of_plane);
-    let task = |first_row: usize, out: &mut [f32]| {
-        for (r, out) in (first_row..).zip(out.chunks_exact_mut(tokens)) {
-            out.fill(0.0);
-            for (p, &basis) in planes.iter().zip(basis_of_plane) {
-                let z = &z[basis * rank * tokens * padded..][..rank * tokens * padded];
-                let bits = p.signs.row(r);
-                for (k, z) in z.chunks_exact(tokens * padded).enumerate() {
-                    let u = coefficient(p.coefficients, r, p.plane, k);
-                    for (o, z) in out.iter_mut().zip(z.chunks_exact(padded)) {
-                        *o += u * scalar::signed_sum(bits, z);
+/// The coefficients of rows `first_row..` in f32, each block of rows for itself: `out` is `planes x rank x rows`.
+fn widen_coefficients(level: &Level<'_>, first_row: usize, rows: usize, out: &mut [f32]) {
+    let rank = level.planes()[0].coefficients.rank();
+    for (p, out) in level.planes().iter().zip(out.chunks_exact_mut(rank * rows)) {
+        let stride = p.coefficients.planes() * rank;
+        for (k, out) in out.chunks_exact_mut(rows).enumerate() {
+            let vector = p.plane * rank + k;
+            let first = first_row * stride + vector;
+            match p.coefficients.values() {
+                ValuesRef::F16(values) => {
+                    for (o, v) in out.iter_mut().zip(values[first..].iter().step_by(stride)) {
+                        *o = widened(v.to_bits());
+                    }
+                }
+                ValuesRef::I8 { codes, scales } => {
+                    let scale = scales[vector].to_f32();
+                    for (o, &v) in out.iter_mut().zip(codes[first..].iter().step_by(stride)) {
+                        *o = f32::from(v) * scale;
                     }
                 }
             }
         }
-    };
-    let task_rows = task_rows(level, rank * tokens);
-    if tokens == 1 {
-        return split(0, y, 1, task_rows, threads, &task);
     }
-    let yt = grown(&mut scratch.y, rows * tokens);
-    split(0, yt, tokens, task_rows, threads, &task);
-    transpose(yt, tokens, y, rows);
 }
 
-fn times(z: &mut [f32], x: &[f32]) {
-    for (z, x) in z.iter_mut().zip(x) {
-        *z *= x;
+/// The value of a finite f16. Plain arithmetic, which compilers turn into vectors.
+fn widened(half: u16) -> f32 {
+    // The exponent's bias is 112 less; subnormals come out right too, as the product is exact.
+    let magnitude = f32::from_bits(u32::from(half & 0x7fff) << 13) * f32::from_bits((127 + 112) << 23);
+    f32::from_bits(magnitude.to_bits() | u32::from(half & 0x8000) << 16)
+}
+
+/// The rows of one task: their first, how many, their part of the product, `tokens x rows`, and their coefficients, `planes x rank x rows`.
+struct Block<'a> {
+    first_row: usize,
+    rows: usize,
+    y: &'a mut [f32],
+    u: &'a mut [f32],
+}
+
+impl<'a> Block<'a> {
+    /// Widens the coefficients of all blocks and calls `task` for each.
+    fn for_each(self, level: &Level<'_>, threads: Threads, task: &(impl Fn(Block<'_>) + Sync)) {
+        if self.rows <= BLOCK_ROWS {
+            widen_coefficients(level, self.first_row, self.rows, self.u);
+            return task(self);
+        }
+        let (top, bottom) = self.halves();
+        match threads {
+            Threads::One => {
+                top.for_each(level, threads, task);
+                bottom.for_each(level, threads, task);
+            }
+            Threads::Pool => {
+                rayon::join(|| top.for_each(level, threads, task), || bottom.for_each(level, threads, task));
+            }
+        }
     }
+
+    fn halves(self) -> (Self, Self) {
+        let Self { first_row, rows, y, u } = self;
+        let half = (rows / 2).next_multiple_of(BLOCK_ROWS);
+        let (top_y, bottom_y) = y.split_at_mut(y.len() / rows * half);
+        let (top_u, bottom_u) = u.split_at_mut(u.len() / rows * half);
+        (
+            Self { first_row, rows: half, y: top_y, u: top_u },
+            Self { first_row: first_row + half, rows: rows - half, y: bottom_y, u: bottom_u },
+        )
+    }
+}
+
+/// Calls `task` for all blocks of rows of a product, which it adds up in a block that is zero before; `y` is `tokens x rows`.
+fn for_each_block(
+    level: &Level<'_>,
+    y: &mut [f32],
+    tokens: usize,
+    threads: Threads,
+    (blocks, u): (&mut Vec<f32>, &mut Vec<f32>),
+    task: impl Fn(Block<'_>) + Sync,
+) {
+    let rows = level.shape().rows();
+    let u = grown(u, rows * level.planes().len() * level.planes()[0].coefficients.rank());
+    if tokens == 1 {
+        y.fill(0.0);
+        return Block { first_row: 0, rows, y, u }.for_each(level, threads, &task);
+    }
+    let blocks = grown(blocks, rows * tokens);
+    blocks.fill(0.0);
+    Block { first_row: 0, rows, y: blocks, u }.for_each(level, threads, &task);
+    for (first_row, block) in (0..rows).step_by(BLOCK_ROWS).zip(blocks.chunks(BLOCK_ROWS * tokens)) {
+        let n = block.len() / tokens;
+        for (y, block) in y.chunks_exact_mut(rows).zip(block.chunks_exact(n)) {
+            y[first_row..][..n].copy_from_slice(block);
+        }
+    }
+}
+
+/// Groups of 4 vectors, then one of 2 or 1; 3 are 4 of which one is zero. Yields the first vector and the size of the group.
+fn groups(vectors: usize) -> impl Iterator<Item = (usize, usize)> {
+    (0..vectors).step_by(4).map(move |first| match vectors - first {
+        n @ (1 | 2) => (first, n),
+        _ => (first, 4),
+    })
+}
+
+/// y[t, r] = Σ_plane Σ_k U[r, plane, k] · Σ_c S[r, c] z[k, t, c], with z[k, t] = V[k] ⊙ x[t], from tables of z. False, and nothing done,
+/// when z cannot be put in tables.
+fn looked_up(
+    level: &Level<'_>,
+    x: &[f32],
+    y: &mut [f32],
+    tokens: usize,
+    threads: Threads,
+    scratch: &mut Scratch,
+) -> bool {
+    let cols = level.shape().cols();
+    let (planes, rank) = (level.planes(), level.planes()[0].basis.rank());
+    let padded = cols.next_multiple_of(tables::CHUNK_COLS);
+    let n_vectors = rank * tokens;
+    let (basis_lines, basis_scales) = groups(n_vectors).fold((0, 0), |(lines, scales), (_, n)| {
+        (lines + tables::table_lines(padded, n), scales + padded.div_ceil(tables::pass_cols(n)) * n)
+    });
+    let n_bases = scratch.plane_of_basis.len();
+    let all_tables = grown(&mut scratch.tables, n_bases * basis_lines);
+    let all_scales = grown(&mut scratch.scales, n_bases * basis_scales);
+    let v_row = grown(&mut scratch.v_row, cols);
+    let z_row = grown(&mut scratch.z_row, padded);
+    z_row[cols..].fill(0.0);
+
+    let each_basis = all_tables.chunks_exact_mut(basis_lines).zip(all_scales.chunks_exact_mut(basis_scales));
+    for ((mut basis_tables, mut basis_scales), &plane) in each_basis.zip(&scratch.plane_of_basis) {
+        let mut widened_k = None;
+        for (first, n) in groups(n_vectors) {
+            let (group_tables, rest) = basis_tables.split_at_mut(tables::table_lines(padded, n));
+            basis_tables = rest;
+            let (group_scales, rest) = basis_scales.split_at_mut(padded.div_ceil(tables::pass_cols(n)) * n);
+            basis_scales = rest;
+            for i in 0..n {
+                let (k, t) = ((first + i) / tokens, (first + i) % tokens);
+                if k == rank {
+                    z_row[..cols].fill(0.0);
+                } else {
+                    if widened_k != Some(k) {
+                        widen(planes[plane].basis, k, v_row);
+                        widened_k = Some(k);
+                    }
+                    for ((z, v), x) in z_row.iter_mut().zip(&*v_row).zip(&x[t * cols..][..cols]) {
+                        *z = v * x;
+                    }
+                }
+                let passes = group_tables.chunks_mut(tables::table_lines(tables::pass_cols(n), n));
+                for ((tables, scales), z) in
+                    passes.zip(group_scales.chunks_exact_mut(n)).zip(z_row.chunks(tables::pass_cols(n)))
+                {
+                    match tables::build(z, tables, i, n) {
+                        Some(scale) => scales[i] = scale,
+                        None => return false,
+                    }
+                }
+            }
+        }
+    }
+
+    let (all_tables, all_scales, basis_of_plane) = (&*all_tables, &*all_scales, &scratch.basis_of_plane);
+    let row_bytes = cols.div_ceil(8);
+    for_each_block(level, y, tokens, threads, (&mut scratch.y, &mut scratch.u), |block| {
+        let Block { first_row, rows, y, u } = block;
+        let (mut first_line, mut first_scale) = (0, 0);
+        for (first, n) in groups(n_vectors) {
+            let pass_bytes = tables::pass_cols(n) / 8;
+            for first_byte in (0..row_bytes).step_by(pass_bytes) {
+                let run_bytes = pass_bytes.min(row_bytes - first_byte);
+                let lines = tables::table_lines((8 * run_bytes).next_multiple_of(tables::CHUNK_COLS), n);
+                for (i, (p, &basis)) in planes.iter().zip(basis_of_plane).enumerate() {
+                    let tables = &all_tables[basis * basis_lines + first_line..][..lines];
+                    let scales = &all_scales[basis * basis_scales + first_scale..][..n];
+                    let mut vectors = [Vector { scale: 0.0, u: &u[..rows], y: 0 }; 4];
+                    for (j, (v, &scale)) in vectors.iter_mut().zip(scales).enumerate() {
+                        // A vector beyond the last is zero: it adds nothing.
+                        let (k, t) = ((first + j) / tokens, (first + j) % tokens);
+                        if k < rank {
+                            *v = Vector { scale, u: &u[(i * rank + k) * rows..][..rows], y: t * rows };
+                        }
+                    }
+                    // What is read next: the same columns of the next plane, the next columns, or the next rows.
+                    let next = if i + 1 < planes.len() {
+                        start(planes[i + 1].signs, first_row, first_byte)
+                    } else if first_byte + pass_bytes < row_bytes {
+                        start(planes[0].signs, first_row, first_byte + pass_bytes)
+                    } else {
+                        start(planes[0].signs, first_row + BLOCK_ROWS, 0)
+                    };
+                    let signs = Signs::new(p.signs, first_row, rows, first_byte, run_bytes);
+                    tables::pass(signs, tables, &vectors[..n], y, next);
+                }
+                first_line += lines;
+                first_scale += n;
+            }
+        }
+    });
+    true
+}
+
+/// Where a row's signs from a byte on are, or would be: for prefetching only.
+fn start(signs: SignView<'_>, row: usize, byte: usize) -> *const u8 {
+    signs.as_bytes().as_ptr().wrapping_add(row * signs.cols().div_ceil(8) + byte)
+}
+
+/// y[t, r] = Σ_plane Σ_k U[r, plane, k] · Σ_c S[r, c] z[k, t, c], with z[k, t] = V[k] ⊙ x[t] made once, in f32.
+fn summed(level: &Level<'_>, x: &[f32], y: &mut [f32], tokens: usize, threads: Threads, scratch: &mut Scratch) {
+    let cols = level.shape().cols();
+    let (planes, rank) = (level.planes(), level.planes()[0].basis.rank());
+    let padded = cols.next_multiple_of(8);
+    let basis_values = rank * tokens * padded;
+    let z = grown(&mut scratch.z, scratch.plane_of_basis.len() * basis_values);
+    let v_row = grown(&mut scratch.v_row, cols);
+    for (z, &plane) in z.chunks_exact_mut(basis_values).zip(&scratch.plane_of_basis) {
+        for (k, z) in z.chunks_exact_mut(tokens * padded).enumerate() {
+            widen(planes[plane].basis, k, v_row);
+            for (z, x) in z.chunks_exact_mut(padded).zip(x.chunks_exact(cols)) {
+                z[cols..].fill(0.0);
+                for ((z, v), x) in z.iter_mut().zip(&*v_row).zip(x) {
+                    *z = v * x;
+                }
+            }
+        }
+    }
+    let (z, basis_of_plane) = (&*z, &scratch.basis_of_plane);
+    for_each_block(level, y, tokens, threads, (&mut scratch.y, &mut scratch.u), |block| {
+        let Block { first_row, rows, y, u } = block;
+        for (i, (p, &basis)) in planes.iter().zip(basis_of_plane).enumerate() {
+            let z = &z[basis * basis_values..][..basis_values];
+            for r in 0..rows {
+                let bits = p.signs.row(first_row + r);
+                for (k, z) in z.chunks_exact(tokens * padded).enumerate() {
+                    let u = u[(i * rank + k) * rows + r];
+                    for (t, z) in z.chunks_exact(padded).enumerate() {
+                        y[t * rows + r] += u * scalar::signed_sum(bits, z);
+                    }
+                }
+            }
+        }
+    });
 }
 
 /// Rebuilds a tile of W at a time, in the cache, and multiplies all tokens by it.
-fn many(level: &Level<'_>, x: &[f32], y: &mut [f32], tokens: usize, threads: Threads, scratch: &mut Scratch) {
-    let (rows, cols) = (level.shape().rows(), level.shape().cols());
+fn rebuilt(level: &Level<'_>, x: &[f32], y: &mut [f32], tokens: usize, threads: Threads, scratch: &mut Scratch) {
+    let cols = level.shape().cols();
     let (planes, rank) = (level.planes(), level.planes()[0].basis.rank());
     let padded = cols.next_multiple_of(8);
     let width = tokens.next_multiple_of(LANES);
 
-    let v = grown(&mut scratch.v, scratch.bases.len() * rank * padded);
-    for (v, &plane) in v.chunks_exact_mut(rank * padded).zip(&scratch.bases) {
+    let v = grown(&mut scratch.v, scratch.plane_of_basis.len() * rank * padded);
+    for (v, &plane) in v.chunks_exact_mut(rank * padded).zip(&scratch.plane_of_basis) {
         for (k, v) in v.chunks_exact_mut(padded).enumerate() {
-            widen(planes[plane].basis, k, v);
+            v[cols..].fill(0.0);
+            widen(planes[plane].basis, k, &mut v[..cols]);
         }
     }
     let panels = grown(&mut scratch.x, width * padded);
@@ -267,47 +437,38 @@ fn many(level: &Level<'_>, x: &[f32], y: &mut [f32], tokens: usize, threads: Thr
     }
 
     let (v, panels, basis_of_plane) = (&*v, &*panels, &scratch.basis_of_plane);
-    let task = |first_row: usize, out: &mut [f32]| {
+    for_each_block(level, y, tokens, threads, (&mut scratch.y, &mut scratch.u), |block| {
+        let Block { first_row, rows, y, u } = block;
         let mut w = [0.0f32; TILE_ROWS * TILE_COLS];
-        for (first_row, out) in (first_row..).step_by(TILE_ROWS).zip(out.chunks_mut(TILE_ROWS * width)) {
-            out.fill(0.0);
+        for first_r in (0..rows).step_by(TILE_ROWS) {
+            let tile_rows = TILE_ROWS.min(rows - first_r);
             for first_col in (0..padded).step_by(TILE_COLS) {
                 let n = TILE_COLS.min(padded - first_col);
-                for (r, w) in (first_row..).zip(w.chunks_exact_mut(TILE_COLS).take(out.len() / width)) {
+                for (r, w) in (first_r..).zip(w.chunks_exact_mut(TILE_COLS).take(tile_rows)) {
                     let w = &mut w[..n];
                     w.fill(0.0);
-                    for (p, &basis) in planes.iter().zip(basis_of_plane) {
+                    for (i, (p, &basis)) in planes.iter().zip(basis_of_plane).enumerate() {
                         let mut m = [0.0f32; TILE_COLS];
                         for k in 0..rank {
-                            let u = coefficient(p.coefficients, r, p.plane, k);
+                            let u = u[(i * rank + k) * rows + r];
                             let v = &v[(basis * rank + k) * padded + first_col..][..n];
                             for (m, v) in m.iter_mut().zip(v) {
                                 *m += u * v;
                             }
                         }
-                        scalar::add_signed(&p.signs.row(r)[first_col / 8..][..n / 8], &m[..n], w);
+                        scalar::add_signed(&p.signs.row(first_row + r)[first_col / 8..][..n / 8], &m[..n], w);
                     }
                 }
-                for (panel, t) in panels.chunks_exact(padded * LANES).zip((0..).step_by(LANES)) {
+                for (panel, y) in panels.chunks_exact(padded * LANES).zip(y.chunks_mut(LANES * rows)) {
                     let x = &panel[first_col * LANES..][..n * LANES];
-                    for (w, out) in w.chunks_exact(TILE_COLS).zip(out.chunks_exact_mut(width)) {
-                        let out = out[t..].first_chunk_mut().expect("the width is a multiple of the lanes");
-                        scalar::add_products(&w[..n], x.as_chunks().0, out);
+                    for (r, w) in (first_r..).zip(w.chunks_exact(TILE_COLS).take(tile_rows)) {
+                        let sums = scalar::products(&w[..n], x.as_chunks().0);
+                        for (y, sum) in y.chunks_exact_mut(rows).zip(sums) {
+                            y[r] += sum;
+                        }
                     }
                 }
             }
         }
-    };
-    let yt = grown(&mut scratch.y, rows * width);
-    split(0, yt, width, TILE_ROWS, threads, &task);
-    transpose(yt, width, y, rows);
-}
-
-/// `y[t, r] = yt[r, t]`: `yt` is `rows x width`, `y` is `tokens x rows`.
-fn transpose(yt: &[f32], width: usize, y: &mut [f32], rows: usize) {
-    for (t, y) in y.chunks_exact_mut(rows).enumerate() {
-        for (y, yt) in y.iter_mut().zip(yt.chunks_exact(width)) {
-            *y = yt[t];
-        }
-    }
+    });
 }

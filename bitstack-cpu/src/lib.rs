@@ -5,7 +5,9 @@
 mod apply;
 mod error;
 mod isa;
+#[expect(unsafe_code, reason = "vector loads and stores, and calls that need instructions found at run time")]
 mod kernel;
+pub mod measure;
 
 pub use apply::{Kernel, Scratch, Threads};
 pub use error::CpuError;

@@ -28,8 +28,8 @@ fn flipped(byte: u8, i: usize, x: f32) -> f32 {
     f32::from_bits(x.to_bits() ^ ((u32::from(!byte) >> i) & 1) << 31)
 }
 
-/// `out[t] += Σ_c w[c] x[c][t]`.
-pub(crate) fn add_products(w: &[f32], x: &[[f32; 16]], out: &mut [f32; 16]) {
+/// `Σ_c w[c] x[c][t]` for 16 tokens.
+pub(crate) fn products(w: &[f32], x: &[[f32; 16]]) -> [f32; 16] {
     debug_assert_eq!(w.len(), x.len());
     let mut sums = [0.0f32; 16];
     for (&w, x) in w.iter().zip(x) {
@@ -37,7 +37,5 @@ pub(crate) fn add_products(w: &[f32], x: &[[f32; 16]], out: &mut [f32; 16]) {
             sums[t] += w * x[t];
         }
     }
-    for t in 0..16 {
-        out[t] += sums[t];
-    }
+    sums
 }

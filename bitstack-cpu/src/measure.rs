@@ -1,0 +1,245 @@
+//! Speed of the kernels on this machine, as ratios within one run.
+//!
+//! Times depend on the machine and on who else uses it, so every measurement of a product is taken in turn with a plain read of the same
+//! memory and a dense product of the same shape, round after round, and what is reported are medians over the rounds.
+
+use std::hint::black_box;
+use std::time::{Duration, Instant};
+
+use bitstack_core::{
+    Basis, BasisRef, BlockRef, Coefficients, CoefficientsRef, CoreError, Level, Shape, SignView, Values, f16,
+};
+use memmap2::MmapMut;
+use rayon::prelude::*;
+
+use crate::kernel::dense;
+use crate::{Isa, Kernel, Scratch, Threads};
+
+/// What to measure: one product.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Case {
+    /// Rows of the weight.
+    pub rows: usize,
+    /// Columns of the weight.
+    pub cols: usize,
+    /// Planes.
+    pub level: usize,
+    /// Columns of the factors. 1: one basis for all planes and refitted coefficients in 8 bits, as nested codes have them. Above: a basis
+    /// for each plane, in f16, as the published method has them.
+    pub rank: usize,
+    /// Tokens multiplied at once.
+    pub tokens: usize,
+    /// The instructions.
+    pub isa: Isa,
+    /// On one thread or on the pool.
+    pub threads: Threads,
+}
+
+/// A case measured.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Measurement {
+    /// What was measured.
+    pub case: Case,
+    /// Seconds of one product.
+    pub seconds: f64,
+    /// Bytes of signs, bases and coefficients read for one product.
+    pub compressed_bytes: u64,
+    /// `compressed_bytes / seconds`.
+    pub bytes_per_second: f64,
+    /// Bytes per second of a plain read of the same memory, on as many threads.
+    pub plain_read_bytes_per_second: f64,
+    /// Seconds of a dense product of the same shape and number of tokens, on as many threads: for one token a matvec with a bf16 weight
+    /// read from memory, for more a product in f32.
+    pub dense_seconds: f64,
+}
+
+impl Measurement {
+    /// The speed of reading compressed bytes over that of a plain read; 1 is the speed of the memory.
+    pub fn of_plain_read(&self) -> f64 {
+        self.bytes_per_second / self.plain_read_bytes_per_second
+    }
+
+    /// How many times faster than the dense product.
+    pub fn of_dense(&self) -> f64 {
+        self.dense_seconds / self.seconds
+    }
+}
+
+/// Memory that measurements run over: random signs, and dense weights in bf16, each larger than the caches.
+#[derive(Debug)]
+pub struct Pool {
+    signs: MmapMut,
+    dense: MmapMut,
+}
+
+impl Pool {
+    /// Takes twice `bytes` of memory, in huge pages where the system has them, and fills it. 512 MiB is larger than most caches.
+    ///
+    /// # Errors
+    /// When the system has not as much memory.
+    pub fn new(bytes: usize) -> std::io::Result<Self> {
+        let mut random = 0x9e37_79b9_7f4a_7c15u64;
+        let mut filled = |mask: u64, bits: u64| {
+            let mut memory = MmapMut::map_anon(bytes.next_multiple_of(8).max(8))?;
+            #[cfg(target_os = "linux")]
+            // Advice only: where it is refused, pages are small.
+            let _ = memory.advise(memmap2::Advice::HugePage);
+            for word in memory.as_chunks_mut::<8>().0 {
+                random ^= random << 13;
+                random ^= random >> 7;
+                random ^= random << 17;
+                *word = (random & mask | bits).to_ne_bytes();
+            }
+            Ok::<_, std::io::Error>(memory)
+        };
+        let signs = filled(!0, 0)?;
+        // ± 0.5 to 1.
+        let dense = filled(0x807f_807f_807f_807f, 0x3f00_3f00_3f00_3f00)?;
+        Ok(Self { signs, dense })
+    }
+
+    /// Measures a case for about `time`. `None` when this CPU lacks its instructions, or the pool is smaller than one weight.
+    ///
+    /// # Errors
+    /// When the shape is none.
+    ///
+    /// # Panics
+    /// When `cols` is not a multiple of 8.
+    pub fn measure(&self, case: Case, time: Duration) -> Result<Option<Measurement>, CoreError> {
+        assert!(case.cols.is_multiple_of(8), "{} columns are not whole bytes", case.cols);
+        let shape = Shape::new(case.rows, case.cols)?;
+        let Some(kernel) = Kernel::with_isa(case.isa) else { return Ok(None) };
+        let plane_bytes = case.rows * (case.cols / 8);
+        let factors = Factors::new(case)?;
+        let mut weights = Vec::new();
+        for planes in self.signs.chunks_exact(plane_bytes * case.level) {
+            weights.push(factors.level(shape, planes.chunks_exact(plane_bytes))?);
+        }
+        if weights.is_empty() || self.dense.len() < 2 * shape.n_elems() {
+            return Ok(None);
+        }
+        let x: Vec<f32> = (0..case.tokens * case.cols).map(|i| ((i * i + 3 * i) % 251) as f32 / 125.0 - 1.0).collect();
+        let mut y = vec![0.0; case.tokens * case.rows];
+        let mut scratch = Scratch::default();
+        let dense = dense::Product::new(case.rows, case.cols, &x, case.isa);
+
+        let mut rounds: [Vec<f64>; 3] = Default::default();
+        let mut next = 0;
+        let began = Instant::now();
+        while rounds[0].len() < 3 || began.elapsed() < time {
+            // About 64 MiB of signs a round, further on in the pool each time.
+            let n = ((64 << 20) / (plane_bytes * case.level * case.tokens)).clamp(1, weights.len());
+            let used: Vec<usize> = (next..next + n).map(|i| i % weights.len()).collect();
+            next += n;
+            let timer = Instant::now();
+            for &i in &used {
+                let done = kernel.apply(&weights[i], &x, &mut y, case.threads, &mut scratch);
+                debug_assert_eq!(done, Ok(()));
+                black_box(&y);
+            }
+            rounds[0].push(timer.elapsed().as_secs_f64() / n as f64);
+
+            let timer = Instant::now();
+            let start = (used[0] * plane_bytes * case.level).next_multiple_of(64);
+            let bytes = &self.signs[start.min(self.signs.len() - 64)..];
+            let bytes = &bytes[..bytes.len().min(64 << 20)];
+            read(bytes, case.threads);
+            rounds[1].push(bytes.len() as f64 / timer.elapsed().as_secs_f64());
+
+            let n = if case.tokens == 1 { 2 } else { 1 };
+            let timer = Instant::now();
+            for i in 0..n {
+                let weights = self.dense.len() / (2 * shape.n_elems());
+                let at = (next + i) % weights * 2 * shape.n_elems();
+                let weight = &self.dense[at..][..2 * shape.n_elems()];
+                dense.run(bytemuck::cast_slice(weight), &mut y, case.threads);
+                black_box(&y);
+            }
+            rounds[2].push(timer.elapsed().as_secs_f64() / n as f64);
+        }
+        let [seconds, plain_read_bytes_per_second, dense_seconds] = rounds.map(median);
+        let compressed_bytes = (plane_bytes * case.level) as u64 + factors.bytes();
+        let bytes_per_second = compressed_bytes as f64 / seconds;
+        Ok(Some(Measurement {
+            case,
+            seconds,
+            compressed_bytes,
+            bytes_per_second,
+            plain_read_bytes_per_second,
+            dense_seconds,
+        }))
+    }
+}
+
+/// Bases and coefficients that all weights of a measurement share: they are a few parts in a hundred of the bytes.
+struct Factors {
+    bases: Vec<Basis>,
+    coefficients: Vec<Coefficients>,
+}
+
+impl Factors {
+    fn new(case: Case) -> Result<Self, CoreError> {
+        let Case { rows, cols, level, rank, .. } = case;
+        let values = |n: usize| (0..n).map(|i| ((i * i + 7 * i) % 241) as i8);
+        let halves = |n| Values::F16(values(n).map(|v| f16::from_f32(f32::from(v) / 64.0)).collect());
+        if rank == 1 {
+            let eight_bit = |n, vectors| Values::I8 { codes: values(n).collect(), scales: vec![f16::ONE; vectors] };
+            let bases = vec![Basis::new(1, cols, halves(cols))?];
+            let coefficients = (1..=level)
+                .map(|planes| Coefficients::new(rows, planes, 1, eight_bit(rows * planes, planes)))
+                .collect::<Result<_, _>>()?;
+            return Ok(Self { bases, coefficients });
+        }
+        Ok(Self {
+            bases: (0..level).map(|_| Basis::new(rank, cols, halves(rank * cols))).collect::<Result<_, _>>()?,
+            coefficients: (0..level)
+                .map(|_| Coefficients::new(rows, 1, rank, halves(rows * rank)))
+                .collect::<Result<_, _>>()?,
+        })
+    }
+
+    fn level<'a>(&'a self, shape: Shape, planes: impl Iterator<Item = &'a [u8]>) -> Result<Level<'a>, CoreError> {
+        let blocks = planes.zip(&self.coefficients).enumerate().map(|(i, (plane, coefficients))| {
+            let signs = SignView::new(shape.rows(), shape.cols(), plane)
+                .map_err(|source| CoreError::Signs { shape, source })?;
+            let basis: Option<BasisRef<'_>> = self.bases.get(i).map(Basis::view);
+            let coefficients: CoefficientsRef<'_> = coefficients.view();
+            Ok(BlockRef { signs, basis, coefficients })
+        });
+        Level::new(shape, blocks.collect::<Result<Vec<_>, CoreError>>()?)
+    }
+
+    /// Bytes that a product reads: all bases, and the coefficients that are valid at the level.
+    fn bytes(&self) -> u64 {
+        let bytes = |v: bitstack_core::ValuesRef<'_>| match v {
+            bitstack_core::ValuesRef::F16(v) => 2 * v.len() as u64,
+            bitstack_core::ValuesRef::I8 { codes, scales } => (codes.len() + 2 * scales.len()) as u64,
+        };
+        let bases: u64 = self.bases.iter().map(|v| bytes(v.view().values())).sum();
+        let refitted = self.coefficients.last().is_some_and(|u| u.view().planes() > 1);
+        let valid = if refitted { self.coefficients.len() - 1 } else { 0 };
+        bases + self.coefficients[valid..].iter().map(|u| bytes(u.view().values())).sum::<u64>()
+    }
+}
+
+/// Reads all bytes, and does as little with them as the compiler lets.
+fn read(bytes: &[u8], threads: Threads) {
+    let read = |bytes: &[u8]| {
+        let mut sums = [0u64; 16];
+        for words in bytes.as_chunks::<8>().0.as_chunks::<16>().0 {
+            for (sum, word) in sums.iter_mut().zip(words) {
+                *sum ^= u64::from_ne_bytes(*word);
+            }
+        }
+        black_box(sums);
+    };
+    match threads {
+        Threads::One => read(bytes),
+        Threads::Pool => bytes.par_chunks(1 << 20).for_each(read),
+    }
+}
+
+fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values[values.len() / 2]
+}
