@@ -3,6 +3,7 @@
 
 mod atomic;
 mod catalog;
+mod directory;
 mod draft;
 mod error;
 mod extent;
@@ -15,6 +16,7 @@ mod write;
 
 pub use atomic::{Existing, write_atomically};
 pub use catalog::{BlockKind, BlockSource, WeightInfo};
+pub use directory::write_directory_atomically;
 pub use draft::Draft;
 pub use error::FormatError;
 pub use extent::{BlockExtent, Verify};
