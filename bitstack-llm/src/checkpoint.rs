@@ -70,7 +70,19 @@ impl Checkpoint {
     /// # Errors
     /// No or malformed config, unsupported architecture, no checkpoint, damaged header, missing tensor, wrong shape or dtype.
     pub fn open(dir: impl AsRef<Path>) -> Result<Self, LlmError> {
-        let dir = dir.as_ref().to_owned();
+        let checkpoint = Self::open_headers(dir.as_ref())?;
+        for weight in checkpoint.config.weights() {
+            checkpoint.locate(&weight.tensor_name(), &[weight.rows, weight.cols])?;
+        }
+        for vector in checkpoint.config.other_tensors() {
+            checkpoint.locate(&vector.name, &[vector.len])?;
+        }
+        Ok(checkpoint)
+    }
+
+    /// Opens a directory whatever its tensors are: each is checked when it is read.
+    pub(crate) fn open_headers(dir: &Path) -> Result<Self, LlmError> {
+        let dir = dir.to_owned();
         let config_text = read_text(&dir.join("config.json"))?;
         let mut config = ModelConfig::from_json(&config_text)?;
         let generation = dir.join("generation_config.json");
@@ -87,13 +99,6 @@ impl Checkpoint {
             checkpoint.add_shards(&index)?;
         } else {
             return Err(LlmError::NoCheckpoint { dir: checkpoint.dir });
-        }
-
-        for weight in checkpoint.config.weights() {
-            checkpoint.locate(&weight.tensor_name(), &[weight.rows, weight.cols])?;
-        }
-        for vector in checkpoint.config.other_tensors() {
-            checkpoint.locate(&vector.name, &[vector.len])?;
         }
         Ok(checkpoint)
     }
@@ -234,25 +239,88 @@ impl Checkpoint {
         Ok(())
     }
 
-    fn locate(&self, tensor: &str, expected: &[usize]) -> Result<&Location, LlmError> {
-        let location = self
-            .tensors
-            .get(tensor)
-            .ok_or_else(|| LlmError::MissingTensor { tensor: tensor.to_owned(), place: self.dir.clone() })?;
-        let path = || self.files[location.file].path.clone();
-        if !matches!(location.dtype, Dtype::F32 | Dtype::F16 | Dtype::BF16) {
-            let found = location.dtype.to_string();
-            return Err(LlmError::WrongDtype { tensor: tensor.to_owned(), path: path(), found });
+    /// The names of all tensors, in no order.
+    pub(crate) fn tensor_names(&self) -> impl Iterator<Item = &str> {
+        self.tensors.keys().map(String::as_str)
+    }
+
+    /// The shape of a tensor.
+    pub(crate) fn shape(&self, tensor: &str) -> Result<&[usize], LlmError> {
+        Ok(&self.find(tensor)?.shape)
+    }
+
+    /// Reads a tensor of half-precision values.
+    ///
+    /// # Errors
+    /// As [`weight`](Self::weight).
+    pub(crate) fn halves(&self, tensor: &str, shape: &[usize]) -> Result<Vec<f16>, LlmError> {
+        let location = self.find(tensor)?;
+        self.check_dtype(tensor, location, &[Dtype::F16], "F16")?;
+        match self.elements(tensor, shape)? {
+            Elements::F16(values) => Ok(values),
+            _ => unreachable!("elements keep the type that was just checked"),
         }
+    }
+
+    /// Reads a tensor of `len` bytes, whatever its dimensions.
+    ///
+    /// # Errors
+    /// As [`weight`](Self::weight).
+    pub(crate) fn bytes(&self, tensor: &str, len: usize) -> Result<Vec<u8>, LlmError> {
+        let location = self.find(tensor)?;
+        self.check_dtype(tensor, location, &[Dtype::U8], "U8")?;
+        // No overflow: the header was held against the file's length.
+        if location.shape.iter().product::<usize>() != len {
+            return Err(self.wrong_shape(tensor, location, &[len]));
+        }
+        let mut bytes = vec![0; len];
+        self.read(location, &mut bytes)?;
+        Ok(bytes)
+    }
+
+    fn find(&self, tensor: &str) -> Result<&Location, LlmError> {
+        let missing = || LlmError::MissingTensor { tensor: tensor.to_owned(), place: self.dir.clone() };
+        self.tensors.get(tensor).ok_or_else(missing)
+    }
+
+    fn locate(&self, tensor: &str, expected: &[usize]) -> Result<&Location, LlmError> {
+        let location = self.find(tensor)?;
+        self.check_dtype(tensor, location, &[Dtype::F32, Dtype::F16, Dtype::BF16], "F32, F16 or BF16")?;
         if location.shape != expected {
-            return Err(LlmError::WrongShape {
-                tensor: tensor.to_owned(),
-                path: path(),
-                found: location.shape.clone(),
-                expected: expected.to_vec(),
-            });
+            return Err(self.wrong_shape(tensor, location, expected));
         }
         Ok(location)
+    }
+
+    fn check_dtype(
+        &self,
+        tensor: &str,
+        location: &Location,
+        allowed: &[Dtype],
+        expected: &'static str,
+    ) -> Result<(), LlmError> {
+        if allowed.contains(&location.dtype) {
+            return Ok(());
+        }
+        let path = self.files[location.file].path.clone();
+        Err(LlmError::WrongDtype { tensor: tensor.to_owned(), path, found: location.dtype.to_string(), expected })
+    }
+
+    fn wrong_shape(&self, tensor: &str, location: &Location, expected: &[usize]) -> LlmError {
+        LlmError::WrongShape {
+            tensor: tensor.to_owned(),
+            path: self.files[location.file].path.clone(),
+            found: location.shape.clone(),
+            expected: expected.to_vec(),
+        }
+    }
+
+    /// Fills `bytes` from the first byte of a tensor on.
+    fn read(&self, location: &Location, bytes: &mut [u8]) -> Result<(), LlmError> {
+        let file = &self.files[location.file];
+        let mut cursor = file.file.lock().unwrap_or_else(PoisonError::into_inner);
+        let read = cursor.seek(SeekFrom::Start(location.offset_bytes)).and_then(|_| cursor.read_exact(bytes));
+        read.map_err(|source| LlmError::Io { path: file.path.clone(), source })
     }
 
     /// Reads the elements of any tensor, by its full name, in the type they are stored in.
@@ -261,39 +329,36 @@ impl Checkpoint {
     /// As [`weight`](Self::weight).
     pub fn elements(&self, tensor: &str, shape: &[usize]) -> Result<Elements, LlmError> {
         let location = self.locate(tensor, shape)?;
-        let file = &self.files[location.file];
         // The header was held against the file's length, so this asks for no more memory than the file has bytes.
         let len = shape.iter().product::<usize>();
-        let fill = |bytes: &mut [u8]| {
-            let mut cursor = file.file.lock().unwrap_or_else(PoisonError::into_inner);
-            let read = cursor.seek(SeekFrom::Start(location.offset_bytes)).and_then(|_| cursor.read_exact(bytes));
-            read.map_err(|source| LlmError::Io { path: file.path.clone(), source })
-        };
         let finite = |first_bad: Option<(usize, f32)>| match first_bad {
             None => Ok(()),
-            Some((index, value)) => {
-                Err(LlmError::NotFinite { tensor: tensor.to_owned(), path: file.path.clone(), index, value })
-            }
+            Some((index, value)) => Err(LlmError::NotFinite {
+                tensor: tensor.to_owned(),
+                path: self.files[location.file].path.clone(),
+                index,
+                value,
+            }),
         };
         // Files are little-endian; `from_le` does nothing on machines that are, too.
         match location.dtype {
             Dtype::F32 => {
                 let mut values = vec![0.0_f32; len];
-                fill(bytemuck::cast_slice_mut(&mut values))?;
+                self.read(location, bytemuck::cast_slice_mut(&mut values))?;
                 values.iter_mut().for_each(|v| *v = f32::from_bits(u32::from_le(v.to_bits())));
                 finite(values.iter().position(|v| !v.is_finite()).map(|i| (i, values[i])))?;
                 Ok(Elements::F32(values))
             }
             Dtype::F16 => {
                 let mut values = vec![f16::ZERO; len];
-                fill(bytemuck::cast_slice_mut(&mut values))?;
+                self.read(location, bytemuck::cast_slice_mut(&mut values))?;
                 values.iter_mut().for_each(|v| *v = f16::from_bits(u16::from_le(v.to_bits())));
                 finite(values.iter().position(|v| !v.is_finite()).map(|i| (i, values[i].to_f32())))?;
                 Ok(Elements::F16(values))
             }
             _ => {
                 let mut values = vec![bf16::ZERO; len];
-                fill(bytemuck::cast_slice_mut(&mut values))?;
+                self.read(location, bytemuck::cast_slice_mut(&mut values))?;
                 values.iter_mut().for_each(|v| *v = bf16::from_bits(u16::from_le(v.to_bits())));
                 finite(values.iter().position(|v| !v.is_finite()).map(|i| (i, values[i].to_f32())))?;
                 Ok(Elements::Bf16(values))
@@ -302,11 +367,11 @@ impl Checkpoint {
     }
 }
 
-fn exists(path: &Path) -> Result<bool, LlmError> {
+pub(crate) fn exists(path: &Path) -> Result<bool, LlmError> {
     path.try_exists().map_err(|source| LlmError::Io { path: path.to_owned(), source })
 }
 
-fn read_whole(path: &Path) -> Result<Vec<u8>, LlmError> {
+pub(crate) fn read_whole(path: &Path) -> Result<Vec<u8>, LlmError> {
     let io = |source| LlmError::Io { path: path.to_owned(), source };
     let file = File::open(path).map_err(io)?;
     let bytes = file.metadata().map_err(io)?.len();

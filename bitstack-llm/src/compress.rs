@@ -155,11 +155,11 @@ pub fn compress(
             GainPerByte::new(Scores::new(curves)).lockstep(order::LOCKSTEP).order(&sizes)?
         }
         Ordering::Perplexity => {
-            let scores = order::perplexities(&draft, &validation, progress)?;
+            let scores = order::block_perplexities(&draft, &validation, progress)?;
             Balanced { scores: Scores::new(scores) }.order(&sizes)?
         }
         Ordering::Greedy => {
-            let scores = order::perplexities(&draft, &validation, progress)?;
+            let scores = order::block_perplexities(&draft, &validation, progress)?;
             Greedy { scores: Scores::new(scores) }.order(&sizes)?
         }
         Ordering::Random => Random { seed: options.seed }.order(&sizes)?,

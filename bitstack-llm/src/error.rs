@@ -91,7 +91,7 @@ pub enum LlmError {
         expected: Vec<usize>,
     },
     /// A tensor's element type is not supported.
-    #[error("tensor {tensor} in {} has dtype {found}; supported are F32, F16 and BF16", path.display())]
+    #[error("tensor {tensor} in {} has dtype {found}, expected {expected}", path.display())]
     WrongDtype {
         /// The tensor.
         tensor: String,
@@ -99,6 +99,8 @@ pub enum LlmError {
         path: PathBuf,
         /// The dtype in the file.
         found: String,
+        /// The dtypes that it may have.
+        expected: &'static str,
     },
     /// A tensor holds NaN or an infinity.
     #[error("tensor {tensor} in {} holds {value} at element {index}; every weight must be finite", path.display())]
@@ -251,6 +253,49 @@ pub enum LlmError {
     StrayWeight {
         /// The weight.
         name: String,
+    },
+    /// A checkpoint of the published implementation does not say in which order its blocks are loaded.
+    #[error(
+        "the order of the blocks is unknown: neither compression_config.json nor reduced_ppl_average.json is in {}",
+        dir.display()
+    )]
+    NoOrder {
+        /// The checkpoint's directory.
+        dir: PathBuf,
+    },
+    /// A file that says in which order blocks are loaded does not fit the blocks that are there.
+    #[error("{}: {reason}", path.display())]
+    BadOrder {
+        /// The file.
+        path: PathBuf,
+        /// What does not fit, with the values.
+        reason: String,
+    },
+    /// A weight cannot be written in the layout of the published implementation.
+    #[error("weight {name} cannot be written in the published layout: {reason}")]
+    NotInReferenceLayout {
+        /// The weight.
+        name: String,
+        /// What the layout has no place for, and how to make a file without it.
+        reason: String,
+    },
+    /// An element of a rebuilt weight is too large for the type it should be written in.
+    #[error("weight {name} holds {value}, which {dtype} cannot; write another type")]
+    TooLargeFor {
+        /// The weight.
+        name: String,
+        /// The element.
+        value: f32,
+        /// The type.
+        dtype: &'static str,
+    },
+    /// A directory that should be replaced holds something other than a checkpoint.
+    #[error("{} is not replaced, because it is not just a checkpoint: it holds {found}; remove it yourself or give another name", dir.display())]
+    NotACheckpoint {
+        /// The directory.
+        dir: PathBuf,
+        /// What is in it, or is not.
+        found: String,
     },
     /// A stack could not be read or written.
     #[error(transparent)]

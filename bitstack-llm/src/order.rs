@@ -95,7 +95,7 @@ fn left(steps: &[f64], last: f64) -> Vec<f64> {
 
 /// Per stacked weight and block, the perplexity when that block is loaded and every other weight is a level below: the paper's score
 /// (arXiv 2410.23918, section 3.3). `scores[w][b]`, block `b` from 0; for the first blocks, which are always loaded, NaN.
-pub(crate) fn perplexities<S: BlockSource + Sync + ?Sized>(
+pub fn block_perplexities<S: BlockSource + Sync + ?Sized>(
     source: &S,
     windows: &[&[u32]],
     progress: &dyn Progress,
@@ -231,7 +231,7 @@ mod tests {
             let windows: Vec<Vec<u32>> = (0..3).map(|w| (0..20).map(|i| (w * 7 + i * i) % 96).collect()).collect();
             let windows: Vec<&[u32]> = windows.iter().map(|w| &w[..]).collect();
 
-            let scores = perplexities(&draft, &windows, &()).unwrap();
+            let scores = block_perplexities(&draft, &windows, &()).unwrap();
             for w in 0..draft.weights().len() {
                 let mut levels = vec![1; draft.weights().len()];
                 levels[w] = 2;
