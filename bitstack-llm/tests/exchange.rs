@@ -86,8 +86,9 @@ fn an_imported_checkpoint_gives_the_logits_of_its_maker_at_every_size() {
         let found = logits_at(&compressed, &compressed.order, bytes, &input_ids);
         for (&position, row) in positions.iter().zip(&rows) {
             let difference = largest_difference(found.row(position), row);
-            println!("{bytes} bytes, position {position}: {difference}");
-            assert!(difference < 1e-2, "{bytes} bytes, position {position}: {difference}");
+            // Beyond the first position the expected logits carry rounded rotary frequencies, as those of `logits.rs` do.
+            let tolerance = if position == 0 { 1e-4 } else { 1e-2 };
+            assert!(difference < tolerance, "{bytes} bytes, position {position}: {difference}");
         }
     }
 }

@@ -284,7 +284,9 @@ fn wrong_usage_has_status_2_and_says_what_is_right() {
     }
     let help = bitstack(["--help"]);
     succeeds(&help);
-    for command in ["compress", "inspect", "verify", "plan", "truncate", "eval", "generate", "bench", "demo"] {
+    for command in
+        ["compress", "inspect", "verify", "plan", "truncate", "eval", "generate", "import", "export", "bench", "demo"]
+    {
         assert!(stdout(&help).contains(command));
     }
 }
@@ -301,6 +303,53 @@ fn the_same_seed_gives_the_same_text_and_greedy_needs_none() {
     assert_eq!(generate("--temperature 0 --seed 5"), generate("--temperature 0 --seed 6"));
     assert_eq!(generate("--top-k 1 --seed 5"), generate("--temperature 0"));
     assert!(generate("").starts_with("Once"));
+}
+
+#[test]
+fn blocks_go_out_to_the_published_layout_and_come_back() {
+    let dir = tempfile::tempdir().unwrap();
+    let [made, out, back, again] = ["made.bitstack", "out", "back.bitstack", "again"].map(|name| dir.path().join(name));
+    let compress = "compress {} -o {} --method avd --blocks 3 --keep-embeddings --samples 2 --seq-len 64 --order random --calibration {}";
+    succeeds(&line(compress, &[&model(), &made, &text()]));
+    succeeds(&line("export {} --as reference -o {}", &[&made, &out]));
+    let import = line("import {} -o {}", &[&out, &back]);
+    succeeds(&import);
+    assert!(stderr(&import).contains("42 blocks of 14 weights"), "{}", stderr(&import));
+    succeeds(&line("verify {}", &[&back]));
+    let inspect = |file: &Path| json(&line("inspect {} --json", &[file]));
+    for field in ["order", "minimum_bytes", "total_bytes"] {
+        assert_eq!(inspect(&back)[field], inspect(&made)[field], "{field}");
+    }
+    succeeds(&line("export {} --as reference -o {} --quiet", &[&back, &again]));
+    for file in ["model.safetensors", "compression_config.json", "config.json", "tokenizer.json"] {
+        assert_eq!(fs::read(out.join(file)).unwrap(), fs::read(again.join(file)).unwrap(), "{file}");
+    }
+
+    fails(&line("import {} -o {}", &[&out, &back]), 2, &["back.bitstack exists", "--force"]);
+    fails(&line("export {} --as reference -o {}", &[&made, &out]), 2, &["out exists", "--force"]);
+    succeeds(&line("export {} --as reference -o {} --force", &[&made, &out]));
+    fails(&line("export {} -o {} --force", &[&made, dir.path()]), 1, &["not replaced", "remove it yourself"]);
+    let other = dir.path().join("other");
+    fails(&line("import {} -o {}", &[&model(), &other]), 1, &["vt_0", "missing"]);
+    fails(&line("export {} --as reference -o {}", &[stack(), &other]), 1, &["model.embed_tokens", "--keep-embeddings"]);
+    assert!(!other.exists());
+}
+
+#[test]
+fn a_dense_export_says_what_the_stack_says() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("out");
+    succeeds(&line("export {} --memory 200kB --dtype f32 --shard-size 1MB -o {}", &[stack(), &out]));
+    assert!(out.join("model.safetensors.index.json").exists());
+    let arguments = "generate {} --prompt The --max-tokens 20 --seed 3";
+    let dense = line(arguments, &[&out]);
+    succeeds(&dense);
+    assert_eq!(stdout(&dense), stdout(&line(&format!("{arguments} --memory 200kB"), &[stack()])));
+
+    let small = dir.path().join("small");
+    fails(&line("export {} --memory 10kB -o {}", &[stack(), &small]), 2, &["10000", "smallest size"]);
+    fails(&line("export {} --as reference --dtype f32 -o {}", &[stack(), &small]), 2, &["--dtype", "--as hf"]);
+    assert!(!small.exists());
 }
 
 #[test]

@@ -42,6 +42,10 @@ pub(crate) enum Command {
     Eval(Eval),
     /// Generate text at a given memory size.
     Generate(Generate),
+    /// Turn a checkpoint of the published implementation into one .bitstack file.
+    Import(Import),
+    /// Write the model at a given memory size as a directory that other programs load.
+    Export(Export),
     /// Measure the speed of the parts on this machine.
     #[command(subcommand)]
     Bench(Bench),
@@ -245,6 +249,72 @@ pub(crate) struct Generate {
     /// Seed of the sampling: the same seed gives the same text.
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub(crate) seed: u64,
+}
+
+#[derive(Debug, Args)]
+#[command(
+    after_help = "The blocks stay the same bits, and are loaded in the order of the checkpoint's compression_config.json (or, \
+without it, of the perplexities in reduced_ppl_average.json).\n\n\
+Example:\n  bitstack import Llama-3.1-8B_niter_16_k_16 -o llama.bitstack\n  bitstack generate llama.bitstack --memory 4GB --prompt Once"
+)]
+pub(crate) struct Import {
+    /// A directory written by the published implementation: config.json, *.safetensors with qweight_i, u_i and vt_i, an order file.
+    #[arg(value_name = "REFERENCE_DIR")]
+    pub(crate) directory: PathBuf,
+    /// The file to write.
+    #[arg(long, short, value_name = "OUT.bitstack")]
+    pub(crate) output: PathBuf,
+    /// Replace the output file if it exists.
+    #[arg(long)]
+    pub(crate) force: bool,
+}
+
+#[derive(Debug, Args)]
+#[command(
+    after_help = "Examples:\n  bitstack export llama.bitstack --memory 3GB -o llama-3GB        for programs that load Hugging Face \
+models\n  bitstack export llama.bitstack --as reference -o llama-blocks    for the published implementation\n\n\
+A dense checkpoint is as large as the original model, whatever the memory size: the size decides how good its weights are.\n\
+The published layout holds the blocks themselves, of a file made by `compress --method avd --keep-embeddings` or `import`."
+)]
+pub(crate) struct Export {
+    /// A .bitstack file.
+    pub(crate) file: PathBuf,
+    /// Memory for the resident weights: which blocks are used [default: the whole file].
+    #[arg(long, short, value_name = "SIZE", value_parser = size::parse)]
+    pub(crate) memory: Option<u64>,
+    /// The directory to write.
+    #[arg(long, short, value_name = "DIR")]
+    pub(crate) output: PathBuf,
+    /// What to write.
+    #[arg(long = "as", value_enum, default_value_t = Layout::Hf)]
+    pub(crate) layout: Layout,
+    /// Type of the rebuilt weights, with --as hf [default: that of config.json, else bf16].
+    #[arg(long, value_enum, value_name = "TYPE")]
+    pub(crate) dtype: Option<Float>,
+    /// Most bytes of tensors in one file.
+    #[arg(long, value_name = "SIZE", default_value = "5GB", value_parser = size::parse)]
+    pub(crate) shard_size: u64,
+    /// Replace the output directory if it exists and holds a checkpoint.
+    #[arg(long)]
+    pub(crate) force: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Layout {
+    /// An ordinary dense Hugging Face checkpoint.
+    Hf,
+    /// The published implementation's: sign planes and factors, in its names and order of bits.
+    Reference,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Float {
+    /// 32-bit: exactly the weights that the blocks make.
+    F32,
+    /// IEEE half precision.
+    F16,
+    /// Brain float.
+    Bf16,
 }
 
 #[derive(Debug, Subcommand)]

@@ -5,8 +5,10 @@ mod bench;
 mod compress;
 mod demo;
 mod eval;
+mod export;
 mod files;
 mod generate;
+mod import;
 mod open;
 mod plot;
 mod progress;
@@ -65,6 +67,8 @@ fn dispatch(cli: &Cli) -> Result<ExitCode> {
         Command::Truncate(args) => files::truncate(args, &reporter),
         Command::Eval(args) => eval::run(args, &reporter),
         Command::Generate(args) => generate::run(args, &reporter),
+        Command::Import(args) => import::run(args, &reporter),
+        Command::Export(args) => export::run(args, &reporter),
         Command::Bench(Bench::Decompose(args)) => bench::decompose(args, &reporter),
         Command::Demo(args) => demo::run(args, &reporter),
     }?;
