@@ -44,9 +44,15 @@ pub fn load_order<S: ReadAt>(file: &StackFile<S>) -> Result<LoadOrder, RuntimeEr
 /// being read.
 #[derive(Debug)]
 pub struct Elastic<S> {
+    shared: Shared<S>,
+    worker: Option<JoinHandle<()>>,
+}
+
+/// What the threads of a model share.
+#[derive(Debug)]
+pub(crate) struct Shared<S> {
     loader: Arc<Loader<S>>,
     swap: Arc<Swap<Snapshot, RuntimeError>>,
-    worker: Option<JoinHandle<()>>,
 }
 
 /// Where a model stands.
@@ -104,42 +110,41 @@ impl<S: ReadAt + Send + Sync + 'static> Elastic<S> {
         }
         swap.request(Goal { len: plan.n_blocks, budget_bytes });
 
+        let shared = Shared { loader, swap };
         let worker = {
-            let (loader, swap) = (loader.clone(), swap.clone());
+            let shared = shared.clone();
             std::thread::Builder::new()
                 .name("bitstack-load".to_owned())
-                .spawn(move || loader.work(&swap))
+                .spawn(move || shared.loader.work(&shared.swap))
                 .map_err(|source| RuntimeError::Thread { job: "loads blocks", source: Arc::new(source) })?
         };
-        Ok(Self { loader, swap, worker: Some(worker) })
+        Ok(Self { shared, worker: Some(worker) })
     }
+}
 
+impl<S> Elastic<S> {
     /// Sets the budget and returns its plan at once. A smaller model is in place when this returns; a larger one is loaded in the
     /// background, from snapshot to snapshot. A later call supersedes an earlier one; after an error it tries again.
     ///
     /// # Errors
     /// [`RuntimeError::Budget`] when the budget is below the smallest model; everything then stays as it is.
     pub fn set_budget(&self, budget_bytes: u64) -> Result<Plan, RuntimeError> {
-        let plan = self.order().plan(budget_bytes)?;
-        self.swap.request(Goal { len: plan.n_blocks, budget_bytes });
-        Ok(plan)
+        self.shared.set_budget(budget_bytes)
     }
-}
 
-impl<S> Elastic<S> {
     /// The file that the blocks come from.
     pub fn file(&self) -> &StackFile<S> {
-        &self.loader.file
+        &self.shared.loader.file
     }
 
     /// The load order, with the bytes of every size there is.
     pub fn order(&self) -> &LoadOrder {
-        &self.loader.table.order
+        self.shared.order()
     }
 
     /// The model as it is now. Cheap; take one for each forward pass.
     pub fn snapshot(&self) -> Arc<Snapshot> {
-        self.swap.current()
+        self.shared.swap.current()
     }
 
     /// Waits until the model has the size of its budget.
@@ -147,17 +152,43 @@ impl<S> Elastic<S> {
     /// # Errors
     /// What stopped the loading. The model keeps the size it has reached, and [`Elastic::set_budget`] tries again.
     pub fn wait(&self) -> Result<(), RuntimeError> {
-        self.swap.wait()
+        self.shared.swap.wait()
     }
 
     /// Where the model stands.
     pub fn status(&self) -> Status {
-        self.describe(self.swap.view())
+        self.shared.status()
     }
 
     /// Waits until [`Status::change`] is not `seen`, at most for `timeout`, and says where the model stands then.
     pub fn wait_change(&self, seen: u64, timeout: Duration) -> Status {
-        self.describe(self.swap.wait_change(seen, timeout))
+        self.shared.describe(self.shared.swap.wait_change(seen, timeout))
+    }
+
+    /// For threads of this crate.
+    pub(crate) fn shared(&self) -> &Shared<S> {
+        &self.shared
+    }
+}
+
+impl<S> Shared<S> {
+    pub(crate) fn order(&self) -> &LoadOrder {
+        &self.loader.table.order
+    }
+
+    pub(crate) fn set_budget(&self, budget_bytes: u64) -> Result<Plan, RuntimeError> {
+        let plan = self.order().plan(budget_bytes)?;
+        self.swap.request(Goal { len: plan.n_blocks, budget_bytes });
+        Ok(plan)
+    }
+
+    pub(crate) fn status(&self) -> Status {
+        self.describe(self.swap.view())
+    }
+
+    /// Whether the model has been dropped.
+    pub(crate) fn is_closed(&self) -> bool {
+        self.swap.is_closed()
     }
 
     fn describe(&self, view: View<Snapshot, RuntimeError>) -> Status {
@@ -174,9 +205,16 @@ impl<S> Elastic<S> {
     }
 }
 
+// Derived, this would ask the same of the source.
+impl<S> Clone for Shared<S> {
+    fn clone(&self) -> Self {
+        Self { loader: self.loader.clone(), swap: self.swap.clone() }
+    }
+}
+
 impl<S> Drop for Elastic<S> {
     fn drop(&mut self) {
-        self.swap.close();
+        self.shared.swap.close();
         if let Some(worker) = self.worker.take() {
             // It catches its panics.
             let _ = worker.join();

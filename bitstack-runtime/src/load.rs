@@ -11,14 +11,14 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
-/// Threads that read, this one included. One is busy with page faults and copies, so that a second adds to the speed even when
-/// everything is in the page cache.
-const READERS: usize = 2;
+/// The most threads that read. Even when everything is in the page cache one of them is busy, with clearing new pages and copying, so
+/// that more add to the speed until memory has no more to give.
+const MAX_READERS: u32 = 4;
 /// A snapshot is published when the last one is this old, so that a growing model is soon of use, and when a job ends.
 const PUBLISH_EVERY: Duration = Duration::from_millis(20);
-/// While somebody works on a snapshot, each reader rests this many times as long as it was at work: together they take a quarter of the
-/// time of one core, and of the memory's. A forward pass on all cores waits for the slowest of them.
-const REST: u32 = 6;
+/// While somebody works on a snapshot, the readers together are at work for about a quarter of the time, and rest this many times as
+/// long: a forward pass on all cores waits for the slowest of them.
+const REST: u32 = 3;
 /// How much less a loading thread counts than one that computes, as `nice` has it: about a tenth.
 #[cfg(target_os = "linux")]
 const NICE: i32 = 10;
@@ -30,6 +30,8 @@ pub(crate) struct Loader<S> {
     pub(crate) table: Arc<Table>,
     pub(crate) account: Arc<Account>,
     verify: Verify,
+    /// Threads that read, the one with the job included.
+    readers: u32,
     /// By position, the blocks that are in memory, if only in old snapshots: none is ever there twice, and to grow back to a size that
     /// somebody still works at costs nothing.
     alive: Mutex<Vec<Weak<Resident>>>,
@@ -63,7 +65,8 @@ impl Progress {
 impl<S: ReadAt + Send + Sync> Loader<S> {
     pub(crate) fn new(file: StackFile<S>, table: Arc<Table>, verify: Verify) -> Self {
         let alive = Mutex::new(table.entries.iter().map(|_| Weak::new()).collect());
-        Self { file, table, account: Arc::new(Account::new()), verify, alive }
+        let cores = std::thread::available_parallelism().map_or(1, |n| u32::try_from(n.get()).unwrap_or(u32::MAX));
+        Self { file, table, account: Arc::new(Account::new()), verify, readers: cores.min(MAX_READERS), alive }
     }
 
     /// Loads the blocks of a job, as far as they stay wanted, and publishes them as they come.
@@ -109,12 +112,12 @@ impl<S: ReadAt + Send + Sync> Loader<S> {
                 }
                 drop(p);
                 if swap.is_held() || self.table.live.load(Ordering::Relaxed) > 1 {
-                    std::thread::sleep(REST * thread_time().saturating_sub(before));
+                    std::thread::sleep(REST * self.readers * thread_time().saturating_sub(before));
                 }
             }
         };
         std::thread::scope(|scope| {
-            for _ in 1..READERS.min(job.to - job.from) {
+            for _ in 1..(self.readers as usize).min(job.to - job.from) {
                 // Without a thread more it takes longer.
                 let _ = std::thread::Builder::new().name("bitstack-read".to_owned()).spawn_scoped(scope, read);
             }

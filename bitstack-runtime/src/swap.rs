@@ -200,6 +200,11 @@ impl<P: Prefix, E: Clone> Swap<P, E> {
         self.work.notify_all();
     }
 
+    /// Whether that has happened.
+    pub(crate) fn is_closed(&self) -> bool {
+        self.lock().closed
+    }
+
     /// Ends a change: gives back what it replaced, which may take time, without the lock, and tells everybody who waits.
     fn tell<T>(&self, mut state: MutexGuard<'_, State<P, E>>, replaced: T) {
         state.change += 1;

@@ -1,9 +1,9 @@
 //! A thread that looks at the system's memory and sets a model's budget.
 
+use crate::elastic::Shared;
 use crate::policy::{Controller, Model, Policy};
 use crate::system::Sensors;
 use crate::{Elastic, RuntimeError};
-use bitstack_format::ReadAt;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 /// The time between two looks. One takes a few reads of small files, some tens of microseconds.
 const EVERY: Duration = Duration::from_millis(100);
 
-/// Sets the budget of a model, by a [`Policy`], from what the system says about memory, until it is dropped.
+/// Sets the budget of a model, by a [`Policy`], from what the system says about memory, until it or the model is dropped.
 ///
 /// Budgets that others set meanwhile are where it goes on from. When the smallest model is still too large it can do no more.
 #[derive(Debug)]
@@ -25,13 +25,10 @@ impl Watcher {
     ///
     /// # Errors
     /// [`RuntimeError::Thread`].
-    pub fn start<S>(model: Arc<Elastic<S>>, policy: Policy) -> Result<Self, RuntimeError>
-    where
-        S: ReadAt + Send + Sync + 'static,
-    {
+    pub fn start<S: Send + Sync + 'static>(model: &Elastic<S>, policy: Policy) -> Result<Self, RuntimeError> {
         let stop = Arc::new((Mutex::new(false), Condvar::new()));
         let thread = {
-            let stop = stop.clone();
+            let (model, stop) = (model.shared().clone(), stop.clone());
             std::thread::Builder::new()
                 .name("bitstack-watch".to_owned())
                 .spawn(move || watch(&model, policy, &stop))
@@ -52,13 +49,13 @@ impl Drop for Watcher {
     }
 }
 
-fn watch<S: ReadAt + Send + Sync + 'static>(model: &Elastic<S>, policy: Policy, (stop, told): &(Mutex<bool>, Condvar)) {
+fn watch<S>(model: &Shared<S>, policy: Policy, (stop, told): &(Mutex<bool>, Condvar)) {
     let sensors = Sensors::detect();
     let order = model.order();
     let mut controller = Controller::new(policy, order.minimum_bytes()..=order.total_bytes());
     let start = Instant::now();
     let mut stopped = stop.lock().unwrap_or_else(PoisonError::into_inner);
-    while !*stopped {
+    while !*stopped && !model.is_closed() {
         let status = model.status();
         let now = Model {
             target_bytes: status.target_bytes,

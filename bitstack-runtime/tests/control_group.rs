@@ -13,7 +13,6 @@ use std::fs;
 use std::io::{BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
 
@@ -198,8 +197,8 @@ fn model_that_works_until_its_input_ends() {
     let file = StackFile::open_path(path).unwrap();
     let order = load_order(&file).unwrap();
     let budget = policy.first_budget(&reading, order.minimum_bytes()..=order.total_bytes());
-    let model = Arc::new(Elastic::open(file, budget, Options::default()).unwrap());
-    let _watcher = Watcher::start(model.clone(), policy).unwrap();
+    let model = Elastic::open(file, budget, Options::default()).unwrap();
+    let _watcher = Watcher::start(&model, policy).unwrap();
 
     let ended = std::thread::spawn(|| std::io::stdin().read_to_end(&mut Vec::new()));
     let x: Vec<f32> = (0..4096).map(|c| (c as f32).cos()).collect();
