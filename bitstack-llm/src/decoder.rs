@@ -115,6 +115,11 @@ impl KvCache {
         self.len() == 0
     }
 
+    /// Bytes in memory: what is allocated for the positions so far, which grows ahead of them.
+    pub fn len_bytes(&self) -> u64 {
+        self.layers.iter().map(|(k, v)| 4 * (k.capacity() + v.capacity()) as u64).sum()
+    }
+
     /// Positions there is room for.
     pub fn capacity(&self) -> usize {
         self.capacity
@@ -131,19 +136,28 @@ impl KvCache {
 
 /// A decoder-only language model.
 ///
-/// Clones share norms and biases; they share the weights as well where `L` is a shared pointer.
+/// Clones share all but the weights; they share the weights as well where `L` is a shared pointer.
 #[derive(Debug, Clone)]
 pub struct Decoder<L> {
-    config: Arc<ModelConfig>,
+    frame: Arc<Frame>,
     /// In the order of [`ModelConfig::weights`].
     weights: Vec<L>,
-    layers: Arc<[LayerVectors]>,
-    norm: Arc<[f32]>,
-    rope: Arc<Rope>,
+}
+
+/// All of a decoder but its linear operators: config, norms, biases, the table of rotary angles.
+///
+/// It is what stays when the weights change, so that a decoder over other operators is made for nothing
+/// ([`Decoder::with_frame`]).
+#[derive(Debug, Clone)]
+pub struct Frame {
+    config: ModelConfig,
+    layers: Vec<LayerVectors>,
+    norm: Vec<f32>,
+    rope: Rope,
 }
 
 /// Norms and biases of one layer.
-#[derive(Debug, Default)]
+#[derive(Debug, Clone, Default)]
 struct LayerVectors {
     attention_norm: Vec<f32>,
     q_bias: Option<Vec<f32>>,
@@ -187,25 +201,15 @@ impl Decoder<Dense> {
     }
 }
 
-impl<L: LinearOp> Decoder<L> {
-    /// A decoder from its parts.
-    ///
-    /// `weight(index, spec)` gives the operator of each weight in the order of [`ModelConfig::weights`]; `vector(spec)`
-    /// the values of each of [`ModelConfig::other_tensors`].
+impl Frame {
+    /// A frame from its parts: `vector(spec)` gives the values of each of [`ModelConfig::other_tensors`].
     ///
     /// # Errors
-    /// Those of the closures, and [`LlmError::OperatorShape`] for a part of the wrong size.
+    /// Those of the closure, and [`LlmError::OperatorShape`] for a part of the wrong size.
     pub fn new<E: From<LlmError>>(
         config: ModelConfig,
-        mut weight: impl FnMut(usize, &WeightSpec) -> Result<L, E>,
         mut vector: impl FnMut(&VectorSpec) -> Result<Vec<f32>, E>,
     ) -> Result<Self, E> {
-        let mut weights = Vec::new();
-        for (index, spec) in config.weights().iter().enumerate() {
-            let operator = weight(index, spec)?;
-            check_operator(&operator, spec)?;
-            weights.push(operator);
-        }
         let mut layers: Vec<LayerVectors> = Vec::new();
         layers.resize_with(config.n_layers, LayerVectors::default);
         let mut norm = Vec::new();
@@ -238,12 +242,51 @@ impl<L: LinearOp> Decoder<L> {
             }
         }
         let rope = Rope::new(Rope::inverse_frequencies(&config.rope, config.head_dim), config.max_positions);
-        Ok(Self { config: Arc::new(config), weights, layers: layers.into(), norm: norm.into(), rope: Arc::new(rope) })
+        Ok(Self { config, layers, norm, rope })
     }
 
     /// The model's shape.
     pub fn config(&self) -> &ModelConfig {
         &self.config
+    }
+}
+
+impl<L: LinearOp> Decoder<L> {
+    /// A decoder from its parts.
+    ///
+    /// `weight(index, spec)` gives the operator of each weight in the order of [`ModelConfig::weights`]; `vector(spec)`
+    /// the values of each of [`ModelConfig::other_tensors`].
+    ///
+    /// # Errors
+    /// Those of the closures, and [`LlmError::OperatorShape`] for a part of the wrong size.
+    pub fn new<E: From<LlmError>>(
+        config: ModelConfig,
+        weight: impl FnMut(usize, &WeightSpec) -> Result<L, E>,
+        vector: impl FnMut(&VectorSpec) -> Result<Vec<f32>, E>,
+    ) -> Result<Self, E> {
+        Self::with_frame(Arc::new(Frame::new(config, vector)?), weight)
+    }
+
+    /// A decoder from a frame, and `weight(index, spec)` as in [`new`](Self::new).
+    ///
+    /// # Errors
+    /// Those of the closure, and [`LlmError::OperatorShape`] for an operator of the wrong size.
+    pub fn with_frame<E: From<LlmError>>(
+        frame: Arc<Frame>,
+        mut weight: impl FnMut(usize, &WeightSpec) -> Result<L, E>,
+    ) -> Result<Self, E> {
+        let mut weights = Vec::new();
+        for (index, spec) in frame.config.weights().iter().enumerate() {
+            let operator = weight(index, spec)?;
+            check_operator(&operator, spec)?;
+            weights.push(operator);
+        }
+        Ok(Self { frame, weights })
+    }
+
+    /// The model's shape.
+    pub fn config(&self) -> &ModelConfig {
+        &self.frame.config
     }
 
     /// All linear operators, in the order of [`ModelConfig::weights`].
@@ -261,7 +304,7 @@ impl<L: LinearOp> Decoder<L> {
     pub fn replace(&mut self, index: usize, operator: L) -> Result<L, LlmError> {
         let old = &mut self.weights[index];
         if (operator.rows(), operator.cols()) != (old.rows(), old.cols()) {
-            check_operator(&operator, &self.config.weights()[index])?;
+            check_operator(&operator, &self.frame.config.weights()[index])?;
         }
         Ok(std::mem::replace(old, operator))
     }
@@ -282,15 +325,15 @@ impl<L: LinearOp> Decoder<L> {
         if tokens.is_empty() {
             return Err(LlmError::NoTokens);
         }
-        let vocab_size = self.config.vocab_size;
+        let vocab_size = self.frame.config.vocab_size;
         if let Some(&token) = tokens.iter().find(|&&t| t as usize >= vocab_size) {
             return Err(LlmError::TokenOutOfRange { token, vocab_size });
         }
-        let mut hidden = vec![0.0; tokens.len() * self.config.hidden_size];
-        for (&token, row) in tokens.iter().zip(hidden.chunks_exact_mut(self.config.hidden_size)) {
+        let mut hidden = vec![0.0; tokens.len() * self.frame.config.hidden_size];
+        for (&token, row) in tokens.iter().zip(hidden.chunks_exact_mut(self.frame.config.hidden_size)) {
             self.weights[0].row_into(token as usize, row);
         }
-        Ok(Array2::from_shape_vec((tokens.len(), self.config.hidden_size), hidden).expect("one row per token"))
+        Ok(Array2::from_shape_vec((tokens.len(), self.frame.config.hidden_size), hidden).expect("one row per token"))
     }
 
     /// Runs one layer on `hidden` (tokens x hidden) in place.
@@ -303,7 +346,7 @@ impl<L: LinearOp> Decoder<L> {
     /// # Panics
     /// When there is no layer of this number.
     pub fn layer(&self, layer: usize, hidden: &mut Array2<f32>, pass: &mut Pass<'_>) -> Result<(), LlmError> {
-        let config = &*self.config;
+        let config = &self.frame.config;
         let (tokens, width) = (hidden.nrows(), config.hidden_size);
         check_state("hidden", hidden.view(), width)?;
         let threads = pass.threads;
@@ -317,7 +360,7 @@ impl<L: LinearOp> Decoder<L> {
             *hidden = hidden.as_standard_layout().into_owned();
         }
         let h = hidden.as_slice_mut().expect("made standard above");
-        let vectors = &self.layers[layer];
+        let vectors = &self.frame.layers[layer];
         let first = 1 + layer * WEIGHTS_PER_LAYER;
         let [q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj] =
             std::array::from_fn::<_, WEIGHTS_PER_LAYER, _>(|i| &self.weights[first + i]);
@@ -352,8 +395,8 @@ impl<L: LinearOp> Decoder<L> {
         if let Some(norm) = &vectors.k_norm {
             math::rms_norm_in_place(k, norm, config.norm_eps);
         }
-        self.rope.rotate(q, config.head_dim, tokens, past);
-        self.rope.rotate(k, config.head_dim, tokens, past);
+        self.frame.rope.rotate(q, config.head_dim, tokens, past);
+        self.frame.rope.rotate(k, config.head_dim, tokens, past);
 
         let mixed = take(mixed, tokens * q_size);
         attention(config, config.windows[layer], q, keys, values, mixed, past, threads);
@@ -388,9 +431,9 @@ impl<L: LinearOp> Decoder<L> {
     /// # Errors
     /// [`LlmError::StateShape`].
     pub fn logits(&self, hidden: ArrayView2<'_, f32>, pass: &mut Pass<'_>) -> Result<Array2<f32>, LlmError> {
-        let width = self.config.hidden_size;
+        let width = self.frame.config.hidden_size;
         let normed = self.head_input(hidden, pass)?;
-        let mut logits = Array2::zeros((hidden.nrows(), self.config.vocab_size));
+        let mut logits = Array2::zeros((hidden.nrows(), self.frame.config.vocab_size));
         self.weights[self.head_index()].apply(view(&normed, width), logits.view_mut(), pass.threads);
         pass.scratch.normed = normed;
         Ok(logits)
@@ -407,17 +450,22 @@ impl<L: LinearOp> Decoder<L> {
 
     /// The weight that gives the logits: the embedding when it is tied.
     pub fn head_index(&self) -> usize {
-        if self.config.tied { 0 } else { self.weights.len() - 1 }
+        if self.frame.config.tied { 0 } else { self.weights.len() - 1 }
     }
 
     /// The final norm of `hidden`, in the pass's buffer.
     fn head_input(&self, hidden: ArrayView2<'_, f32>, pass: &mut Pass<'_>) -> Result<Vec<f32>, LlmError> {
-        let width = self.config.hidden_size;
+        let width = self.frame.config.hidden_size;
         check_state("hidden", hidden, width)?;
         let hidden = hidden.as_standard_layout();
         let mut normed = std::mem::take(&mut pass.scratch.normed);
         normed.resize(hidden.len(), 0.0);
-        math::rms_norm(hidden.as_slice().expect("made standard above"), &self.norm, self.config.norm_eps, &mut normed);
+        math::rms_norm(
+            hidden.as_slice().expect("made standard above"),
+            &self.frame.norm,
+            self.frame.config.norm_eps,
+            &mut normed,
+        );
         pass.observe(&[self.head_index()], view(&normed, width));
         Ok(normed)
     }
@@ -428,7 +476,7 @@ impl<L: LinearOp> Decoder<L> {
     /// Those of [`embed`](Self::embed) and [`layer`](Self::layer).
     pub fn hidden(&self, tokens: &[u32], pass: &mut Pass<'_>) -> Result<Array2<f32>, LlmError> {
         let mut hidden = self.embed(tokens)?;
-        for layer in 0..self.config.n_layers {
+        for layer in 0..self.frame.config.n_layers {
             self.layer(layer, &mut hidden, pass)?;
         }
         Ok(hidden)
@@ -488,7 +536,7 @@ fn bias(x: &mut [f32], bias: &Option<Vec<f32>>) {
 }
 
 /// Rotary position embedding.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 struct Rope {
     inverse_frequencies: Vec<f32>,
     /// Cosines, then sines, of the first positions; further ones are computed when they come.
@@ -643,8 +691,9 @@ mod tests {
         for name in ["llama", "llama31", "mistral", "mistral_window", "qwen2", "qwen3"] {
             let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data").join(name);
             let mut model = Decoder::load(&Checkpoint::open(&dir).unwrap()).unwrap();
-            let rounded = model.rope.inverse_frequencies.iter().map(|&f| bf16::from_f32(f).to_f32()).collect();
-            model.rope = Arc::new(Rope::new(rounded, model.config.max_positions));
+            let frame = Arc::make_mut(&mut model.frame);
+            let rounded = frame.rope.inverse_frequencies.iter().map(|&f| bf16::from_f32(f).to_f32()).collect();
+            frame.rope = Rope::new(rounded, frame.config.max_positions);
             let expected: Expected =
                 serde_json::from_slice(&std::fs::read(dir.join("expected_logits.json")).unwrap()).unwrap();
             let logits = model.forward(&expected.input_ids, &mut Pass::new()).unwrap();

@@ -303,4 +303,8 @@ pub enum LlmError {
     /// No load order could be made.
     #[error(transparent)]
     Sort(#[from] bitstack_sort::SortError),
+
+    /// The blocks in memory.
+    #[error(transparent)]
+    Runtime(#[from] bitstack_runtime::RuntimeError),
 }

@@ -7,7 +7,7 @@ use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 
 use crate::linear::{LinearOp, Threads};
-use crate::{Decoder, KvCache, LlmError, Pass, Tokenizer, math};
+use crate::{Decoder, KvCache, LlmError, ModelConfig, Pass, TextStream, Tokenizer, math};
 
 /// How a token is chosen from its logits. The default takes the most likely one.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -161,54 +161,120 @@ pub fn generate<L: LinearOp>(
     sampling: SamplingOptions,
     on_text: &mut dyn FnMut(&str) -> ControlFlow<()>,
 ) -> Result<Generation, LlmError> {
-    let config = model.config();
-    let mut sampler = Sampler::new(sampling)?;
-    let prompt = tokenizer.encode(prompt)?;
-    let mut cache = KvCache::new(config, prompt.len().saturating_add(max_tokens).min(config.max_positions))?;
-    let mut pass = Pass::new().with_cache(&mut cache).with_threads(Threads::Pool);
-    let mut stream = tokenizer.stream(&prompt);
-    let mut result = Generation {
-        tokens: Vec::new(),
-        text: String::new(),
-        stop: StopReason::MaxTokens,
-        prompt_tokens: prompt.len(),
-    };
-
-    let mut hidden = model.hidden(&prompt, &mut pass)?;
-    while result.tokens.len() < max_tokens {
-        let last = hidden.slice_axis(Axis(0), Slice::from(-1..));
-        let logits = model.logits(last, &mut pass)?;
-        let token = sampler.choose(logits.as_slice().expect("a fresh array"))?;
-        if config.eos_tokens.contains(&token) {
-            result.stop = StopReason::EndToken;
-            break;
+    let mut text = Continuation::new(model.config(), tokenizer, prompt, max_tokens, sampling)?;
+    while let Some(piece) = text.step(model)? {
+        if !piece.is_empty() && on_text(&piece).is_break() {
+            return Ok(text.stopped());
         }
-        result.tokens.push(token);
-        let text = stream.push(token)?;
-        if !text.is_empty() {
-            result.text.push_str(&text);
-            if on_text(&text).is_break() {
-                result.stop = StopReason::Stopped;
-                break;
-            }
-        }
-        if result.tokens.len() == max_tokens {
-            break;
-        }
-        if prompt.len() + result.tokens.len() > config.max_positions {
-            result.stop = StopReason::ContextFull;
-            break;
-        }
-        hidden = model.hidden(&[token], &mut pass)?;
     }
-    let rest = stream.finish()?;
-    if !rest.is_empty() && result.stop != StopReason::Stopped {
-        result.text.push_str(&rest);
-        // There is nothing left to stop.
-        let _ = on_text(&rest);
-    }
-    Ok(result)
+    Ok(text.finish())
 }
+
+/// A text in the making: the tokens so far, their keys and values, and the next token's chooser.
+///
+/// Every step may run another decoder over the same model's shape, such as the same stack at another level.
+pub struct Continuation<'t> {
+    cache: KvCache,
+    sampler: Sampler,
+    stream: TextStream<'t>,
+    max_tokens: usize,
+    max_positions: usize,
+    eos_tokens: Vec<u32>,
+    /// Tokens that are chosen and not yet run: the prompt at first.
+    pending: Vec<u32>,
+    result: Generation,
+    ended: bool,
+}
+
+impl<'t> Continuation<'t> {
+    /// A continuation of `prompt` of up to `max_tokens` tokens; nothing is run yet.
+    ///
+    /// # Errors
+    /// An empty prompt, one longer than the model's limit, options out of range.
+    pub fn new(
+        config: &ModelConfig,
+        tokenizer: &'t Tokenizer,
+        prompt: &str,
+        max_tokens: usize,
+        sampling: SamplingOptions,
+    ) -> Result<Self, LlmError> {
+        let sampler = Sampler::new(sampling)?;
+        let pending = tokenizer.encode(prompt)?;
+        let positions = pending.len().saturating_add(max_tokens).min(config.max_positions);
+        if pending.is_empty() {
+            return Err(LlmError::NoTokens);
+        }
+        Ok(Self {
+            cache: KvCache::new(config, positions)?,
+            sampler,
+            stream: tokenizer.stream(&pending),
+            max_tokens,
+            max_positions: config.max_positions,
+            eos_tokens: config.eos_tokens.clone(),
+            result: Generation {
+                tokens: Vec::new(),
+                text: String::new(),
+                stop: StopReason::MaxTokens,
+                prompt_tokens: pending.len(),
+            },
+            pending,
+            ended: max_tokens == 0,
+        })
+    }
+
+    /// Runs the pending tokens, chooses one more, and gives the text it adds, in whole characters: often none, as a character may
+    /// take several tokens. `None` once there is no more.
+    ///
+    /// # Errors
+    /// Tokens outside the vocabulary; a prompt longer than the model's limit; logits that are not finite.
+    pub fn step<L: LinearOp>(&mut self, model: &Decoder<L>) -> Result<Option<String>, LlmError> {
+        if self.ended {
+            return Ok(None);
+        }
+        let mut pass = Pass::new().with_cache(&mut self.cache).with_threads(Threads::Pool);
+        let hidden = model.hidden(&self.pending, &mut pass)?;
+        let logits = model.logits(hidden.slice_axis(Axis(0), Slice::from(-1..)), &mut pass)?;
+        let token = self.sampler.choose(logits.as_slice().expect("a fresh array"))?;
+        let text = if self.eos_tokens.contains(&token) {
+            self.result.stop = StopReason::EndToken;
+            self.ended = true;
+            self.stream.finish()?
+        } else {
+            self.result.tokens.push(token);
+            self.pending = vec![token];
+            let mut text = self.stream.push(token)?;
+            if self.result.tokens.len() == self.max_tokens {
+                self.ended = true;
+            } else if self.result.prompt_tokens + self.result.tokens.len() > self.max_positions {
+                self.result.stop = StopReason::ContextFull;
+                self.ended = true;
+            }
+            if self.ended {
+                text.push_str(&self.stream.finish()?);
+            }
+            text
+        };
+        self.result.text.push_str(&text);
+        Ok(Some(text))
+    }
+
+    /// Bytes of the keys and values so far.
+    pub fn cache_bytes(&self) -> u64 {
+        self.cache.len_bytes()
+    }
+
+    /// What has been generated.
+    pub fn finish(self) -> Generation {
+        self.result
+    }
+
+    /// What had been generated when the caller stopped it.
+    pub fn stopped(mut self) -> Generation {
+        self.result.stop = StopReason::Stopped;
+        self.result
+    }
+}
+
 /// A window of `len` tokens of the model's own: `start`, and what it samples after it. End tokens do not end it.
 ///
 /// # Errors

@@ -1,6 +1,6 @@
 //! Models made of stacks: a `.bitstack` file, or the draft of one, opened at the levels of a plan.
 
-use crate::{Decoder, Dense, Elements, LlmError, ModelConfig, Progress, Tokenizer};
+use crate::{Decoder, Dense, Elements, LlmError, ModelConfig, Progress, Tokenizer, VectorSpec, WeightSpec};
 use bitstack_core::Level;
 use bitstack_format::{BlockSource, Dtype, Tensor};
 use half::{bf16, f16};
@@ -10,7 +10,8 @@ use std::sync::Arc;
 /// A decoder over the blocks of a source, each weight rebuilt in f32 at its level. Changing levels rebuilds the weights whose level
 /// changed, and reads no others.
 ///
-/// The rebuilt weights take 32 bits each, whatever the level: fused kernels, which do without them, are not here yet.
+/// The rebuilt weights take 32 bits each, whatever the level: for measuring an order, where one weight after another goes to another level.
+/// To use a model there is [`crate::ElasticModel`], which does without them.
 #[derive(Debug)]
 pub struct StackModel<'s, S: ?Sized> {
     source: &'s S,
@@ -34,20 +35,13 @@ impl<'s, S: BlockSource + Sync + ?Sized> StackModel<'s, S> {
             |index, spec| -> Result<_, LlmError> {
                 progress.advance(1);
                 let Some(weight) = source.weight_index(&spec.name) else {
-                    let tensor = source.read_tensor(&spec.tensor_name())?;
-                    let shape = [spec.rows, spec.cols];
-                    if tensor.shape != shape {
-                        let expected = shape.to_vec();
-                        return Err(LlmError::StackShape { name: spec.name.clone(), found: tensor.shape, expected });
-                    }
-                    let dense = Dense::new(spec.rows, spec.cols, elements(&spec.name, tensor)?);
-                    return Ok(Arc::new(dense.expect("the reader checked the number of elements against the shape")));
+                    return kept(source, spec).map(Arc::new);
                 };
                 let level = levels.get(weight).copied().unwrap_or(0);
                 stacked[weight] = (index, level);
                 rebuild(source, weight, level).map(Arc::new)
             },
-            |spec| Ok(elements(&spec.name, source.read_tensor(&spec.name)?)?.into_f32()),
+            |spec| vector(source, spec),
         )?;
         if let Some(w) = stacked.iter().position(|(index, _)| *index == usize::MAX) {
             return Err(LlmError::StrayWeight { name: source.weights()[w].name.clone() });
@@ -101,6 +95,23 @@ pub fn config<S: BlockSource + ?Sized>(source: &S) -> Result<ModelConfig, LlmErr
 /// No or malformed `tokenizer.json`.
 pub fn tokenizer<S: BlockSource + ?Sized>(source: &S) -> Result<Tokenizer, LlmError> {
     Tokenizer::from_bytes(&source.read_file("tokenizer.json")?)
+}
+
+/// A weight that was not stacked.
+pub(crate) fn kept<S: BlockSource + ?Sized>(source: &S, spec: &WeightSpec) -> Result<Dense, LlmError> {
+    let tensor = source.read_tensor(&spec.tensor_name())?;
+    let shape = [spec.rows, spec.cols];
+    if tensor.shape != shape {
+        let expected = shape.to_vec();
+        return Err(LlmError::StackShape { name: spec.name.clone(), found: tensor.shape, expected });
+    }
+    let dense = Dense::new(spec.rows, spec.cols, elements(&spec.name, tensor)?);
+    Ok(dense.expect("the reader checked the number of elements against the shape"))
+}
+
+/// A norm or a bias.
+pub(crate) fn vector<S: BlockSource + ?Sized>(source: &S, spec: &VectorSpec) -> Result<Vec<f32>, LlmError> {
+    Ok(elements(&spec.name, source.read_tensor(&spec.name)?)?.into_f32())
 }
 
 /// Rebuilds one weight from its first `level` blocks.
