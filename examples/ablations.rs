@@ -291,10 +291,7 @@ fn logits<L: LinearOp>(model: &Decoder<L>, windows: &[&[u32]]) -> Result<Vec<Arr
 }
 
 /// All of the SVD of W·diag(s), singular values split as square roots, V divided by s: as f16 holds them.
-fn factors(
-    weight: ArrayView2<'_, f32>,
-    scales: &Scales,
-) -> Result<(Array2<f32>, Array2<f32>)> {
+fn factors(weight: ArrayView2<'_, f32>, scales: &Scales) -> Result<(Array2<f32>, Array2<f32>)> {
     let scaled = scales.apply(weight)?;
     let matrix = faer::Mat::from_fn(scaled.nrows(), scaled.ncols(), |r, c| scaled[[r, c]]);
     let svd = matrix.thin_svd().map_err(|e| format!("the SVD did not converge: {e:?}"))?;
