@@ -2,6 +2,8 @@
 #![forbid(unsafe_code)]
 
 pub use bitstack_core as core;
+#[cfg(feature = "cpu")]
+pub use bitstack_cpu as cpu;
 #[cfg(feature = "decomp")]
 pub use bitstack_decomp as decomp;
 #[cfg(feature = "format")]
@@ -9,5 +11,7 @@ pub use bitstack_format as format;
 #[cfg(feature = "llm")]
 pub use bitstack_llm as llm;
 pub use bitstack_pack as pack;
+#[cfg(feature = "runtime")]
+pub use bitstack_runtime as runtime;
 #[cfg(feature = "sort")]
 pub use bitstack_sort as sort;

@@ -224,16 +224,21 @@ pub(crate) struct Eval {
 }
 
 #[derive(Debug, Args)]
-#[command(after_help = "Example:\n  bitstack generate llama.bitstack --memory 2GB --prompt \"Once upon a time\"")]
+#[command(after_help = "Examples:\n  bitstack generate llama.bitstack --memory 2GB --prompt \"Once upon a time\"\n  \
+bitstack generate llama.bitstack --memory auto --prompt \"Once upon a time\" -n 1000\n\n\
+On a terminal, + and - change the memory size while the text is written.")]
 pub(crate) struct Generate {
     /// A .bitstack file, or a model directory (the uncompressed model).
     pub(crate) file: PathBuf,
     /// The text to go on from.
     #[arg(long, short)]
     pub(crate) prompt: String,
-    /// Memory for the resident weights [default: the whole file].
-    #[arg(long, short, value_name = "SIZE", value_parser = size::parse)]
-    pub(crate) memory: Option<u64>,
+    /// Memory for the resident weights, or `auto`: what the system has to spare, followed up and down [default: the whole file].
+    #[arg(long, short, value_name = "SIZE|auto", value_parser = Memory::parse)]
+    pub(crate) memory: Option<Memory>,
+    /// Begin as soon as the smallest size is in, and grow while writing. The text then depends on how fast the file is read.
+    #[arg(long)]
+    pub(crate) progressive: bool,
     /// Tokens to generate at most.
     #[arg(long, short = 'n', value_name = "N", default_value_t = 128)]
     pub(crate) max_tokens: usize,
@@ -317,10 +322,103 @@ pub(crate) enum Float {
     Bf16,
 }
 
+/// How much memory the resident weights may take.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Memory {
+    /// So many bytes.
+    Bytes(u64),
+    /// As much as the system has to spare.
+    Auto,
+}
+
+impl Memory {
+    fn parse(text: &str) -> Result<Self, String> {
+        if text.eq_ignore_ascii_case("auto") { Ok(Self::Auto) } else { size::parse(text).map(Self::Bytes) }
+    }
+}
+
 #[derive(Debug, Subcommand)]
 pub(crate) enum Bench {
     /// Fast decomposition against full singular value decompositions.
     Decompose(BenchDecompose),
+    /// Products with packed blocks, against a plain read of the same memory and against dense products.
+    Kernels(BenchKernels),
+    /// A model growing and shrinking, against a plain read of the same file; and what tokens take meanwhile.
+    Load(BenchLoad),
+    /// A whole model decoding, against a plain read of the same memory.
+    Decode(BenchDecode),
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  bitstack bench kernels\n  bitstack bench kernels --rows 14336 --cols 4096 --json")]
+pub(crate) struct BenchKernels {
+    /// Rows (output features) of the weight.
+    #[arg(long, value_name = "N", default_value_t = 4096, value_parser = clap::value_parser!(u32).range(1..=1_048_576))]
+    pub(crate) rows: u32,
+    /// Columns (input features) of the weight, a multiple of 8.
+    #[arg(long, value_name = "N", default_value_t = 4096, value_parser = clap::value_parser!(u32).range(8..=1_048_576))]
+    pub(crate) cols: u32,
+    /// Memory to stream weights from; more than the caches hold. As much again is taken for dense weights.
+    #[arg(long, value_name = "SIZE", default_value = "512MiB", value_parser = size::parse)]
+    pub(crate) pool: u64,
+    /// Seconds to measure each line for.
+    #[arg(long, value_name = "S", default_value_t = 1.0)]
+    pub(crate) seconds: f64,
+    /// Print JSON.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  bitstack bench load llama.bitstack\n  bitstack bench load --shape 8b --blocks 3")]
+pub(crate) struct BenchLoad {
+    /// A .bitstack file; without one, a model of random planes is made in the directory for temporary files.
+    pub(crate) file: Option<PathBuf>,
+    /// The shape of that model.
+    #[arg(long, value_enum, default_value_t = ModelShape::Llama1b, conflicts_with = "file")]
+    pub(crate) shape: ModelShape,
+    /// Blocks per weight of that model.
+    #[arg(long, value_name = "N", default_value_t = 8, conflicts_with = "file", value_parser = clap::value_parser!(u8).range(2..=16))]
+    pub(crate) blocks: u8,
+    /// How often to grow and shrink.
+    #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u16).range(1..=1000))]
+    pub(crate) rounds: u16,
+    /// Print JSON.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  bitstack bench decode llama.bitstack --memory 2GB --memory 3GB\n  \
+bitstack bench decode --shape 8b --levels 2,3")]
+pub(crate) struct BenchDecode {
+    /// A .bitstack file; without one, a model of random planes is made in the directory for temporary files.
+    pub(crate) file: Option<PathBuf>,
+    /// The shape of that model.
+    #[arg(long, value_enum, default_value_t = ModelShape::Llama1b, conflicts_with = "file")]
+    pub(crate) shape: ModelShape,
+    /// Blocks of every weight to measure with.
+    #[arg(long, value_name = "N,..", value_delimiter = ',', default_values_t = [2, 3], conflicts_with = "memory")]
+    pub(crate) levels: Vec<u8>,
+    /// A memory size to measure at; may be given several times.
+    #[arg(long, short, value_name = "SIZE", value_parser = size::parse)]
+    pub(crate) memory: Vec<u64>,
+    /// Tokens to decode at every size.
+    #[arg(long, short = 'n', value_name = "N", default_value_t = 16, value_parser = clap::value_parser!(u16).range(2..))]
+    pub(crate) tokens: u16,
+    /// Print JSON.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum ModelShape {
+    /// Llama 3.2 1B.
+    #[value(name = "1b")]
+    Llama1b,
+    /// Llama 3.1 8B; needs 3 GB of disk and memory for every 3 levels.
+    #[value(name = "8b")]
+    Llama8b,
 }
 
 #[derive(Debug, Args)]

@@ -1,16 +1,25 @@
 //! `bitstack bench`: speed on this machine, as ratios within one run.
 
-use super::args::BenchDecompose;
-use super::print;
+use super::args::{BenchDecode, BenchDecompose, BenchKernels, BenchLoad, ModelShape};
+use super::compress::peak_memory;
+use super::open::Stack;
 use super::progress::Reporter;
-use anyhow::Result;
+use super::{print, size, usage};
+use anyhow::{Context, Result};
+use bitstack_cpu::measure::{Case, Pool};
+use bitstack_cpu::{Isa, Threads};
 use bitstack_decomp::{DecomposeOptions, Svd, blocks};
-use bitstack_llm::Progress;
+use bitstack_format::Existing;
+use bitstack_llm::{ElasticModel, Progress, measure, synthetic};
+use bitstack_runtime::measure::Operation;
+use bitstack_runtime::{Options, Verify};
 use ndarray::Array2;
 use rand::{RngExt, SeedableRng, rngs::StdRng};
 use serde_json::json;
 use std::fmt::Write;
-use std::time::Instant;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+use tempfile::TempDir;
 
 /// A chain of blocks: seconds per block, and the error after each.
 struct Chain {
@@ -57,6 +66,233 @@ pub(crate) fn decompose(args: &BenchDecompose, reporter: &Reporter) -> Result<()
     for (b, (e, f)) in exact.errors.iter().zip(&fast.errors).enumerate() {
         let excess = if *e > 0.0 { (f / e - 1.0) * 100.0 } else { 0.0 };
         let _ = writeln!(out, "{:6}   {e:15.6}   {f:19.6}   {excess:5.2} %", b + 1);
+    }
+    print(&out)
+}
+
+/// The file to measure with: the user's, or one of random planes, which is there as long as the directory.
+fn model_file(
+    file: Option<&Path>,
+    shape: ModelShape,
+    n_blocks: usize,
+    reporter: &Reporter,
+) -> Result<(PathBuf, Option<TempDir>)> {
+    if let Some(file) = file {
+        return Ok((file.to_owned(), None));
+    }
+    let shape = match shape {
+        ModelShape::Llama1b => synthetic::ModelShape::LLAMA_1B,
+        ModelShape::Llama8b => synthetic::ModelShape::LLAMA_8B,
+    };
+    let scratch = tempfile::tempdir()?;
+    let path = scratch.path().join("synthetic.bitstack");
+    synthetic::write(&path, Existing::Refuse, &shape, n_blocks, 1, reporter).with_context(|| {
+        format!("a model of random planes in {} (TMPDIR chooses another)", scratch.path().display())
+    })?;
+    Ok((path, Some(scratch)))
+}
+
+/// `bitstack bench kernels`
+pub(crate) fn kernels(args: &BenchKernels, reporter: &Reporter) -> Result<()> {
+    if !args.cols.is_multiple_of(8) {
+        return Err(usage(format!("--cols {}: give a multiple of 8", args.cols)));
+    }
+    let pool = Pool::new(usize::try_from(args.pool)?).with_context(|| format!("--pool {}", args.pool))?;
+    let best = Isa::detect();
+    let case = Case {
+        rows: args.rows as usize,
+        cols: args.cols as usize,
+        level: 1,
+        rank: 1,
+        tokens: 1,
+        isa: best,
+        threads: Threads::One,
+    };
+    let mut cases = Vec::new();
+    for threads in [Threads::One, Threads::Pool] {
+        cases.extend([1, 2, 4, 8].map(|level| Case { level, threads, ..case }));
+    }
+    cases.extend(Isa::available().filter(|isa| *isa != best).map(|isa| Case { level: 4, isa, ..case }));
+    cases.extend([1, 4].map(|level| Case { level, rank: 16, ..case }));
+    for threads in [Threads::One, Threads::Pool] {
+        cases.extend([4, 16, 64, 256].map(|tokens| Case { level: 4, tokens, threads, ..case }));
+    }
+    reporter.stage("measure (products)", cases.len() as u64);
+    let mut rows = Vec::new();
+    for case in cases {
+        let time = Duration::try_from_secs_f64(args.seconds).map_err(|e| usage(format!("--seconds: {e}")))?;
+        let row = pool.measure(case, time)?.ok_or_else(|| {
+            usage(format!("--pool {}: smaller than one weight of {} x {}", args.pool, args.rows, args.cols))
+        })?;
+        rows.push(row);
+        reporter.advance(1);
+    }
+    reporter.finish();
+    let threads = |t: Threads| if t == Threads::One { 1 } else { rayon::current_num_threads() };
+    if args.json {
+        let values: Vec<_> = rows
+            .iter()
+            .map(|m| {
+                json!({
+                    "machine": machine(), "rows": m.case.rows, "cols": m.case.cols, "level": m.case.level,
+                    "rank": m.case.rank, "tokens": m.case.tokens, "isa": m.case.isa.to_string(),
+                    "threads": threads(m.case.threads), "seconds": m.seconds, "compressed_bytes": m.compressed_bytes,
+                    "bytes_per_second": m.bytes_per_second,
+                    "plain_read_bytes_per_second": m.plain_read_bytes_per_second,
+                    "of_plain_read": m.of_plain_read(), "dense_seconds": m.dense_seconds, "of_dense": m.of_dense(),
+                })
+            })
+            .collect();
+        return print(&format!("{:#}\n", serde_json::Value::Array(values)));
+    }
+    let mut out = format!("{} x {}; {}\n", args.rows, args.cols, machine());
+    out.push_str("of read: compressed bytes per second over those of a plain read of the same memory\n");
+    out.push_str("of dense: times faster than a dense product, bf16 for one token, f32 for more\n\n");
+    out.push_str("isa           threads  rank  level  tokens        us    GB/s  of read  of dense\n");
+    for m in &rows {
+        let _ = writeln!(
+            out,
+            "{:12}  {:7}  {:4}  {:5}  {:6}  {:8.1}  {:6.2}  {:7.2}  {:8.2}",
+            m.case.isa,
+            threads(m.case.threads),
+            m.case.rank,
+            m.case.level,
+            m.case.tokens,
+            m.seconds * 1e6,
+            m.bytes_per_second / 1e9,
+            m.of_plain_read(),
+            m.of_dense()
+        );
+    }
+    print(&out)
+}
+
+/// `bitstack bench load`
+pub(crate) fn load(args: &BenchLoad, reporter: &Reporter) -> Result<()> {
+    let (path, _scratch) = model_file(args.file.as_deref(), args.shape, args.blocks.into(), reporter)?;
+    reporter.stage("load (rounds)", args.rounds.into());
+    let mut rows = Vec::new();
+    for _ in 0..args.rounds {
+        rows.extend(bitstack_runtime::measure::load(&path, 1)?);
+        reporter.advance(1);
+    }
+    let median = |operation: Operation| -> Option<(u64, f64, Option<i64>)> {
+        let mut rows: Vec<_> = rows.iter().filter(|r| r.operation == operation).collect();
+        rows.sort_by_key(|r| r.time);
+        rows.get(rows.len() / 2).map(|r| (r.bytes, r.time.as_secs_f64(), r.resident_set_change))
+    };
+    let operations = [
+        ("plain read of the file", "read", Operation::Read),
+        ("growing", "grow", Operation::Grow(Verify::Never)),
+        ("growing, with hashes", "grow_verified", Operation::Grow(Verify::Always)),
+        ("shrinking", "shrink", Operation::Shrink),
+    ];
+    let yardstick = median(Operation::Read).map_or(f64::NAN, |(bytes, seconds, _)| bytes as f64 / seconds);
+
+    // What tokens take meanwhile.
+    let stack = Stack::open(&path, reporter)?;
+    let (least, most) = (stack.order.minimum_bytes(), stack.order.total_bytes());
+    let model = ElasticModel::open(stack.file, least, Options::default(), reporter)?;
+    reporter.finish();
+    let tokens = measure::resizing(&model, least, most, 16)?;
+    let (quiet, slowest) = (tokens.median_seconds(), tokens.slowest_seconds());
+
+    if args.json {
+        let mut value = json!({
+            "machine": machine(), "threads": rayon::current_num_threads(), "rounds": args.rounds,
+            "token_seconds_smallest": quiet.0, "token_seconds_largest": quiet.1,
+            "slowest_token_seconds_growing": slowest.0, "slowest_token_seconds_shrinking": slowest.1,
+        });
+        for (_, key, operation) in operations {
+            if let Some((bytes, seconds, change)) = median(operation) {
+                value[key] = json!({
+                    "bytes": bytes, "seconds": seconds, "of_plain_read": bytes as f64 / seconds / yardstick,
+                    "resident_set_change": change,
+                });
+            }
+        }
+        return print(&format!("{value:#}\n"));
+    }
+    let mut out = format!("{}; medians of {} rounds\n\n", machine(), args.rounds);
+    out.push_str("                            bytes   seconds    GB/s  of read  process grew by\n");
+    for (name, _, operation) in operations {
+        let Some((bytes, seconds, change)) = median(operation) else { continue };
+        let change = change.map_or("unknown".to_owned(), |c| {
+            format!("{}{}", if c < 0 { "-" } else { "" }, size::show(c.unsigned_abs()))
+        });
+        let rate = bytes as f64 / seconds;
+        let _ = writeln!(
+            out,
+            "{name:22}  {:>11}  {seconds:8.4}  {:6.2}  {:7.2}  {change:>15}",
+            size::show(bytes),
+            rate / 1e9,
+            rate / yardstick
+        );
+    }
+    let _ = writeln!(out, "\ntokens, ms          median at rest   slowest while it changes");
+    let _ = writeln!(out, "smallest, growing   {:14.1}   {:24.1}", quiet.0 * 1e3, slowest.0 * 1e3);
+    let _ = writeln!(out, "largest, shrinking  {:14.1}   {:24.1}", quiet.1 * 1e3, slowest.1 * 1e3);
+    print(&out)
+}
+
+/// `bitstack bench decode`
+pub(crate) fn decode(args: &BenchDecode, reporter: &Reporter) -> Result<()> {
+    let n_blocks = args.levels.iter().copied().max().unwrap_or(1).max(1);
+    let (path, _scratch) = model_file(args.file.as_deref(), args.shape, n_blocks.into(), reporter)?;
+    let stack = Stack::open(&path, reporter)?;
+    let bits = stack.bits;
+    let budgets: Vec<u64> = if args.memory.is_empty() {
+        let bytes = stack.order.cumulative_bytes();
+        let n_weights = stack.order.n_weights();
+        let at_level = |level: &u8| bytes[(n_weights * usize::from(*level)).min(bytes.len() - 1)];
+        args.levels.iter().map(at_level).collect()
+    } else {
+        args.memory.clone()
+    };
+    for &budget in &budgets {
+        stack.plan(budget)?;
+    }
+    let smallest = budgets.iter().copied().min().unwrap_or(u64::MAX);
+    let model = ElasticModel::open(stack.file, smallest, Options::default(), reporter)?;
+    let mut rows = Vec::new();
+    reporter.stage("decode (sizes)", budgets.len() as u64);
+    for budget in budgets {
+        model.elastic().set_budget(budget)?;
+        model.elastic().wait()?;
+        rows.push((measure::decoding(&model, args.tokens.into())?, peak_memory()));
+        reporter.advance(1);
+    }
+    reporter.finish();
+    let threads = rayon::current_num_threads();
+    if args.json {
+        let values: Vec<_> = rows
+            .iter()
+            .map(|(d, peak)| {
+                json!({
+                    "machine": machine(), "threads": threads, "resident_bytes": d.resident_bytes,
+                    "bits_per_weight": bits.per_weight(d.resident_bytes), "seconds_per_token": d.median_seconds(),
+                    "slowest_token_seconds": d.token_seconds.iter().copied().fold(0.0, f64::max),
+                    "bytes_per_second": d.bytes_per_second(), "read_bytes_per_second": d.read_bytes_per_second,
+                    "ratio": d.ratio(), "cache_bytes": d.cache_bytes, "peak_process_bytes": peak,
+                })
+            })
+            .collect();
+        return print(&format!("{:#}\n", serde_json::Value::Array(values)));
+    }
+    let mut out = format!("{threads} threads; {}; medians over {} tokens\n\n", machine(), args.tokens - 1);
+    let _ = writeln!(out, " resident  bits/weight  tokens/s  decode, GB/s  plain read, GB/s  ratio  peak of process");
+    for (d, peak) in &rows {
+        let _ = writeln!(
+            out,
+            "{:>9}  {:11.2}  {:8.2}  {:12.1}  {:16.1}  {:5.2}  {:>15}",
+            size::show(d.resident_bytes),
+            bits.per_weight(d.resident_bytes),
+            1.0 / d.median_seconds(),
+            d.bytes_per_second() / 1e9,
+            d.read_bytes_per_second / 1e9,
+            d.ratio(),
+            peak.map_or("unknown".to_owned(), size::show)
+        );
     }
     print(&out)
 }

@@ -9,9 +9,10 @@ use super::{print, usage};
 use anyhow::{Context, Result};
 use bitstack_format::{Existing, write_atomically};
 use bitstack_llm::eval::{Metrics, compare, perplexity};
-use bitstack_llm::stack::{StackModel, tokenizer};
+use bitstack_llm::stack::tokenizer;
 use bitstack_llm::text::{Windows, default_seq_len};
-use bitstack_llm::{Checkpoint, Decoder, Dense, LinearOp, ModelConfig, Progress, Tokenizer};
+use bitstack_llm::{Checkpoint, Decoder, Dense, ElasticModel, LinearOp, ModelConfig, Progress, Tokenizer};
+use bitstack_runtime::Options;
 use serde_json::{Value, json};
 use std::fmt::Write;
 use std::path::{Path, PathBuf};
@@ -66,6 +67,7 @@ struct Measure<'a> {
 impl Measure<'_> {
     fn stack(&self, path: &Path, rows: &mut Vec<Row>) -> Result<()> {
         let stack = Stack::open(path, self.reporter)?;
+        let bits = stack.bits;
         let budgets = match self.args.steps {
             Some(n) => stack.budgets(n.into()),
             None if !self.args.memory.is_empty() => self.args.memory.clone(),
@@ -73,18 +75,20 @@ impl Measure<'_> {
         };
         // All plans first: a size that is too small is told before the long work.
         let plans = budgets.iter().map(|b| stack.plan(*b)).collect::<Result<Vec<_>>>()?;
-        let mut model = StackModel::open(&stack.file, &plans[0].levels, self.reporter)?;
         let tokens = self.tokens(&tokenizer(&stack.file)?)?;
-        let windows = self.windows(&tokens, model.decoder().config())?;
+        let model = ElasticModel::open(stack.file, budgets[0], Options::default(), self.reporter)?;
+        let windows = self.windows(&tokens, model.config())?;
         self.reporter.stage("eval (windows)", (plans.len() * windows.len()) as u64);
         for (budget_bytes, plan) in budgets.into_iter().zip(plans) {
-            model.set_levels(&plan.levels)?;
+            model.elastic().set_budget(budget_bytes)?;
+            model.elastic().wait()?;
+            let snapshot = model.elastic().snapshot();
             rows.push(Row {
                 file: path.to_owned(),
                 budget_bytes,
                 resident_bytes: plan.resident_bytes,
-                bits_per_weight: stack.bits_per_weight(plan.resident_bytes),
-                metrics: self.metrics(model.decoder(), &windows)?,
+                bits_per_weight: bits.per_weight(plan.resident_bytes),
+                metrics: self.metrics(&model.at(&snapshot)?, &windows)?,
             });
         }
         Ok(())

@@ -39,7 +39,7 @@ pub(crate) fn run(args: &Export, reporter: &Reporter) -> Result<()> {
         args.output.display(),
         size::show(bytes),
         size::show(plan.resident_bytes),
-        stack.bits_per_weight(plan.resident_bytes)
+        stack.bits.per_weight(plan.resident_bytes)
     ));
     Ok(())
 }

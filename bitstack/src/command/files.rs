@@ -32,8 +32,8 @@ pub(crate) fn inspect(args: &Inspect) -> Result<()> {
             "file_bytes": stack.file.size_bytes(),
             "minimum_bytes": stack.order.minimum_bytes(),
             "total_bytes": stack.order.total_bytes(),
-            "base_bytes": stack.base_bytes,
-            "stacked_weights": stack.n_stacked,
+            "base_bytes": stack.bits.base_bytes,
+            "stacked_weights": stack.bits.n_stacked,
             "missing_blocks": stack.file.missing().map_or(0, |m| m.n_blocks),
             "provenance": stack.file.provenance(),
             "weights": weights,
@@ -52,10 +52,10 @@ pub(crate) fn inspect(args: &Inspect) -> Result<()> {
     for (key, value) in stack.file.provenance() {
         line(key, value.clone());
     }
-    line("weights", format!("{} stacked, {} parameters", weights.len(), stack.n_stacked));
-    line("unstacked", format!("{} tensors, {}", stack.file.base_tensors().len(), size::show(stack.base_bytes)));
-    line("smallest", format!("{least} bytes resident, {:.3} bits per stacked weight", stack.bits_per_weight(least)));
-    line("whole", format!("{most} bytes resident, {:.3} bits per stacked weight", stack.bits_per_weight(most)));
+    line("weights", format!("{} stacked, {} parameters", weights.len(), stack.bits.n_stacked));
+    line("unstacked", format!("{} tensors, {}", stack.file.base_tensors().len(), size::show(stack.bits.base_bytes)));
+    line("smallest", format!("{least} bytes resident, {:.3} bits per stacked weight", stack.bits.per_weight(least)));
+    line("whole", format!("{most} bytes resident, {:.3} bits per stacked weight", stack.bits.per_weight(most)));
     let files: Vec<_> = stack.file.files().iter().map(|f| f.name.as_str()).collect();
     line("files", files.join(", "));
     let width = weights.iter().map(|w| w.name.len()).max().unwrap_or(0).max(6);
@@ -123,7 +123,7 @@ pub(crate) fn plan(args: &Plan, reporter: &Reporter) -> Result<()> {
         let value = json!({
             "budget_bytes": args.memory,
             "resident_bytes": plan.resident_bytes,
-            "bits_per_weight": stack.bits_per_weight(plan.resident_bytes),
+            "bits_per_weight": stack.bits.per_weight(plan.resident_bytes),
             "blocks": plan.n_blocks,
             "levels": levels,
         });
@@ -135,7 +135,7 @@ pub(crate) fn plan(args: &Plan, reporter: &Reporter) -> Result<()> {
         plan.resident_bytes,
         args.memory,
         plan.n_blocks,
-        stack.bits_per_weight(plan.resident_bytes)
+        stack.bits.per_weight(plan.resident_bytes)
     );
     let width = stack.file.weights().iter().map(|w| w.name.len()).max().unwrap_or(0);
     for (w, level) in levels() {
@@ -158,7 +158,7 @@ pub(crate) fn truncate(args: &Truncate, reporter: &Reporter) -> Result<()> {
         "{}: {} resident ({:.3} bits per stacked weight), {} on disk",
         args.output.display(),
         size::show(plan.resident_bytes),
-        stack.bits_per_weight(plan.resident_bytes),
+        stack.bits.per_weight(plan.resident_bytes),
         size::show(bytes)
     ));
     Ok(())

@@ -1,12 +1,14 @@
 //! `bitstack generate`
 
-use super::args::Generate;
+use super::args::{Generate, Memory};
 use super::open::Stack;
 use super::progress::Reporter;
-use super::{print, size, usage};
+use super::{keys, print, size, usage};
 use anyhow::{Context, Result};
-use bitstack_llm::stack::{StackModel, tokenizer};
-use bitstack_llm::{Checkpoint, Decoder, LinearOp, SamplingOptions, Tokenizer, sample};
+use bitstack_llm::sample::{self, Generation};
+use bitstack_llm::stack::tokenizer;
+use bitstack_llm::{Checkpoint, Decoder, ElasticModel, SamplingOptions, Tokenizer};
+use bitstack_runtime::{Options, Policy, Sensors, Start, Watcher};
 use std::ops::ControlFlow;
 use std::time::Instant;
 
@@ -18,34 +20,100 @@ pub(crate) fn run(args: &Generate, reporter: &Reporter) -> Result<()> {
 
 fn stack(args: &Generate, reporter: &Reporter) -> Result<()> {
     let stack = Stack::open(&args.file, reporter)?;
-    let plan = stack.plan(args.memory.unwrap_or(u64::MAX))?;
-    let model = StackModel::open(&stack.file, &plan.levels, reporter)?;
+    let bits = stack.bits;
+    let (least, most) = (stack.order.minimum_bytes(), stack.order.total_bytes());
+    let reading = Sensors::detect().read();
+    let policy = Policy::new(reading.limit_bytes.unwrap_or(0));
+    let budget = match args.memory {
+        None => most,
+        Some(Memory::Bytes(bytes)) => bytes,
+        Some(Memory::Auto) => policy.first_budget(&reading, least..=most),
+    };
+    stack.plan(budget)?;
+    let tokenizer = tokenizer(&stack.file)?;
+    let options =
+        Options { start: if args.progressive { Start::Smallest } else { Start::Whole }, ..Options::default() };
+    let model = ElasticModel::open(stack.file, budget, options, reporter)?;
     reporter.finish();
-    let bits = stack.bits_per_weight(plan.resident_bytes);
-    let about = format!("{} resident, {bits:.2} bits per stacked weight", size::show(plan.resident_bytes));
-    continue_prompt(args, model.decoder(), &tokenizer(&stack.file)?, &about, reporter)
+    let elastic = model.elastic();
+
+    let _watcher = match args.memory {
+        Some(Memory::Auto) => Some(Watcher::start(elastic, policy)?),
+        _ => None,
+    };
+    // A tenth of the way from the smallest size to the largest for every key.
+    let step = ((most - least) / 10).max(1);
+    let on_key = |key: u8| {
+        let budget = elastic.status().budget_bytes.clamp(least, most);
+        let budget = match key {
+            b'+' | b'=' => (budget + step).min(most),
+            b'-' | b'_' => budget.saturating_sub(step).max(least),
+            _ => return,
+        };
+        match elastic.set_budget(budget) {
+            Ok(plan) => {
+                let bits = bits.per_weight(plan.resident_bytes);
+                reporter.say(&format!(
+                    "\n[{} resident, {bits:.2} bits per stacked weight]",
+                    size::show(plan.resident_bytes)
+                ));
+            }
+            Err(error) => reporter.say(&format!("\n[{error}]")),
+        }
+    };
+    let mut sizes: Option<(u64, u64)> = None;
+    let mut writer = Writer::new(&args.prompt);
+    let result = keys::during(on_key, || {
+        model.generate(&tokenizer, &args.prompt, args.max_tokens, sampling(args), &mut |text, snapshot| {
+            let bytes = snapshot.resident_bytes();
+            let (low, high) = sizes.unwrap_or((bytes, bytes));
+            sizes = Some((low.min(bytes), high.max(bytes)));
+            writer.write(text)
+        })
+    })?;
+    if let Some(error) = elastic.status().error {
+        reporter.say(&format!("warning: {error}"));
+    }
+    let (low, high) = sizes.unwrap_or((elastic.status().resident_bytes, elastic.status().resident_bytes));
+    let about = if low == high {
+        format!("{} resident, {:.2} bits per stacked weight", size::show(high), bits.per_weight(high))
+    } else {
+        format!(
+            "{} to {} resident, {:.2} to {:.2} bits per stacked weight",
+            size::show(low),
+            size::show(high),
+            bits.per_weight(low),
+            bits.per_weight(high)
+        )
+    };
+    writer.finish(&result, &about, reporter)
 }
 
 fn directory(args: &Generate, reporter: &Reporter) -> Result<()> {
     let checkpoint = Checkpoint::open(&args.file)?;
     let bytes = checkpoint.stored_bytes();
-    if let Some(memory) = args.memory.filter(|m| *m < bytes) {
-        return Err(usage(format!("--memory {memory}: an uncompressed model has one size, {bytes} bytes")));
+    match args.memory {
+        Some(Memory::Bytes(memory)) if memory < bytes => {
+            return Err(usage(format!("--memory {memory}: an uncompressed model has one size, {bytes} bytes")));
+        }
+        Some(Memory::Auto) => {
+            return Err(usage(format!(
+                "--memory auto: an uncompressed model has one size, {bytes} bytes; `bitstack compress` it"
+            )));
+        }
+        _ => {}
     }
     let about = format!("{} resident, uncompressed", size::show(bytes));
     let tokenizer = Tokenizer::from_bytes(&checkpoint.companion("tokenizer.json")?)?;
     let decoder = Decoder::load_with(&checkpoint, reporter)?;
     reporter.finish();
-    continue_prompt(args, &decoder, &tokenizer, &about, reporter)
+    let mut writer = Writer::new(&args.prompt);
+    let on_text = &mut |text: &str| writer.write(text);
+    let result = sample::generate(&decoder, &tokenizer, &args.prompt, args.max_tokens, sampling(args), on_text)?;
+    writer.finish(&result, &about, reporter)
 }
 
-fn continue_prompt<L: LinearOp>(
-    args: &Generate,
-    decoder: &Decoder<L>,
-    tokenizer: &Tokenizer,
-    about: &str,
-    reporter: &Reporter,
-) -> Result<()> {
+fn sampling(args: &Generate) -> SamplingOptions {
     let mut sampling = if args.temperature == 0.0 {
         SamplingOptions::greedy()
     } else {
@@ -57,28 +125,45 @@ fn continue_prompt<L: LinearOp>(
     if let Some(p) = args.top_p {
         sampling = sampling.top_p(p);
     }
-    let started = Instant::now();
-    let mut first_text = None;
-    let mut stdout = Ok(());
-    let result = sample::generate(decoder, tokenizer, &args.prompt, args.max_tokens, sampling, &mut |text| {
-        if first_text.is_none() {
-            first_text = Some(Instant::now());
-            stdout = print(&args.prompt);
+    sampling
+}
+
+/// Puts the text on stdout as it comes, the prompt first, and keeps the time.
+struct Writer<'a> {
+    prompt: &'a str,
+    started: Instant,
+    first_text: Option<Instant>,
+    stdout: Result<()>,
+}
+
+impl<'a> Writer<'a> {
+    fn new(prompt: &'a str) -> Self {
+        Self { prompt, started: Instant::now(), first_text: None, stdout: Ok(()) }
+    }
+
+    /// Breaks off when nobody reads any more.
+    fn write(&mut self, text: &str) -> ControlFlow<()> {
+        if self.first_text.is_none() {
+            self.first_text = Some(Instant::now());
+            self.stdout = print(self.prompt);
         }
-        if stdout.is_ok() {
-            stdout = print(text);
+        if self.stdout.is_ok() && !text.is_empty() {
+            self.stdout = print(text);
         }
-        if stdout.is_ok() { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
-    })?;
-    stdout?;
-    print("\n")?;
-    let (first, now) = (first_text.unwrap_or(started), Instant::now());
-    let rate = result.tokens.len().saturating_sub(1) as f64 / (now - first).as_secs_f64().max(1e-9);
-    reporter.say(&format!(
-        "{about}; prompt of {} tokens in {:.2} s, then {} tokens at {rate:.1} tokens/s",
-        result.prompt_tokens,
-        (first - started).as_secs_f64(),
-        result.tokens.len()
-    ));
-    Ok(())
+        if self.stdout.is_ok() { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
+    }
+
+    fn finish(self, result: &Generation, about: &str, reporter: &Reporter) -> Result<()> {
+        self.stdout?;
+        print("\n")?;
+        let (first, now) = (self.first_text.unwrap_or(self.started), Instant::now());
+        let rate = result.tokens.len().saturating_sub(1) as f64 / (now - first).as_secs_f64().max(1e-9);
+        reporter.say(&format!(
+            "{about}; prompt of {} tokens in {:.2} s, then {} tokens at {rate:.1} tokens/s",
+            result.prompt_tokens,
+            (first - self.started).as_secs_f64(),
+            result.tokens.len()
+        ));
+        Ok(())
+    }
 }

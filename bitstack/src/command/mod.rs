@@ -9,6 +9,7 @@ mod export;
 mod files;
 mod generate;
 mod import;
+mod keys;
 mod open;
 mod plot;
 mod progress;
@@ -70,6 +71,9 @@ fn dispatch(cli: &Cli) -> Result<ExitCode> {
         Command::Import(args) => import::run(args, &reporter),
         Command::Export(args) => export::run(args, &reporter),
         Command::Bench(Bench::Decompose(args)) => bench::decompose(args, &reporter),
+        Command::Bench(Bench::Kernels(args)) => bench::kernels(args, &reporter),
+        Command::Bench(Bench::Load(args)) => bench::load(args, &reporter),
+        Command::Bench(Bench::Decode(args)) => bench::decode(args, &reporter),
         Command::Demo(args) => demo::run(args, &reporter),
     }?;
     Ok(ExitCode::SUCCESS)

@@ -12,9 +12,23 @@ use std::path::Path;
 pub(crate) struct Stack {
     pub(crate) file: StackFile<File>,
     pub(crate) order: LoadOrder,
+    pub(crate) bits: Bits,
+}
+
+/// What bits per stacked weight are counted from.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Bits {
+    /// Resident bytes that are not stacked weights.
     pub(crate) base_bytes: u64,
-    /// Weights that are stacked, the denominator of bits per weight.
+    /// Weights that are stacked.
     pub(crate) n_stacked: u64,
+}
+
+impl Bits {
+    /// Bits per stacked weight when `resident_bytes` are loaded.
+    pub(crate) fn per_weight(self, resident_bytes: u64) -> f64 {
+        (resident_bytes - self.base_bytes) as f64 * 8.0 / self.n_stacked as f64
+    }
 }
 
 impl Stack {
@@ -35,7 +49,7 @@ impl Stack {
         let sizes = Sizes::new(base_bytes, file.block_sizes())?;
         let order = LoadOrder::from_weights(file.order(), &sizes)?;
         let n_stacked = file.weights().iter().map(|w| w.shape.n_elems() as u64).sum();
-        Ok(Self { file, order, base_bytes, n_stacked })
+        Ok(Self { file, order, bits: Bits { base_bytes, n_stacked } })
     }
 
     /// The plan for a budget; below the minimum an error that says what the least is.
@@ -46,11 +60,6 @@ impl Stack {
             ))),
             other => Ok(other?),
         }
-    }
-
-    /// Bits per stacked weight when `resident_bytes` are loaded.
-    pub(crate) fn bits_per_weight(&self, resident_bytes: u64) -> f64 {
-        (resident_bytes - self.base_bytes) as f64 * 8.0 / self.n_stacked as f64
     }
 
     /// `n` budgets, evenly spaced from the smallest size to the whole file.
