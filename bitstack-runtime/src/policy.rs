@@ -42,6 +42,8 @@ impl Policy {
 /// Where the model stands.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Model {
+    /// The budget set last. What a block more needs may be above the plan by more than a step.
+    pub(crate) budget_bytes: u64,
     /// Resident bytes of its plan.
     pub(crate) target_bytes: u64,
     /// Bytes that it has now.
@@ -110,8 +112,8 @@ impl Controller {
             return None;
         }
         let step = (model.target_bytes / 8).max((self.budgets.end() - self.budgets.start()) / 16).max(1);
-        let budget = fitting.min(model.target_bytes.saturating_add(step)).min(*self.budgets.end());
-        if budget <= model.target_bytes {
+        let budget = fitting.min(model.budget_bytes.saturating_add(step)).min(*self.budgets.end());
+        if budget <= model.budget_bytes {
             return None;
         }
         self.grown_at = Some(now);
@@ -143,6 +145,8 @@ mod tests {
         controller: Controller,
         now: Duration,
         model_bytes: u64,
+        budget_bytes: u64,
+        block_bytes: u64,
         stalled: Duration,
         /// Budgets set, with their times.
         changes: Vec<(Duration, u64)>,
@@ -152,7 +156,15 @@ mod tests {
         fn new(model_bytes: u64) -> Self {
             let policy = Policy { reserve_bytes: 1000 * MB, ..Policy::new(0) };
             let controller = Controller::new(policy, 1000 * MB..=10_000 * MB);
-            Self { controller, now: Duration::ZERO, model_bytes, stalled: Duration::ZERO, changes: Vec::new() }
+            Self {
+                controller,
+                now: Duration::ZERO,
+                model_bytes,
+                budget_bytes: model_bytes,
+                block_bytes: 50 * MB,
+                stalled: Duration::ZERO,
+                changes: Vec::new(),
+            }
         }
 
         /// Lets time pass; `others` says how much the others have after so many seconds, of 16,000 MB in all.
@@ -174,10 +186,12 @@ mod tests {
 
         fn tick(&mut self, reading: &Reading) {
             let target_bytes = self.model_bytes;
-            let model = Model { target_bytes, allocated_bytes: target_bytes, loading: false };
+            let budget_bytes = self.budget_bytes;
+            let model = Model { budget_bytes, target_bytes, allocated_bytes: target_bytes, loading: false };
             if let Some(budget) = self.controller.next(self.now, reading, model) {
                 assert!(self.controller.budgets.contains(&budget));
-                self.model_bytes = budget / (50 * MB) * (50 * MB); // what a plan of whole blocks has
+                self.budget_bytes = budget;
+                self.model_bytes = budget / self.block_bytes * self.block_bytes; // what a plan of whole blocks has
                 self.changes.push((self.now, budget));
             }
         }
@@ -201,6 +215,13 @@ mod tests {
         let gaps = world.changes.windows(2).map(|w| w[1].0 - w[0].0);
         assert!(gaps.min().unwrap() >= Duration::from_secs(1));
         assert!(world.changes.is_sorted(), "it only grows: {:?}", world.changes);
+    }
+
+    #[test]
+    fn blocks_larger_than_a_step_are_reached_too() {
+        let mut world = World::new(1000 * MB);
+        world.block_bytes = 1000 * MB;
+        assert_eq!(world.run(60, |_| 3000 * MB), 10_000 * MB);
     }
 
     #[test]
@@ -258,6 +279,7 @@ mod tests {
         let mut controller = Controller::new(policy, 1000 * MB..=10_000 * MB);
         let reading = |available: u64| Reading { available_bytes: Some(available * MB), ..Reading::default() };
         let model = |target: u64, allocated: u64, loading| Model {
+            budget_bytes: target * MB,
             target_bytes: target * MB,
             allocated_bytes: allocated * MB,
             loading,

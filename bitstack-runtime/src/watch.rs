@@ -58,6 +58,7 @@ fn watch<S>(model: &Shared<S>, policy: Policy, (stop, told): &(Mutex<bool>, Cond
     while !*stopped && !model.is_closed() {
         let status = model.status();
         let now = Model {
+            budget_bytes: status.budget_bytes,
             target_bytes: status.target_bytes,
             allocated_bytes: status.allocated_bytes,
             loading: status.loading,

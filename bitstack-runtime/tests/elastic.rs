@@ -3,7 +3,7 @@
 mod stacks;
 
 use bitstack_format::{BlockSource, StackFile};
-use bitstack_runtime::{Elastic, Options, RuntimeError, Start, Verify};
+use bitstack_runtime::{Elastic, Options, Policy, RuntimeError, Start, Verify, Watcher};
 use stacks::{Beyond, Gate, open, products, products_of};
 use std::sync::Arc;
 use std::time::Duration;
@@ -195,4 +195,36 @@ fn model_can_be_dropped_while_it_grows() {
         drop(model);
     });
     assert_eq!(Arc::strong_count(&source), 1, "the loader is gone");
+}
+
+#[test]
+#[cfg(target_os = "linux")]
+fn watcher_sets_the_budget_until_it_or_the_model_is_dropped() {
+    let source = Arc::new(Gate::new(stacks::small()));
+    let model = open(source.clone(), u64::MAX, TRUSTED);
+    let reached = |bytes: u64| {
+        let deadline = std::time::Instant::now() + Duration::from_secs(20);
+        let mut status = model.status();
+        while status.resident_bytes != bytes {
+            assert!(std::time::Instant::now() < deadline, "{bytes} bytes expected, {status:?}");
+            status = model.wait_change(status.change, Duration::from_secs(1));
+        }
+    };
+    // More is to be kept free than any machine has; then nothing, and at once.
+    let all = Policy { reserve_bytes: 1 << 60, ..Policy::new(0) };
+    let none = Policy { reserve_bytes: 0, hold: Duration::ZERO, pause: Duration::ZERO, stall_share: 1.0 };
+    let watcher = Watcher::start(&model, all).unwrap();
+    reached(model.order().minimum_bytes());
+    drop(watcher);
+    let watcher = Watcher::start(&model, none).unwrap();
+    reached(model.order().total_bytes());
+
+    let holders = Arc::strong_count(&source);
+    drop(model);
+    let deadline = std::time::Instant::now() + Duration::from_secs(20);
+    while Arc::strong_count(&source) > 1 {
+        assert!(std::time::Instant::now() < deadline, "of {holders} holders {} are left", Arc::strong_count(&source));
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    drop(watcher);
 }
