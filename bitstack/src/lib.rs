@@ -4,6 +4,8 @@
 pub use bitstack_core as core;
 #[cfg(feature = "cpu")]
 pub use bitstack_cpu as cpu;
+#[cfg(feature = "cuda")]
+pub use bitstack_cuda as cuda;
 #[cfg(feature = "decomp")]
 pub use bitstack_decomp as decomp;
 #[cfg(feature = "format")]

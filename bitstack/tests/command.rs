@@ -292,6 +292,17 @@ fn wrong_usage_has_status_2_and_says_what_is_right() {
 }
 
 #[test]
+fn sizes_may_be_left_to_the_system_and_the_first_text_need_not_wait_for_the_last_block() {
+    for rest in ["--memory auto", "--progressive", "--memory AUTO --progressive"] {
+        let output = line(&format!("generate {{}} --prompt Once --max-tokens 8 {rest}"), &[stack()]);
+        succeeds(&output);
+        assert!(stdout(&output).starts_with("Once"));
+        assert!(stderr(&output).contains("resident") && stderr(&output).contains("tokens/s"), "{}", stderr(&output));
+    }
+    fails(&line("generate {} --prompt Once --memory auto", &[&model()]), 2, &["one size", "compress"]);
+}
+
+#[test]
 fn the_same_seed_gives_the_same_text_and_greedy_needs_none() {
     let generate = |rest: &str| {
         let output = line(&format!("generate {{}} --prompt Once --max-tokens 16 {rest}"), &[stack()]);

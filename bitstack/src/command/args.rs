@@ -352,12 +352,15 @@ pub(crate) enum Bench {
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  bitstack bench kernels\n  bitstack bench kernels --rows 14336 --cols 4096 --json")]
 pub(crate) struct BenchKernels {
-    /// Rows (output features) of the weight.
-    #[arg(long, value_name = "N", default_value_t = 4096, value_parser = clap::value_parser!(u32).range(1..=1_048_576))]
-    pub(crate) rows: u32,
-    /// Columns (input features) of the weight, a multiple of 8.
-    #[arg(long, value_name = "N", default_value_t = 4096, value_parser = clap::value_parser!(u32).range(8..=1_048_576))]
-    pub(crate) cols: u32,
+    /// Where to compute; cuda needs a build with the feature of that name (cargo install bitstack --features cuda).
+    #[arg(long, value_enum, default_value_t = Device::Cpu)]
+    pub(crate) device: Device,
+    /// Rows (output features) of the weight [default: 4096; with cuda the shapes of models of 8 and 70 billion weights].
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1_048_576))]
+    pub(crate) rows: Option<u32>,
+    /// Columns (input features) of the weight, a multiple of 8 [default: as for rows].
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(8..=1_048_576))]
+    pub(crate) cols: Option<u32>,
     /// Memory to stream weights from; more than the caches hold. As much again is taken for dense weights.
     #[arg(long, value_name = "SIZE", default_value = "512MiB", value_parser = size::parse)]
     pub(crate) pool: u64,
@@ -367,6 +370,14 @@ pub(crate) struct BenchKernels {
     /// Print JSON.
     #[arg(long)]
     pub(crate) json: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Device {
+    /// The processor.
+    Cpu,
+    /// The first NVIDIA GPU.
+    Cuda,
 }
 
 #[derive(Debug, Args)]

@@ -1,6 +1,6 @@
 //! `bitstack bench`: speed on this machine, as ratios within one run.
 
-use super::args::{BenchDecode, BenchDecompose, BenchKernels, BenchLoad, ModelShape};
+use super::args::{BenchDecode, BenchDecompose, BenchKernels, BenchLoad, Device, ModelShape};
 use super::compress::peak_memory;
 use super::open::Stack;
 use super::progress::Reporter;
@@ -94,14 +94,18 @@ fn model_file(
 
 /// `bitstack bench kernels`
 pub(crate) fn kernels(args: &BenchKernels, reporter: &Reporter) -> Result<()> {
-    if !args.cols.is_multiple_of(8) {
-        return Err(usage(format!("--cols {}: give a multiple of 8", args.cols)));
+    if args.device == Device::Cuda {
+        return cuda_kernels(args, reporter);
+    }
+    let (rows, cols) = (args.rows.unwrap_or(4096), args.cols.unwrap_or(4096));
+    if !cols.is_multiple_of(8) {
+        return Err(usage(format!("--cols {cols}: give a multiple of 8")));
     }
     let pool = Pool::new(usize::try_from(args.pool)?).with_context(|| format!("--pool {}", args.pool))?;
     let best = Isa::detect();
     let case = Case {
-        rows: args.rows as usize,
-        cols: args.cols as usize,
+        rows: rows as usize,
+        cols: cols as usize,
         level: 1,
         rank: 1,
         tokens: 1,
@@ -118,19 +122,19 @@ pub(crate) fn kernels(args: &BenchKernels, reporter: &Reporter) -> Result<()> {
         cases.extend([4, 16, 64, 256].map(|tokens| Case { level: 4, tokens, threads, ..case }));
     }
     reporter.stage("measure (products)", cases.len() as u64);
-    let mut rows = Vec::new();
+    let mut measured = Vec::new();
     for case in cases {
         let time = Duration::try_from_secs_f64(args.seconds).map_err(|e| usage(format!("--seconds: {e}")))?;
-        let row = pool.measure(case, time)?.ok_or_else(|| {
-            usage(format!("--pool {}: smaller than one weight of {} x {}", args.pool, args.rows, args.cols))
-        })?;
-        rows.push(row);
+        let row = pool
+            .measure(case, time)?
+            .ok_or_else(|| usage(format!("--pool {}: smaller than one weight of {rows} x {cols}", args.pool)))?;
+        measured.push(row);
         reporter.advance(1);
     }
     reporter.finish();
     let threads = |t: Threads| if t == Threads::One { 1 } else { rayon::current_num_threads() };
     if args.json {
-        let values: Vec<_> = rows
+        let values: Vec<_> = measured
             .iter()
             .map(|m| {
                 json!({
@@ -145,11 +149,11 @@ pub(crate) fn kernels(args: &BenchKernels, reporter: &Reporter) -> Result<()> {
             .collect();
         return print(&format!("{:#}\n", serde_json::Value::Array(values)));
     }
-    let mut out = format!("{} x {}; {}\n", args.rows, args.cols, machine());
+    let mut out = format!("{rows} x {cols}; {}\n", machine());
     out.push_str("of read: compressed bytes per second over those of a plain read of the same memory\n");
     out.push_str("of dense: times faster than a dense product, bf16 for one token, f32 for more\n\n");
     out.push_str("isa           threads  rank  level  tokens        us    GB/s  of read  of dense\n");
-    for m in &rows {
+    for m in &measured {
         let _ = writeln!(
             out,
             "{:12}  {:7}  {:4}  {:5}  {:6}  {:8.1}  {:6.2}  {:7.2}  {:8.2}",
@@ -165,6 +169,44 @@ pub(crate) fn kernels(args: &BenchKernels, reporter: &Reporter) -> Result<()> {
         );
     }
     print(&out)
+}
+
+/// `bitstack bench kernels --device cuda`
+#[cfg(feature = "cuda")]
+fn cuda_kernels(args: &BenchKernels, reporter: &Reporter) -> Result<()> {
+    use bitstack_cuda::measure::{Cases, run};
+    let mut cases = Cases::default();
+    if args.rows.is_some() || args.cols.is_some() {
+        cases.shapes = vec![(args.rows.unwrap_or(4096) as usize, args.cols.unwrap_or(4096) as usize)];
+    }
+    let n_cases = cases.shapes.len() * cases.levels.len() * cases.ranks.len() * cases.batches.len();
+    reporter.stage("measure (products)", n_cases as u64);
+    let report = run(0, &cases, |_| reporter.advance(1))?;
+    reporter.finish();
+    if !args.json {
+        return print(&report.to_string());
+    }
+    let values: Vec<_> = report
+        .rows
+        .iter()
+        .map(|r| {
+            json!({
+                "device": report.device, "copy_bytes_per_second": report.copy_gigabytes_per_second * 1e9,
+                "rows": r.rows, "cols": r.cols, "rank": r.rank, "level": r.level, "tokens": r.tokens,
+                "kernel": format!("{:?}", r.method).to_lowercase(), "seconds": r.microseconds * 1e-6,
+                "compressed_bytes": r.compressed_bytes, "bytes_per_second": r.gigabytes_per_second * 1e9,
+                "of_copy": r.ratio_to_copy, "cublas_f16_seconds": r.cublas_microseconds.map(|us| us * 1e-6),
+                "relative_error": r.relative_error,
+            })
+        })
+        .collect();
+    print(&format!("{:#}\n", serde_json::Value::Array(values)))
+}
+
+/// `bitstack bench kernels --device cuda`
+#[cfg(not(feature = "cuda"))]
+fn cuda_kernels(_args: &BenchKernels, _reporter: &Reporter) -> Result<()> {
+    Err(usage("--device cuda: this build has no CUDA kernels; make one with `cargo install bitstack --features cuda`"))
 }
 
 /// `bitstack bench load`
