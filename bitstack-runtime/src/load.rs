@@ -16,9 +16,9 @@ use std::time::{Duration, Instant};
 const MAX_READERS: u32 = 4;
 /// A snapshot is published when the last one is this old, so that a growing model is soon of use, and when a job ends.
 const PUBLISH_EVERY: Duration = Duration::from_millis(20);
-/// While somebody works on a snapshot, the readers together are at work for about a quarter of the time, and rest this many times as
+/// While somebody works on a snapshot, the readers together are at work for about a sixth of the time, and rest this many times as
 /// long: a forward pass on all cores waits for the slowest of them.
-const REST: u32 = 3;
+const REST: u32 = 5;
 /// How much less a loading thread counts than one that computes, as `nice` has it: about a tenth.
 #[cfg(target_os = "linux")]
 const NICE: i32 = 10;

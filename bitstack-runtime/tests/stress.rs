@@ -90,7 +90,7 @@ fn memory_of_dropped_blocks_goes_back_to_the_system() {
     let rows = measure::load(&path, 2).unwrap();
     let operations: Vec<_> = rows.iter().map(|row| row.operation).collect();
     let (never, always) = (Operation::Grow(Verify::Never), Operation::Grow(Verify::Always));
-    let round = [Operation::Read, Operation::ReadToMemory, never, Operation::Shrink, always, Operation::Shrink];
+    let round = [Operation::Read, never, Operation::Shrink, always, Operation::Shrink];
     assert_eq!(operations, [round, round].concat());
     for row in rows {
         assert!(row.bytes > 28 << 20 && row.time.as_nanos() > 0, "{row:?}");
