@@ -5,8 +5,11 @@ use crate::kernel::{Line, Signs, scalar};
 use crate::{CpuError, Isa};
 use bitstack_core::{BasisRef, Level, SignView, ValuesRef};
 
-/// Rows of a task. Their product is kept as `tokens x rows` until all are done, so that tasks write apart from each other.
-const BLOCK_ROWS: usize = 256;
+/// At most so many rows are a task. Their product is kept as `tokens x rows` until all are done, so that tasks write apart from each other.
+const MAX_BLOCK_ROWS: usize = 256;
+
+/// Bytes of signs of a task over tables. While they are read from the second-level cache those of the next task are brought there.
+const BLOCK_BYTES: usize = 128 << 10;
 
 /// Rows rebuilt together.
 const TILE_ROWS: usize = 16;
@@ -209,26 +212,29 @@ struct Block<'a> {
 
 impl<'a> Block<'a> {
     /// Widens the coefficients of all blocks and calls `task` for each.
-    fn for_each(self, level: &Level<'_>, threads: Threads, task: &(impl Fn(Block<'_>) + Sync)) {
-        if self.rows <= BLOCK_ROWS {
+    fn for_each(self, level: &Level<'_>, block_rows: usize, threads: Threads, task: &(impl Fn(Block<'_>) + Sync)) {
+        if self.rows <= block_rows {
             widen_coefficients(level, self.first_row, self.rows, self.u);
             return task(self);
         }
-        let (top, bottom) = self.halves();
+        let (top, bottom) = self.halves(block_rows);
         match threads {
             Threads::One => {
-                top.for_each(level, threads, task);
-                bottom.for_each(level, threads, task);
+                top.for_each(level, block_rows, threads, task);
+                bottom.for_each(level, block_rows, threads, task);
             }
             Threads::Pool => {
-                rayon::join(|| top.for_each(level, threads, task), || bottom.for_each(level, threads, task));
+                rayon::join(
+                    || top.for_each(level, block_rows, threads, task),
+                    || bottom.for_each(level, block_rows, threads, task),
+                );
             }
         }
     }
 
-    fn halves(self) -> (Self, Self) {
+    fn halves(self, block_rows: usize) -> (Self, Self) {
         let Self { first_row, rows, y, u } = self;
-        let half = (rows / 2).next_multiple_of(BLOCK_ROWS);
+        let half = (rows / 2).next_multiple_of(block_rows);
         let (top_y, bottom_y) = y.split_at_mut(y.len() / rows * half);
         let (top_u, bottom_u) = u.split_at_mut(u.len() / rows * half);
         (
@@ -243,6 +249,7 @@ fn for_each_block(
     level: &Level<'_>,
     y: &mut [f32],
     tokens: usize,
+    block_rows: usize,
     threads: Threads,
     (blocks, u): (&mut Vec<f32>, &mut Vec<f32>),
     task: impl Fn(Block<'_>) + Sync,
@@ -251,12 +258,12 @@ fn for_each_block(
     let u = grown(u, rows * level.planes().len() * level.planes()[0].coefficients.rank());
     if tokens == 1 {
         y.fill(0.0);
-        return Block { first_row: 0, rows, y, u }.for_each(level, threads, &task);
+        return Block { first_row: 0, rows, y, u }.for_each(level, block_rows, threads, &task);
     }
     let blocks = grown(blocks, rows * tokens);
     blocks.fill(0.0);
-    Block { first_row: 0, rows, y: blocks, u }.for_each(level, threads, &task);
-    for (first_row, block) in (0..rows).step_by(BLOCK_ROWS).zip(blocks.chunks(BLOCK_ROWS * tokens)) {
+    Block { first_row: 0, rows, y: blocks, u }.for_each(level, block_rows, threads, &task);
+    for (first_row, block) in (0..rows).step_by(block_rows).zip(blocks.chunks(block_rows * tokens)) {
         let n = block.len() / tokens;
         for (y, block) in y.chunks_exact_mut(rows).zip(block.chunks_exact(n)) {
             y[first_row..][..n].copy_from_slice(block);
@@ -332,7 +339,8 @@ fn looked_up(
 
     let (all_tables, all_scales, basis_of_plane) = (&*all_tables, &*all_scales, &scratch.basis_of_plane);
     let row_bytes = cols.div_ceil(8);
-    for_each_block(level, y, tokens, threads, (&mut scratch.y, &mut scratch.u), |block| {
+    let block_rows = (BLOCK_BYTES / (row_bytes * planes.len())).clamp(16, MAX_BLOCK_ROWS) / 16 * 16;
+    for_each_block(level, y, tokens, block_rows, threads, (&mut scratch.y, &mut scratch.u), |block| {
         let Block { first_row, rows, y, u } = block;
         let (mut first_line, mut first_scale) = (0, 0);
         for (first, n) in groups(n_vectors) {
@@ -351,13 +359,10 @@ fn looked_up(
                             *v = Vector { scale, u: &u[(i * rank + k) * rows..][..rows], y: t * rows };
                         }
                     }
-                    // What is read next: the same columns of the next plane, the next columns, or the next rows.
-                    let next = if i + 1 < planes.len() {
-                        start(planes[i + 1].signs, first_row, first_byte)
-                    } else if first_byte + pass_bytes < row_bytes {
-                        start(planes[0].signs, first_row, first_byte + pass_bytes)
-                    } else {
-                        start(planes[0].signs, first_row + BLOCK_ROWS, 0)
+                    // The first group brings the next block's rows, in the order of memory; the others find their signs in the cache.
+                    let next = match first {
+                        0 => start(p.signs, first_row + block_rows).wrapping_add(rows * first_byte),
+                        _ => start(p.signs, first_row),
                     };
                     let signs = Signs::new(p.signs, first_row, rows, first_byte, run_bytes);
                     tables::pass(signs, tables, &vectors[..n], y, next);
@@ -370,9 +375,9 @@ fn looked_up(
     true
 }
 
-/// Where a row's signs from a byte on are, or would be: for prefetching only.
-fn start(signs: SignView<'_>, row: usize, byte: usize) -> *const u8 {
-    signs.as_bytes().as_ptr().wrapping_add(row * signs.cols().div_ceil(8) + byte)
+/// Where a row's signs are, or would be: for prefetching only.
+fn start(signs: SignView<'_>, row: usize) -> *const u8 {
+    signs.as_bytes().as_ptr().wrapping_add(row * signs.cols().div_ceil(8))
 }
 
 /// y[t, r] = Σ_plane Σ_k U[r, plane, k] · Σ_c S[r, c] z[k, t, c], with z[k, t] = V[k] ⊙ x[t] made once, in f32.
@@ -395,7 +400,7 @@ fn summed(level: &Level<'_>, x: &[f32], y: &mut [f32], tokens: usize, threads: T
         }
     }
     let (z, basis_of_plane) = (&*z, &scratch.basis_of_plane);
-    for_each_block(level, y, tokens, threads, (&mut scratch.y, &mut scratch.u), |block| {
+    for_each_block(level, y, tokens, MAX_BLOCK_ROWS, threads, (&mut scratch.y, &mut scratch.u), |block| {
         let Block { first_row, rows, y, u } = block;
         for (i, (p, &basis)) in planes.iter().zip(basis_of_plane).enumerate() {
             let z = &z[basis * basis_values..][..basis_values];
@@ -437,7 +442,7 @@ fn rebuilt(level: &Level<'_>, x: &[f32], y: &mut [f32], tokens: usize, threads: 
     }
 
     let (v, panels, basis_of_plane) = (&*v, &*panels, &scratch.basis_of_plane);
-    for_each_block(level, y, tokens, threads, (&mut scratch.y, &mut scratch.u), |block| {
+    for_each_block(level, y, tokens, MAX_BLOCK_ROWS, threads, (&mut scratch.y, &mut scratch.u), |block| {
         let Block { first_row, rows, y, u } = block;
         let mut w = [0.0f32; TILE_ROWS * TILE_COLS];
         for first_r in (0..rows).step_by(TILE_ROWS) {

@@ -24,9 +24,6 @@ const LARGEST: f32 = 32639.0;
 /// The smallest largest sum whose inverse is safely finite.
 const SMALLEST_MAX: f32 = 1e-30;
 
-/// Bytes of signs prefetched ahead of the loop.
-const AHEAD: usize = 16 << 10;
-
 /// See [`super::tables::build`].
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni")]
 pub(super) fn build(z: &[f32], tables: &mut [Line], vector: usize, vectors: usize) -> Option<f32> {
@@ -76,15 +73,10 @@ pub(super) fn pass<const V: usize>(
     y: &mut [f32],
     next: *const u8,
 ) {
-    let tiles = signs.rows.div_ceil(16);
-    let ahead = (AHEAD / (16 * signs.run_bytes.next_multiple_of(64))).clamp(1, 4);
-    for tile in 0..tiles {
-        let first_row = 16 * tile;
+    let tile_bytes = 16 * signs.run_bytes.next_multiple_of(64);
+    for (tile, first_row) in (0..signs.rows).step_by(16).enumerate() {
         let rows = (signs.rows - first_row).min(16);
-        let prefetched = match tile + ahead {
-            later if later < tiles => signs.pointer(16 * later),
-            later => next.wrapping_add(16 * (later - tiles) * signs.row_bytes),
-        };
+        let prefetched = next.wrapping_add(tile * tile_bytes);
         let sums = tile_sums::<V>(signs, first_row, rows, tables, prefetched);
         let lanes = lanes(rows);
         for (vector, sums) in vectors.iter().zip(sums) {
@@ -114,18 +106,23 @@ fn tile_sums<const V: usize>(
     let mut low = [[_mm512_setzero_si512(); V]; 2];
     for (chunk, tables) in tables.chunks_exact(4 * V * LINES).enumerate() {
         let lines = transposed(load_rows(signs, first_row, rows, 64 * chunk));
-        let prefetched = prefetched.wrapping_add(64 * chunk);
-        for (i, (line, tables)) in lines.into_iter().zip(tables.chunks_exact(4 * V)).enumerate() {
-            prefetch(prefetched.wrapping_add(i * signs.row_bytes));
-            // (line & nibble) | byte_of_dword
-            for (n, index) in [line, _mm512_srli_epi16::<4>(line)].into_iter().enumerate() {
-                let index = _mm512_ternarylogic_epi32::<0b1110_1010>(index, nibble, byte_of_dword);
+        let prefetched = prefetched.wrapping_add(64 * LINES * chunk);
+        // A loop that is not unrolled, over lines on the stack: unrolled, the compiler mixes the lines, which spills registers and
+        // bunches the prefetches.
+        for i in 0..LINES {
+            prefetch(prefetched.wrapping_add(64 * i));
+            let tables = &tables[4 * V * i..][..4 * V];
+            let mut index = lines[i];
+            for n in 0..2 {
+                // (index & nibble) | byte_of_dword
+                let groups = _mm512_ternarylogic_epi32::<0b1110_1010>(index, nibble, byte_of_dword);
                 for v in 0..V {
-                    let sums = _mm512_permutexvar_epi8(index, load_line(&tables[(n * V + v) * 2]));
+                    let sums = _mm512_permutexvar_epi8(groups, load_line(&tables[(n * V + v) * 2]));
                     high[n][v] = _mm512_dpbusd_epi32(high[n][v], ones, sums);
-                    let sums = _mm512_permutexvar_epi8(index, load_line(&tables[(n * V + v) * 2 + 1]));
+                    let sums = _mm512_permutexvar_epi8(groups, load_line(&tables[(n * V + v) * 2 + 1]));
                     low[n][v] = _mm512_dpbusd_epi32(low[n][v], ones, sums);
                 }
+                index = _mm512_srli_epi16::<4>(index);
             }
         }
     }

@@ -48,8 +48,8 @@ pub(crate) struct Vector<'a> {
     pub(crate) y: usize,
 }
 
-/// One pass over a plane: `y[v][r] += u[v][r] · scale[v] · Σ ± z[v]` over the columns of the pass and the rows of `signs`; `next` is where
-/// the signs of the pass after it begin.
+/// One pass over a plane: `y[v][r] += u[v][r] · scale[v] · Σ ± z[v]` over the columns of the pass and the rows of `signs`. From
+/// `next` on, as many bytes as it reads are brought into the second-level cache.
 pub(crate) fn pass(signs: Signs<'_>, tables: &[Line], vectors: &[Vector<'_>], y: &mut [f32], next: *const u8) {
     assert!(has(Isa::Avx512Vnni));
     assert!(vectors.iter().all(|v| v.u.len() == signs.rows && v.y <= y.len() && signs.rows <= y.len() - v.y));
