@@ -1,7 +1,7 @@
 //! The product: checks, what is prepared once per call, and the split into blocks of rows.
 
 use crate::kernel::tables::{self, Vector};
-use crate::kernel::{Line, Signs, scalar};
+use crate::kernel::{Line, Signs, codes, scalar};
 use crate::{CpuError, Isa};
 use bitstack_core::{BasisRef, Level, SignView, ValuesRef};
 
@@ -10,6 +10,9 @@ const MAX_BLOCK_ROWS: usize = 256;
 
 /// Bytes of signs of a task over tables. While they are read from the second-level cache those of the next task are brought there.
 const BLOCK_BYTES: usize = 128 << 10;
+
+/// Rows that are prefetched ahead where rows are read in turn.
+const AHEAD_ROWS: usize = 32;
 
 /// Rows rebuilt together.
 const TILE_ROWS: usize = 16;
@@ -23,8 +26,8 @@ const LANES: usize = 16;
 /// Tokens taken at once; more are taken in batches, so that the buffers stay small.
 const BATCH: usize = 64;
 
-/// Below this many products per plane (rank x tokens) each is summed straight from the bits, above W is rebuilt.
-const FEW: usize = 8;
+/// Up to so many tokens the products of each are summed straight from the bits, above W is rebuilt.
+const FEW: usize = 4;
 
 /// Over how many threads a product runs. The result is the same, bit for bit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -48,6 +51,9 @@ pub struct Scratch {
     /// The tables of z = v ⊙ x: `bases x groups of vectors x passes`, and the value of one step of each vector and pass.
     tables: Vec<Line>,
     scales: Vec<f32>,
+    /// The codes of z: `bases x rank x tokens x runs`, and how each is to be read.
+    codes: Vec<codes::Run>,
+    lanes: Vec<codes::Lanes>,
     /// `bases x rank x tokens x padded columns`: z.
     z: Vec<f32>,
     /// `bases x rank x padded columns`: the bases.
@@ -111,8 +117,10 @@ impl Kernel {
         scratch.find_bases(level);
         for (x, y) in x.chunks(BATCH * cols).zip(y.chunks_mut(BATCH * rows)) {
             let tokens = x.len() / cols;
-            let done = tables::has(self.isa) && looked_up(level, x, y, tokens, threads, scratch);
-            if !done && level.planes()[0].basis.rank() * tokens < FEW {
+            let few = tokens <= FEW;
+            let done = (tables::has(self.isa) && looked_up(level, x, y, tokens, threads, scratch))
+                || (few && codes::has(self.isa) && encoded(level, x, y, tokens, threads, scratch));
+            if !done && few {
                 summed(level, x, y, tokens, threads, scratch);
             } else if !done {
                 rebuilt(level, x, y, tokens, threads, scratch);
@@ -378,6 +386,68 @@ fn looked_up(
 /// Where a row's signs are, or would be: for prefetching only.
 fn start(signs: SignView<'_>, row: usize) -> *const u8 {
     signs.as_bytes().as_ptr().wrapping_add(row * signs.cols().div_ceil(8))
+}
+
+/// As [`looked_up`], from 16-bit codes of z.
+fn encoded(
+    level: &Level<'_>,
+    x: &[f32],
+    y: &mut [f32],
+    tokens: usize,
+    threads: Threads,
+    scratch: &mut Scratch,
+) -> bool {
+    let cols = level.shape().cols();
+    let (planes, rank) = (level.planes(), level.planes()[0].basis.rank());
+    let n_runs = cols.div_ceil(codes::RUN_COLS);
+    if n_runs * codes::RUN_COLS > codes::MAX_COLS {
+        return false;
+    }
+    let n_vectors = scratch.plane_of_basis.len() * rank * tokens;
+    let runs = grown(&mut scratch.codes, n_vectors * n_runs);
+    let lanes = grown(&mut scratch.lanes, n_vectors);
+    let v_row = grown(&mut scratch.v_row, cols);
+    let z_row = grown(&mut scratch.z_row, n_runs * codes::RUN_COLS);
+    z_row[cols..].fill(0.0);
+    let mut vectors = runs.chunks_exact_mut(n_runs).zip(&mut *lanes);
+    for &plane in &scratch.plane_of_basis {
+        for k in 0..rank {
+            widen(planes[plane].basis, k, v_row);
+            for (x, (runs, lanes)) in x.chunks_exact(cols).zip(&mut vectors) {
+                for ((z, v), x) in z_row.iter_mut().zip(&*v_row).zip(x) {
+                    *z = v * x;
+                }
+                match codes::encode(z_row, runs) {
+                    Some(l) => *lanes = l,
+                    None => return false,
+                }
+            }
+        }
+    }
+
+    let (runs, lanes, basis_of_plane) = (&*runs, &*lanes, &scratch.basis_of_plane);
+    for_each_block(level, y, tokens, MAX_BLOCK_ROWS, threads, (&mut scratch.y, &mut scratch.u), |block| {
+        let Block { first_row, rows, y, u } = block;
+        for (i, (p, &basis)) in planes.iter().zip(basis_of_plane).enumerate() {
+            for first in (0..rows).step_by(codes::ROWS) {
+                // Beyond the last row, the last again.
+                let bits = std::array::from_fn(|r| p.signs.row(first_row + (first + r).min(rows - 1)));
+                let ahead = start(p.signs, first_row + first + AHEAD_ROWS);
+                for k in 0..rank {
+                    for t in 0..tokens {
+                        let vector = (basis * rank + k) * tokens + t;
+                        let runs = &runs[vector * n_runs..][..n_runs];
+                        let sums = codes::signed_sums(bits, runs, &lanes[vector], ahead);
+                        let u = &u[(i * rank + k) * rows + first..(i * rank + k + 1) * rows];
+                        for ((y, u), sum) in y[t * rows + first..(t + 1) * rows].iter_mut().zip(u).zip(sums) {
+                            *y += u * sum;
+                        }
+                    }
+                }
+            }
+        }
+    });
+    true
 }
 
 /// y[t, r] = Σ_plane Σ_k U[r, plane, k] · Σ_c S[r, c] z[k, t, c], with z[k, t] = V[k] ⊙ x[t] made once, in f32.

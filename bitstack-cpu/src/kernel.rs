@@ -5,7 +5,10 @@ use std::marker::PhantomData;
 use bitstack_core::SignView;
 
 #[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
 mod avx512;
+pub(crate) mod codes;
 pub(crate) mod dense;
 pub(crate) mod scalar;
 pub(crate) mod tables;

@@ -1,0 +1,91 @@
+//! Sums over 16-bit codes of z, behind a safe interface: AVX2 and above.
+
+#[cfg(target_arch = "x86_64")]
+use super::avx2;
+use crate::Isa;
+
+/// Rows summed together.
+pub(crate) const ROWS: usize = 4;
+
+/// Columns of a run: a register of signs of one row.
+pub(crate) const RUN_COLS: usize = 256;
+
+/// The most columns whose sums fit in 32 bits: 2 · 32639 · MAX_COLS / 8 < 2^31.
+pub(crate) const MAX_COLS: usize = 1 << 17;
+
+/// The largest code, 127 · 256 + 127.
+const LARGEST: f32 = 32639.0;
+
+/// The smallest maximum whose inverse is safely finite.
+const SMALLEST_MAX: f32 = 1e-30;
+
+/// Codes of 256 columns, 256 · high + low: `[j][i]` is that of column 8i + j.
+#[derive(Debug, Clone, Copy, Default)]
+#[repr(C, align(64))]
+pub(crate) struct Run {
+    pub(super) high: [[i8; 32]; 8],
+    pub(super) low: [[i8; 32]; 8],
+}
+
+/// What a step of the codes is worth, by lane (columns 32L..32L + 32 of each run), and the sum of all codes in a lane.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Lanes {
+    steps: [f32; 8],
+    totals: [i32; 8],
+}
+
+/// Whether there are kernels for `isa` here.
+pub(crate) fn has(isa: Isa) -> bool {
+    cfg!(target_arch = "x86_64") && isa >= Isa::Avx2 && isa.is_available()
+}
+
+/// Makes the codes of `z`, padded with zeros to whole runs. `None` when they cannot represent it: a value is not finite, or all are tiny and
+/// not zero.
+pub(crate) fn encode(z: &[f32], runs: &mut [Run]) -> Option<Lanes> {
+    assert!(z.len() == RUN_COLS * runs.len() && z.len() <= MAX_COLS);
+    let mut largest = [0.0f32; 8];
+    let mut finite = true;
+    for z in z.as_chunks::<RUN_COLS>().0 {
+        for (largest, z) in largest.iter_mut().zip(z.as_chunks::<32>().0) {
+            for &z in z {
+                finite &= z.is_finite();
+                *largest = largest.max(z.abs());
+            }
+        }
+    }
+    let max = largest.iter().copied().fold(0.0, f32::max);
+    if !finite || (max > 0.0 && max < SMALLEST_MAX) {
+        return None;
+    }
+    // Lanes far below the largest may count as zero: they are lost in the sum.
+    let inverses = largest.map(|m| if m >= SMALLEST_MAX { LARGEST / m } else { 0.0 });
+    let mut lanes = Lanes { steps: largest.map(|m| m / LARGEST), totals: [0; 8] };
+    for (run, z) in runs.iter_mut().zip(z.as_chunks::<RUN_COLS>().0) {
+        for i in 0..32 {
+            for j in 0..8 {
+                let code = (z[8 * i + j] * inverses[i / 4]).round_ties_even() as i32;
+                lanes.totals[i / 4] += code;
+                (run.high[j][i], run.low[j][i]) = (((code + 128) >> 8) as i8, code as i8);
+            }
+        }
+    }
+    Some(lanes)
+}
+
+/// Σ ± z for each row; past the end of the signs z is zero. From `ahead` on, as many bytes as are read are brought into the second-level
+/// cache.
+pub(crate) fn signed_sums(rows: [&[u8]; ROWS], runs: &[Run], lanes: &Lanes, ahead: *const u8) -> [f32; ROWS] {
+    assert!(has(Isa::Avx2) && rows.iter().all(|r| r.len().div_ceil(RUN_COLS / 8) == runs.len()));
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: the only obligation is the target features, and the assertion above holds only if the CPU has them.
+    let sums = unsafe { avx2::sums(rows, runs, ahead) };
+    #[cfg(not(target_arch = "x86_64"))]
+    let sums = [[0i32; 8]; ROWS];
+    sums.map(|sums| {
+        let mut parts = [0.0; 8];
+        for i in 0..8 {
+            parts[i] = (2 * sums[i] - lanes.totals[i]) as f32 * lanes.steps[i];
+        }
+        ((parts[0] + parts[4]) + (parts[2] + parts[6])) + ((parts[1] + parts[5]) + (parts[3] + parts[7]))
+    })
+}
