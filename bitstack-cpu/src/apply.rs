@@ -1,7 +1,7 @@
 //! The product: checks, what is prepared once per call, and the split into blocks of rows.
 
 use crate::kernel::tables::{self, Vector};
-use crate::kernel::{Line, Signs, codes, scalar};
+use crate::kernel::{Line, Signs, codes, scalar, tile};
 use crate::{CpuError, Isa};
 use bitstack_core::{BasisRef, Level, SignView, ValuesRef};
 
@@ -14,20 +14,29 @@ const BLOCK_BYTES: usize = 128 << 10;
 /// Rows that are prefetched ahead where rows are read in turn.
 const AHEAD_ROWS: usize = 32;
 
-/// Rows rebuilt together.
-const TILE_ROWS: usize = 16;
-
-/// Columns rebuilt together: a tile of W is 16 KiB.
-const TILE_COLS: usize = 256;
-
-/// Tokens are padded to this many, the lanes of the widest register.
-const LANES: usize = 16;
-
 /// Tokens taken at once; more are taken in batches, so that the buffers stay small.
 const BATCH: usize = 64;
 
-/// Up to so many tokens the products of each are summed straight from the bits, above W is rebuilt.
+/// Up to so many tokens the products of each are summed from the bits where only the portable code is left, above W is rebuilt.
 const FEW: usize = 4;
+
+/// What a plane times a vector (a token and a column of the factors) costs from tables and from codes, and, where W is rebuilt, a
+/// plane, a plane and a column of its factors, and a token. Measured on Zen 4: only their ratios matter, and those only roughly.
+const TABLES_COST: usize = 8;
+const CODES_COST: usize = 33;
+const REBUILT_PLANE_COST: usize = 350;
+const REBUILT_FACTOR_COST: usize = 40;
+const REBUILT_TOKEN_COST: usize = 31;
+
+/// Whether products cost less from tables or codes than from W rebuilt.
+fn is_cheaper(level: &Level<'_>, tokens: usize, cost: usize) -> bool {
+    let (planes, rank) = (level.planes().len(), level.planes()[0].basis.rank());
+    let products = planes.saturating_mul(rank).saturating_mul(tokens * cost);
+    let factors = REBUILT_PLANE_COST.saturating_add(rank.saturating_mul(REBUILT_FACTOR_COST));
+    let rebuilt =
+        planes.saturating_mul(factors).saturating_add(tokens.next_multiple_of(tile::PANEL) * REBUILT_TOKEN_COST);
+    products <= rebuilt
+}
 
 /// Over how many threads a product runs. The result is the same, bit for bit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -58,8 +67,8 @@ pub struct Scratch {
     z: Vec<f32>,
     /// `bases x rank x padded columns`: the bases.
     v: Vec<f32>,
-    /// `panels x padded columns x LANES`: the tokens.
-    x: Vec<f32>,
+    /// `panels x padded columns`: the tokens.
+    x: Vec<[f32; tile::PANEL]>,
     /// The coefficients in f32: `blocks of rows x planes x rank x rows of the block`.
     u: Vec<f32>,
     /// The product: `blocks of rows x tokens x rows of the block`.
@@ -117,13 +126,16 @@ impl Kernel {
         scratch.find_bases(level);
         for (x, y) in x.chunks(BATCH * cols).zip(y.chunks_mut(BATCH * rows)) {
             let tokens = x.len() / cols;
-            let few = tokens <= FEW;
-            let done = (tables::has(self.isa) && looked_up(level, x, y, tokens, threads, scratch))
-                || (few && codes::has(self.isa) && encoded(level, x, y, tokens, threads, scratch));
-            if !done && few {
+            let done = (tables::has(self.isa)
+                && is_cheaper(level, tokens, TABLES_COST)
+                && looked_up(level, x, y, tokens, threads, scratch))
+                || (codes::has(self.isa)
+                    && is_cheaper(level, tokens, CODES_COST)
+                    && encoded(level, x, y, tokens, threads, scratch));
+            if !done && tokens <= FEW {
                 summed(level, x, y, tokens, threads, scratch);
             } else if !done {
-                rebuilt(level, x, y, tokens, threads, scratch);
+                rebuilt(self.isa, level, x, y, tokens, threads, scratch);
             }
         }
         Ok(())
@@ -488,25 +500,35 @@ fn summed(level: &Level<'_>, x: &[f32], y: &mut [f32], tokens: usize, threads: T
 }
 
 /// Rebuilds a tile of W at a time, in the cache, and multiplies all tokens by it.
-fn rebuilt(level: &Level<'_>, x: &[f32], y: &mut [f32], tokens: usize, threads: Threads, scratch: &mut Scratch) {
+fn rebuilt(
+    isa: Isa,
+    level: &Level<'_>,
+    x: &[f32],
+    y: &mut [f32],
+    tokens: usize,
+    threads: Threads,
+    scratch: &mut Scratch,
+) {
     let cols = level.shape().cols();
     let (planes, rank) = (level.planes(), level.planes()[0].basis.rank());
-    let padded = cols.next_multiple_of(8);
-    let width = tokens.next_multiple_of(LANES);
+    let padded = cols.next_multiple_of(tile::STRIP);
+    // Rows of a basis a power of two apart would fall on the same few lines of the cache.
+    let v_stride = padded + tile::STRIP;
+    let width = tokens.next_multiple_of(tile::PANEL);
 
-    let v = grown(&mut scratch.v, scratch.plane_of_basis.len() * rank * padded);
-    for (v, &plane) in v.chunks_exact_mut(rank * padded).zip(&scratch.plane_of_basis) {
-        for (k, v) in v.chunks_exact_mut(padded).enumerate() {
+    let v = grown(&mut scratch.v, scratch.plane_of_basis.len() * rank * v_stride);
+    for (v, &plane) in v.chunks_exact_mut(rank * v_stride).zip(&scratch.plane_of_basis) {
+        for (k, v) in v.chunks_exact_mut(v_stride).enumerate() {
             v[cols..].fill(0.0);
             widen(planes[plane].basis, k, &mut v[..cols]);
         }
     }
-    let panels = grown(&mut scratch.x, width * padded);
-    for (panel, x) in panels.chunks_exact_mut(padded * LANES).zip(x.chunks(LANES * cols)) {
-        panel.fill(0.0);
+    let panels = grown(&mut scratch.x, width / tile::PANEL * padded);
+    for (panel, x) in panels.chunks_exact_mut(padded).zip(x.chunks(tile::PANEL * cols)) {
+        panel.fill([0.0; tile::PANEL]);
         for (t, x) in x.chunks_exact(cols).enumerate() {
-            for (lanes, &x) in panel.as_chunks_mut::<LANES>().0.iter_mut().zip(x) {
-                lanes[t] = x;
+            for (tokens, &x) in panel.iter_mut().zip(x) {
+                tokens[t] = x;
             }
         }
     }
@@ -514,34 +536,34 @@ fn rebuilt(level: &Level<'_>, x: &[f32], y: &mut [f32], tokens: usize, threads: 
     let (v, panels, basis_of_plane) = (&*v, &*panels, &scratch.basis_of_plane);
     for_each_block(level, y, tokens, MAX_BLOCK_ROWS, threads, (&mut scratch.y, &mut scratch.u), |block| {
         let Block { first_row, rows, y, u } = block;
-        let mut w = [0.0f32; TILE_ROWS * TILE_COLS];
-        for first_r in (0..rows).step_by(TILE_ROWS) {
-            let tile_rows = TILE_ROWS.min(rows - first_r);
-            for first_col in (0..padded).step_by(TILE_COLS) {
-                let n = TILE_COLS.min(padded - first_col);
-                for (r, w) in (first_r..).zip(w.chunks_exact_mut(TILE_COLS).take(tile_rows)) {
-                    let w = &mut w[..n];
+        let mut w: tile::Tile = [[0.0; tile::COLS]; tile::ROWS];
+        for first_r in (0..rows).step_by(tile::ROWS) {
+            let tile_rows = tile::ROWS.min(rows - first_r);
+            let mut sums = [[[0.0; tile::PANEL]; tile::ROWS]; BATCH.div_ceil(tile::PANEL)];
+            for first_col in (0..cols).step_by(tile::COLS) {
+                let n = tile::COLS.min(cols - first_col);
+                for (r, w) in (first_r..).zip(&mut w[..tile_rows]) {
                     w.fill(0.0);
                     for (i, (p, &basis)) in planes.iter().zip(basis_of_plane).enumerate() {
-                        let mut m = [0.0f32; TILE_COLS];
-                        for k in 0..rank {
-                            let u = u[(i * rank + k) * rows + r];
-                            let v = &v[(basis * rank + k) * padded + first_col..][..n];
-                            for (m, v) in m.iter_mut().zip(v) {
-                                *m += u * v;
-                            }
-                        }
-                        scalar::add_signed(&p.signs.row(first_row + r)[first_col / 8..][..n / 8], &m[..n], w);
+                        let plane = tile::PlaneRow {
+                            bits: &p.signs.row(first_row + r)[first_col / 8..][..n.div_ceil(8)],
+                            u: &u[i * rank * rows + r..],
+                            u_stride: rows,
+                            v: &v[basis * rank * v_stride + first_col..],
+                            v_stride,
+                            rank,
+                        };
+                        tile::add_plane(isa, plane, w);
                     }
                 }
-                for (panel, y) in panels.chunks_exact(padded * LANES).zip(y.chunks_mut(LANES * rows)) {
-                    let x = &panel[first_col * LANES..][..n * LANES];
-                    for (r, w) in (first_r..).zip(w.chunks_exact(TILE_COLS).take(tile_rows)) {
-                        let sums = scalar::products(&w[..n], x.as_chunks().0);
-                        for (y, sum) in y.chunks_exact_mut(rows).zip(sums) {
-                            y[r] += sum;
-                        }
-                    }
+                for (panel, sums) in panels.chunks_exact(padded).zip(&mut sums) {
+                    tile::multiply(isa, &w, &panel[first_col..][..n], sums);
+                }
+            }
+            for (t, y) in y.chunks_exact_mut(rows).enumerate() {
+                let sums = &sums[t / tile::PANEL];
+                for (y, sums) in y[first_r..][..tile_rows].iter_mut().zip(sums) {
+                    *y = sums[t % tile::PANEL];
                 }
             }
         }

@@ -12,6 +12,7 @@ pub(crate) mod codes;
 pub(crate) mod dense;
 pub(crate) mod scalar;
 pub(crate) mod tables;
+pub(crate) mod tile;
 
 /// A register of a table, aligned for it.
 #[derive(Debug, Clone, Copy)]

@@ -1,7 +1,8 @@
 //! Every kernel against the definition in f64, over awkward shapes and every kind of stack.
 
 use bitstack_core::{Basis, Block, Coefficients, Level, Shape, SignMatrix, Values, WeightStack, f16};
-use bitstack_cpu::{Isa, Kernel, Scratch, Threads};
+use bitstack_cpu::{CpuError, Isa, Kernel, Scratch, Threads};
+use proptest::prelude::*;
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 
@@ -100,5 +101,143 @@ fn products_equal_the_definition_on_awkward_shapes() {
                 check(&stack, 3, &x, 1e-4, &format!("{rows} x {cols}, {kind:?}"));
             }
         }
+    }
+}
+
+#[test]
+fn products_equal_the_definition_at_every_level_rank_and_number_of_tokens() {
+    let mut rng = StdRng::seed_from_u64(2);
+    for rank in [1, 2, 4, 16] {
+        for own_bases in [false, true] {
+            let kind = Kind { rank, own_bases, refitted: !own_bases, eight_bit: rank % 4 == 0 };
+            let stack = stack(&mut rng, Shape::new(33, 213).unwrap(), 9, kind);
+            for level in 1..=9 {
+                for tokens in [level, level + 8, if level == 4 { 64 } else { 1 }, if level == 9 { 131 } else { 2 }] {
+                    let x: Vec<f32> = (0..tokens * 213).map(|_| gaussian(&mut rng)).collect();
+                    check(&stack, level, &x, 1e-4, &format!("level {level}, {kind:?}"));
+                }
+            }
+        }
+    }
+}
+
+/// What is promised of one token: relative to the product itself.
+fn relative_errors(x: &[f32], cols: usize, kind: Kind, seed: u64) -> Vec<(Isa, f64)> {
+    let mut rng = StdRng::seed_from_u64(seed);
+    let stack = stack(&mut rng, Shape::new(256, cols).unwrap(), 2, kind);
+    let level = stack.level(2).unwrap();
+    let expected = level.matvec(x).unwrap();
+    let norm = expected.iter().map(|y| y * y).sum::<f64>().sqrt();
+    let error = |isa| {
+        let mut y = vec![0.0; 256];
+        Kernel::with_isa(isa).unwrap().apply(&level, x, &mut y, Threads::One, &mut Scratch::default()).unwrap();
+        let error = y.iter().zip(&expected).map(|(&a, b)| (f64::from(a) - b).powi(2)).sum::<f64>().sqrt();
+        (isa, error / norm)
+    };
+    Isa::available().map(error).collect()
+}
+
+#[test]
+fn errors_are_within_1e_4_on_gaussian_data_and_5e_4_with_outliers() {
+    let mut rng = StdRng::seed_from_u64(3);
+    for kind in [KINDS[0], KINDS[1], Kind { rank: 16, own_bases: true, refitted: false, eight_bit: false }] {
+        for cols in [1024, 4096] {
+            let mut x: Vec<f32> = (0..cols).map(|_| gaussian(&mut rng)).collect();
+            for (isa, error) in relative_errors(&x, cols, kind, 4) {
+                assert!(error < 1e-4, "{isa}, {cols} columns, {kind:?}: {error:e}");
+            }
+            for i in 0..8 {
+                x[(i * 997 + 123) % cols] *= 50.0;
+            }
+            for (isa, error) in relative_errors(&x, cols, kind, 5) {
+                assert!(error < 5e-4, "{isa}, {cols} columns, {kind:?}, outliers: {error:e}");
+            }
+        }
+    }
+}
+
+#[test]
+fn zero_tiny_and_huge_inputs_keep_their_relative_error() {
+    let mut rng = StdRng::seed_from_u64(6);
+    let stack = stack(&mut rng, Shape::new(40, 600).unwrap(), 3, KINDS[1]);
+    for scale in [0.0, 1e-36, 1e-20, 1e20, 1e33] {
+        for tokens in [1, 3, 20] {
+            let x: Vec<f32> = (0..tokens * 600).map(|_| scale * gaussian(&mut rng)).collect();
+            check(&stack, 3, &x, 1e-4, &format!("inputs of {scale:e}"));
+        }
+    }
+}
+
+#[test]
+fn what_is_not_finite_stays_so() {
+    let mut rng = StdRng::seed_from_u64(7);
+    for kind in KINDS {
+        let stack = stack(&mut rng, Shape::new(19, 530).unwrap(), 2, kind);
+        let level = stack.level(2).unwrap();
+        for isa in Isa::available() {
+            for tokens in [1, 2, 20] {
+                for (bad, at) in [(f32::NAN, 3), (f32::INFINITY, 529), (f32::NEG_INFINITY, 0)] {
+                    let mut x: Vec<f32> = (0..tokens * 530).map(|_| gaussian(&mut rng)).collect();
+                    let last = (tokens - 1) * 530;
+                    x[last + at] = bad;
+                    let expected = level.matvec(&x[last..]).unwrap();
+                    let mut y = vec![0.0; tokens * 19];
+                    let kernel = Kernel::with_isa(isa).unwrap();
+                    kernel.apply(&level, &x, &mut y, Threads::One, &mut Scratch::default()).unwrap();
+                    let (finite, last) = y.split_at((tokens - 1) * 19);
+                    assert!(finite.iter().all(|y| y.is_finite()), "{isa}: other tokens");
+                    for (y, expected) in last.iter().zip(expected) {
+                        // Planes are added up in another order, or as one weight: infinite may be NaN or the other way round.
+                        assert!(expected.is_finite() == y.is_finite(), "{isa}, {tokens} tokens: {y}, not {expected}");
+                        assert!(!expected.is_nan() || y.is_nan() || bad.is_infinite(), "{isa}: {y}, not {expected}");
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn wrong_lengths_are_rejected_and_no_tokens_are_fine() {
+    let mut rng = StdRng::seed_from_u64(8);
+    let stack = stack(&mut rng, Shape::new(3, 5).unwrap(), 1, KINDS[0]);
+    let level = stack.level(1).unwrap();
+    let mut y = [7.0; 6];
+    let mut apply =
+        |x: &[f32], n: usize| Kernel::detect().apply(&level, x, &mut y[..n], Threads::One, &mut Scratch::default());
+    assert_eq!(apply(&[0.0; 7], 3), Err(CpuError::PartialToken { cols: 5, len: 7 }));
+    assert_eq!(apply(&[0.0; 10], 5), Err(CpuError::OutputLength { tokens: 2, rows: 3, expected: 6, actual: 5 }));
+    assert_eq!(apply(&[], 0), Ok(()));
+    assert_eq!(y, [7.0; 6]);
+}
+
+#[test]
+#[expect(clippy::print_stderr, reason = "says what the tests above did not run")]
+fn instructions_that_are_missing_give_no_kernel() {
+    for isa in Isa::ALL {
+        assert_eq!(Kernel::with_isa(isa).is_some(), isa.is_available());
+        assert_eq!(isa.is_available(), Isa::available().any(|i| i == isa));
+        if !isa.is_available() {
+            eprintln!("skipped: this CPU has no {isa}");
+        }
+    }
+    assert_eq!(Kernel::detect().isa(), Isa::available().last().unwrap());
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+    #[test]
+    fn products_equal_the_definition(
+        (rows, cols, blocks, tokens) in (1usize..600, 1usize..700, 1usize..5, 1usize..20),
+        (rank, own_bases, refitted, eight_bit) in (1usize..5, any::<bool>(), any::<bool>(), any::<bool>()),
+        seed: u64,
+    ) {
+        let mut rng = StdRng::seed_from_u64(seed);
+        // The definition takes a while: fewer rows for many columns.
+        let rows = rows.min(40_000 / cols).max(1);
+        let kind = Kind { rank, own_bases, refitted, eight_bit };
+        let stack = stack(&mut rng, Shape::new(rows, cols).unwrap(), blocks, kind);
+        let x: Vec<f32> = (0..tokens * cols).map(|_| gaussian(&mut rng)).collect();
+        check(&stack, blocks, &x, 1e-4, &format!("{rows} x {cols}, {kind:?}"));
     }
 }

@@ -29,7 +29,7 @@ pub(super) fn sums(rows: [&[u8]; ROWS], runs: &[Run], ahead: *const u8) -> [[i32
             for r in 0..ROWS {
                 bits[r] = load_bits(&rows[r][first..]);
             }
-            for r in 0..ROWS / 2 {
+            for r in 0..ROWS * 32 / 64 {
                 prefetch(ahead.wrapping_add(ROWS * first + 64 * r));
             }
             spread_and_multiply(bits, run, &mut high, &mut low);

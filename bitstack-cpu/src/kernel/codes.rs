@@ -5,7 +5,7 @@ use super::avx2;
 use crate::Isa;
 
 /// Rows summed together.
-pub(crate) const ROWS: usize = 4;
+pub(crate) const ROWS: usize = 2;
 
 /// Columns of a run: a register of signs of one row.
 pub(crate) const RUN_COLS: usize = 256;
