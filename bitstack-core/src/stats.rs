@@ -1,6 +1,9 @@
 use crate::CoreError;
 use ndarray::linalg::general_mat_mul;
-use ndarray::{Array2, ArrayView2};
+use ndarray::{Array2, ArrayView2, Axis, Slice};
+
+/// Rows of H whose products are held at a time.
+const PANEL: usize = 512;
 
 /// How much to keep of the inputs of a weight.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -63,9 +66,16 @@ impl ActivationStats {
             return Err(CoreError::NotFinite { what: "squared activations", index });
         }
         if let Some(gram) = &mut self.gram {
-            let mut product = Array2::<f32>::zeros((self.cols, self.cols));
-            general_mat_mul(1.0, &x.t(), &x, 0.0, &mut product);
-            gram.zip_mut_with(&product, |g, &p| *g += f64::from(p));
+            // Rows of the lower triangle, some at a time: the products take little memory beside the sums.
+            for first in (0..self.cols).step_by(PANEL) {
+                let end = self.cols.min(first + PANEL);
+                let (rows, cols) = (Slice::from(first..end), Slice::from(..end));
+                let (left, right) = (x.slice_axis(Axis(1), rows), x.slice_axis(Axis(1), cols));
+                let mut product = Array2::<f32>::zeros((end - first, end));
+                general_mat_mul(1.0, &left.t(), &right, 0.0, &mut product);
+                let mut sums = gram.slice_axis_mut(Axis(0), rows);
+                sums.slice_axis_mut(Axis(1), cols).zip_mut_with(&product, |g, &p| *g += f64::from(p));
+            }
         }
         for (c, square) in squares.into_iter().enumerate() {
             self.sum_square[c] += square;
@@ -98,9 +108,32 @@ impl ActivationStats {
 
     /// H = XᵀX / tokens, exactly symmetric, `cols x cols`; `None` when only the diagonal is collected.
     pub fn gram(&self) -> Option<Array2<f64>> {
-        let gram = self.gram.as_ref()?;
-        Some((gram + &gram.t()) / (2.0 * self.tokens.max(1) as f64))
+        self.gram.clone().map(|sums| symmetric(sums, self.tokens))
     }
+
+    /// [`ActivationStats::gram`] without a copy of it: from here on, only the diagonal is there and collected.
+    pub fn take_gram(&mut self) -> Option<Array2<f64>> {
+        self.gram.take().map(|sums| symmetric(sums, self.tokens))
+    }
+}
+
+/// The mean over tokens, from sums of which the lower triangle counts.
+fn symmetric(mut sums: Array2<f64>, tokens: u64) -> Array2<f64> {
+    const TILE: usize = 64;
+    let n = sums.nrows();
+    let tokens = tokens.max(1) as f64;
+    for rows in (0..n).step_by(TILE) {
+        for cols in (0..=rows).step_by(TILE) {
+            for i in rows..n.min(rows + TILE) {
+                for j in cols..(cols + TILE).min(i + 1) {
+                    let mean = sums[[i, j]] / tokens;
+                    sums[[i, j]] = mean;
+                    sums[[j, i]] = mean;
+                }
+            }
+        }
+    }
+    sums
 }
 
 #[cfg(test)]
@@ -114,7 +147,7 @@ mod tests {
         let mut whole = ActivationStats::new(5, Collect::Gram);
         whole.update(x.view()).unwrap();
         let mut parts = ActivationStats::new(5, Collect::Gram);
-        let (first, second) = x.view().split_at(ndarray::Axis(0), 4);
+        let (first, second) = x.view().split_at(Axis(0), 4);
         parts.update(first).unwrap();
         parts.update(second).unwrap();
         // Small integers: every sum is exact.
@@ -122,6 +155,17 @@ mod tests {
         assert_eq!(whole.gram().unwrap().diag().to_vec(), whole.mean_square());
         assert_eq!(whole.gram().unwrap(), x.mapv(f64::from).t().dot(&x.mapv(f64::from)) / 11.0);
         assert_eq!((parts.tokens(), parts.cols()), (11, 5));
+    }
+
+    #[test]
+    fn a_gram_matrix_of_several_panels_and_tiles_is_whole_and_symmetric() {
+        let x = Array2::from_shape_fn((7, PANEL + 70), |(t, c)| ((t * 5 + c * 3) % 11) as f32 - 5.0);
+        let mut stats = ActivationStats::new(x.ncols(), Collect::Gram);
+        stats.update(x.view()).unwrap();
+        let expected = x.mapv(f64::from).t().dot(&x.mapv(f64::from)) / 7.0;
+        assert_eq!(stats.gram().unwrap(), expected);
+        assert_eq!(stats.take_gram().unwrap(), expected);
+        assert_eq!((stats.gram(), stats.mean_square()), (None, expected.diag().to_vec()));
     }
 
     #[test]

@@ -46,7 +46,29 @@ pub fn write_atomically<T>(
     existing: Existing,
     write: impl FnOnce(&mut dyn Write) -> Result<T, FormatError>,
 ) -> Result<T, FormatError> {
-    create(&Disk, path.as_ref(), existing, write)
+    let path = path.as_ref();
+    create(&Disk, directory_of(path), path, existing, write)
+}
+
+/// [`write_atomically`] with the temporary file in another directory of the same file system, such as one that is swept up after a
+/// process was killed.
+///
+/// # Errors
+/// As [`write_atomically`].
+pub fn write_atomically_through<T>(
+    dir: impl AsRef<Path>,
+    path: impl AsRef<Path>,
+    existing: Existing,
+    write: impl FnOnce(&mut dyn Write) -> Result<T, FormatError>,
+) -> Result<T, FormatError> {
+    create(&Disk, dir.as_ref(), path.as_ref(), existing, write)
+}
+
+fn directory_of(path: &Path) -> &Path {
+    match path.parent() {
+        Some(dir) if !dir.as_os_str().is_empty() => dir,
+        _ => Path::new("."),
+    }
 }
 
 /// The operations on the file system that creating a file takes; a trait so that tests can let any one of them fail.
@@ -98,6 +120,7 @@ impl FileSystem for Disk {
 
 fn create<T, F: FileSystem>(
     files: &F,
+    temporary: &Path,
     path: &Path,
     existing: Existing,
     write: impl FnOnce(&mut dyn Write) -> Result<T, FormatError>,
@@ -110,12 +133,8 @@ fn create<T, F: FileSystem>(
     if path.is_dir() {
         return Err(failed("create", io::ErrorKind::IsADirectory.into()));
     }
-    let dir = match path.parent() {
-        Some(dir) if !dir.as_os_str().is_empty() => dir,
-        _ => Path::new("."),
-    };
     let prefix = format!(".{}.", name.to_string_lossy());
-    let file = files.create_temporary(dir, &prefix).map_err(|e| failed("create", e))?;
+    let file = files.create_temporary(temporary, &prefix).map_err(|e| failed("create", e))?;
 
     let mut out = BufWriter::with_capacity(BUFFER_BYTES, file);
     let written = write(&mut out).and_then(|value| Ok(out.flush().map(|()| value)?));
@@ -132,7 +151,7 @@ fn create<T, F: FileSystem>(
         (Existing::Replace, _) => failed("replace", e),
     })?;
     // The name is durable only once the directory is.
-    files.sync_dir(dir).map_err(|e| failed("sync the directory of", e))?;
+    files.sync_dir(directory_of(path)).map_err(|e| failed("sync the directory of", e))?;
     Ok(value)
 }
 
@@ -235,7 +254,7 @@ mod tests {
             }
             let left = Rc::new(Cell::new(Some(n)));
             let files = Faulty { fault, left: Rc::clone(&left) };
-            let result = create(&files, &path, existing, |out| {
+            let result = create(&files, dir.path(), &path, existing, |out| {
                 contents.chunks(100_000).try_for_each(|part| out.write_all(part)).map_err(FormatError::from)
             });
             let names: Vec<_> = dir.path().read_dir().unwrap().map(|entry| entry.unwrap().file_name()).collect();

@@ -182,6 +182,16 @@ impl BlockParts {
         std::iter::once(self.signs).chain(factors.flat_map(|f| std::iter::once(f.values).chain(f.scales)))
     }
 
+    /// The same parts with other indices.
+    pub(crate) fn map<E>(self, mut to: impl FnMut(usize) -> Result<usize, E>) -> Result<Self, E> {
+        let mut factor = |f: FactorParts| -> Result<FactorParts, E> {
+            Ok(FactorParts { values: to(f.values)?, scales: f.scales.map(&mut to).transpose()? })
+        };
+        let basis = self.basis.map(&mut factor).transpose()?;
+        let coefficients = factor(self.coefficients)?;
+        Ok(Self { signs: to(self.signs)?, basis, coefficients })
+    }
+
     /// The last of them.
     pub(crate) fn last(&self) -> usize {
         self.coefficients.scales.unwrap_or(self.coefficients.values)

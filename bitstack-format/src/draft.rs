@@ -4,21 +4,23 @@ use crate::catalog::{
 };
 use crate::tensor::wrong;
 use crate::write::write_stack;
-use crate::{BlockKind, BlockSource, Dtype, FormatError, Tensor, TensorInfo, WeightInfo, WriteAt};
+use crate::{BlockKind, BlockSource, Dtype, FormatError, ReadAt, StackFile, Tensor, TensorInfo, WeightInfo, WriteAt};
 use bitstack_core::{Block, BlockLayout, BlockRef, CoreError, Shape, ValuesRef, f16};
 use bitstack_pack::row_bytes;
 use std::borrow::Cow;
 use std::collections::BTreeMap;
-use std::io::Write;
+use std::fs::File;
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
 /// A stack in the making: everything goes to a scratch file as it comes, weight after weight, and [`Draft::finish`] puts it in load order.
 ///
-/// The scratch file has no name and is gone with the draft, however the program ends. A draft can be read like a file
+/// The scratch file has no name and is gone with the draft, however the program ends. Blocks that must outlive the program are written
+/// to small files of their own, which a draft takes in without copying ([`Draft::add_blocks_of`]). A draft can be read like a file
 /// ([`BlockSource`]), to measure what an order is made from.
 #[derive(Debug)]
 pub struct Draft {
-    scratch: Box<dyn WriteAt>,
+    storage: Storage,
     /// Where the scratch file is, for errors.
     place: PathBuf,
     len_bytes: u64,
@@ -47,7 +49,8 @@ impl Draft {
     /// # assert!(bitstack_format::BlockSource::weights(&draft).is_empty());
     /// ```
     pub fn create_on(scratch: impl WriteAt + 'static, place: impl Into<PathBuf>) -> Self {
-        Self { scratch: Box::new(scratch), place: place.into(), len_bytes: 0, catalog: Catalog::default() }
+        let storage = Storage { scratch: Box::new(scratch), parts: Vec::new() };
+        Self { storage, place: place.into(), len_bytes: 0, catalog: Catalog::default() }
     }
 
     /// Notes where the stack comes from, under a key of the caller's: a model's name, options, a version. A key given again is replaced.
@@ -143,6 +146,61 @@ impl Draft {
         }
     }
 
+    /// Adds all blocks of the weights of a file, each a weight of this draft that has none yet. Nothing is copied: the draft reads from the
+    /// file, which has to stay as it is. On an error the draft is as it was.
+    ///
+    /// # Errors
+    /// As [`StackFile::open_path`], with the path: [`FormatError::Missing`] when the file is cut, [`FormatError::NoSuch`] for a weight
+    /// that the draft does not have, [`FormatError::Duplicate`] for one that has blocks, [`FormatError::Tensor`] for one that is not
+    /// the same in shape, rank or method. Blocks are compared with their hashes when they are read.
+    pub fn add_blocks_of(&mut self, path: impl AsRef<Path>) -> Result<(), FormatError> {
+        let path = path.as_ref();
+        let at = |source| FormatError::At { path: path.to_owned(), source: Box::new(source) };
+        let file = StackFile::open_path(path)?;
+        if let Some(missing) = file.missing() {
+            return Err(at(FormatError::Missing { name: missing.first.clone() }));
+        }
+        let len_bytes = file.size_bytes();
+        let theirs = file.into_catalog();
+        let mut indices = Vec::with_capacity(theirs.weights.len());
+        for weight in &theirs.weights {
+            let name = &weight.name;
+            let i = self
+                .weight_index(name)
+                .ok_or_else(|| at(FormatError::NoSuch { what: "weight", name: name.clone() }))?;
+            let ours = &self.catalog.weights[i];
+            if ours.n_blocks() > 0 {
+                return Err(at(FormatError::Duplicate { name: name.clone() }));
+            }
+            let same = |what, theirs: &dyn std::fmt::Display, ours: &dyn std::fmt::Display| {
+                let (theirs, ours) = (theirs.to_string(), ours.to_string());
+                if theirs == ours { Ok(()) } else { Err(at(wrong(name, what, theirs, ours))) }
+            };
+            same("the shape", &weight.shape, &ours.shape)?;
+            same("the rank", &weight.rank, &ours.rank)?;
+            same("the method", &weight.method, &ours.method)?;
+            indices.push(i);
+        }
+        let mut parts =
+            theirs.blocks.iter().flatten().flat_map(BlockParts::tensors).map(|t| &theirs.tensors[t].info.name);
+        if let Some(name) = parts.find(|name| self.catalog.contains(name)) {
+            return Err(at(FormatError::Duplicate { name: name.clone() }));
+        }
+        let start = self.storage.parts.last().map_or(FIRST_PART, |p| p.start + p.len_bytes);
+        for ((i, weight), blocks) in indices.into_iter().zip(theirs.weights).zip(theirs.blocks) {
+            self.catalog.weights[i].blocks = weight.blocks;
+            for parts in blocks {
+                let parts = parts.map(|t| {
+                    let stored = &theirs.tensors[t];
+                    self.catalog.add(Stored { offset_bytes: start + stored.offset_bytes, ..stored.clone() })
+                })?;
+                self.catalog.blocks[i].push(parts);
+            }
+        }
+        self.storage.parts.push(Part { path: path.to_owned(), start, len_bytes });
+        Ok(())
+    }
+
     /// Writes the file: companion files, unstacked tensors, then the blocks of `order`. Every byte is compared with its hash on the
     /// way. Calls `progress` with the bytes done and the bytes in all; returns the bytes written. The draft stays as it is, so several
     /// orders can be written. The same contents and order give the same bytes.
@@ -159,7 +217,7 @@ impl Draft {
         out: impl Write,
         progress: &mut dyn FnMut(u64, u64),
     ) -> Result<u64, FormatError> {
-        self.placed(write_stack(&self.catalog, &*self.scratch, order, out, progress))
+        self.placed(write_stack(&self.catalog, &self.storage, order, out, progress))
     }
 
     /// Says of a failed read where it failed.
@@ -175,7 +233,7 @@ impl Draft {
         if info.len_bytes != bytes.len() as u64 {
             return Err(wrong(&info.name, "the number of bytes", bytes.len(), info.len_bytes));
         }
-        self.scratch.write_all_at(bytes, self.len_bytes).map_err(|source| FormatError::File {
+        self.storage.scratch.write_all_at(bytes, self.len_bytes).map_err(|source| FormatError::File {
             operation: "write to a scratch file in",
             path: self.place.clone(),
             source,
@@ -230,6 +288,42 @@ impl Draft {
     }
 }
 
+/// Where the parts begin in the addresses of a [`Storage`]; the scratch file is below.
+const FIRST_PART: u64 = 1 << 62;
+
+/// The scratch file and the files taken in, one after another.
+#[derive(Debug)]
+struct Storage {
+    scratch: Box<dyn WriteAt>,
+    /// By their starts.
+    parts: Vec<Part>,
+}
+
+/// A file taken in. It is opened for each read: a large model has more of them than a process may have open.
+#[derive(Debug)]
+struct Part {
+    path: PathBuf,
+    start: u64,
+    len_bytes: u64,
+}
+
+impl ReadAt for Storage {
+    fn size_bytes(&self) -> io::Result<u64> {
+        self.parts.last().map_or_else(|| self.scratch.size_bytes(), |p| Ok(p.start + p.len_bytes))
+    }
+
+    fn read_exact_at(&self, buf: &mut [u8], offset_bytes: u64) -> io::Result<()> {
+        match self.parts.partition_point(|p| p.start <= offset_bytes).checked_sub(1) {
+            None => self.scratch.read_exact_at(buf, offset_bytes),
+            Some(i) => {
+                let Part { path, start, .. } = &self.parts[i];
+                let read = File::open(path).and_then(|file| file.read_exact_at(buf, offset_bytes - start));
+                read.map_err(|e| io::Error::new(e.kind(), format!("{}: {e}", path.display())))
+            }
+        }
+    }
+}
+
 impl BlockSource for Draft {
     fn weights(&self) -> &[WeightInfo] {
         &self.catalog.weights
@@ -248,15 +342,15 @@ impl BlockSource for Draft {
     }
 
     fn read_tensor(&self, name: &str) -> Result<Tensor, FormatError> {
-        self.placed(self.catalog.load_tensor(&*self.scratch, self.catalog.tensor_index(name)?))
+        self.placed(self.catalog.load_tensor(&self.storage, self.catalog.tensor_index(name)?))
     }
 
     fn read_file(&self, name: &str) -> Result<Vec<u8>, FormatError> {
-        self.placed(self.catalog.load_bytes(&*self.scratch, self.catalog.file_index(name)?))
+        self.placed(self.catalog.load_bytes(&self.storage, self.catalog.file_index(name)?))
     }
 
     fn read_block(&self, weight: usize, block: usize) -> Result<Block, FormatError> {
-        self.placed(self.catalog.load_block(&*self.scratch, weight, block))
+        self.placed(self.catalog.load_block(&self.storage, weight, block))
     }
 }
 

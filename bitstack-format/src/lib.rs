@@ -14,7 +14,7 @@ mod source;
 mod tensor;
 mod write;
 
-pub use atomic::{Existing, write_atomically};
+pub use atomic::{Existing, write_atomically, write_atomically_through};
 pub use catalog::{BlockKind, BlockSource, WeightInfo};
 pub use directory::write_directory_atomically;
 pub use draft::Draft;

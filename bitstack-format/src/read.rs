@@ -327,6 +327,11 @@ impl<S: ReadAt> StackFile<S> {
         self.placed(self.catalog.read_block_bytes(&self.source, weight, block, verify, bytes))
     }
 
+    /// The catalog, offsets being from the start of the file.
+    pub(crate) fn into_catalog(self) -> Catalog {
+        self.catalog
+    }
+
     fn whole(&self, i: usize) -> Result<usize, FormatError> {
         if i < self.n_whole {
             return Ok(i);

@@ -1,5 +1,6 @@
 //! Activation statistics, layer by layer: the weights of one layer in memory at a time.
 
+use crate::journal::Units;
 use crate::{Checkpoint, Decoder, Dense, LinearOp, LlmError, Observer, Pass, Threads};
 use bitstack_core::{ActivationStats, Collect};
 use ndarray::{Array2, ArrayView2, ArrayViewMut2};
@@ -23,38 +24,96 @@ pub(crate) struct Walk<'a> {
     /// Per window, the hidden states in front of the next layer.
     hidden: Vec<Array2<f32>>,
     collect: Collect,
+    units: &'a Units,
+}
+
+/// The unit of the hidden states in front of a layer.
+fn states(layer: usize) -> String {
+    format!("states.{layer:04}")
 }
 
 impl<'a> Walk<'a> {
-    /// Embeds the windows.
-    pub(crate) fn new(checkpoint: &'a Checkpoint, windows: &[&[u32]], collect: Collect) -> Result<Self, LlmError> {
+    /// Brings the windows to the front of layer `layer` (`n_layers`: of the head): from where a former walk left them, if it did.
+    pub(crate) fn new(
+        checkpoint: &'a Checkpoint,
+        windows: &[&[u32]],
+        collect: Collect,
+        layer: usize,
+        units: &'a Units,
+    ) -> Result<Self, LlmError> {
         let empty = |_, spec: &crate::WeightSpec| Ok(Slot { rows: spec.rows, cols: spec.cols, weight: None });
         let decoder = Decoder::new(checkpoint.config().clone(), empty, |spec| checkpoint.vector(spec))?;
-        let mut walk = Self { checkpoint, decoder, hidden: Vec::new(), collect };
-        walk.load(0..1)?;
-        walk.hidden = windows.iter().map(|w| walk.decoder.embed(w)).collect::<Result<_, _>>()?;
-        walk.unload(0..1);
+        let mut walk = Self { checkpoint, decoder, hidden: Vec::new(), collect, units };
+        if layer > 0 {
+            walk.hidden = windows.iter().map(|w| Array2::zeros((w.len(), checkpoint.config().hidden_size))).collect();
+        }
+        let kept =
+            (1..=layer).rev().find_map(|layer| walk.restore(layer).map(|found| found.then_some(layer)).transpose());
+        let from = match kept.transpose()? {
+            Some(layer) => layer,
+            None => {
+                walk.load(0..1)?;
+                walk.hidden = windows.iter().map(|w| walk.decoder.embed(w)).collect::<Result<_, _>>()?;
+                walk.unload(0..1);
+                0
+            }
+        };
+        for layer in from..layer {
+            let step = |walk: &Self, hidden: &mut [Array2<f32>]| {
+                let run = |h: &mut Array2<f32>| walk.decoder.layer(layer, h, &mut Pass::new());
+                hidden.par_iter_mut().with_max_len(1).try_for_each(run)
+            };
+            walk.with_layer(layer, step)?;
+        }
         Ok(walk)
     }
 
-    /// Takes all windows through layer `layer`; the inputs of its weights, q k v together, o, gate and up together, down.
+    /// Takes all windows through layer `layer`; the inputs of its weights, q k v together, o, gate and up together, down. The states
+    /// behind it are kept.
     pub(crate) fn layer(&mut self, layer: usize) -> Result<Vec<InputStats>, LlmError> {
+        let inputs = self.with_layer(layer, |walk, hidden| {
+            walk.collect(hidden, |decoder, hidden, pass| decoder.layer(layer, hidden, pass))
+        })?;
+        let slices = self.hidden.iter().map(|h| h.as_slice().expect("states are in row order"));
+        let parts: Vec<&[u8]> = slices.map(bytemuck::cast_slice).collect();
+        self.units.store(&states(layer + 1), &parts)?;
+        Ok(inputs)
+    }
+
+    /// The weights of a layer are finished: the states in front of it are not needed any more.
+    pub(crate) fn finish(&self, layer: usize) -> Result<(), LlmError> {
+        Ok(self.units.remove(&states(layer))?)
+    }
+
+    /// The input of the head, after all layers.
+    pub(crate) fn head(&mut self) -> Result<InputStats, LlmError> {
+        let mut hidden = std::mem::take(&mut self.hidden);
+        let mut stats = self.collect(&mut hidden, |decoder, hidden, pass| decoder.observe_head(hidden.view(), pass))?;
+        Ok(stats.remove(0))
+    }
+
+    /// Fills the states with those kept in front of a layer; whether there were any. If not, they may hold anything.
+    fn restore(&mut self, layer: usize) -> Result<bool, LlmError> {
+        let slices = self.hidden.iter_mut().map(|h| h.as_slice_mut().expect("states are in row order"));
+        let mut parts: Vec<&mut [u8]> = slices.map(bytemuck::cast_slice_mut).collect();
+        Ok(self.units.load_into(&states(layer), &mut parts)?)
+    }
+
+    /// Runs `step` on the states with the weights of a layer in memory.
+    fn with_layer<T>(
+        &mut self,
+        layer: usize,
+        step: impl FnOnce(&Self, &mut [Array2<f32>]) -> Result<T, LlmError>,
+    ) -> Result<T, LlmError> {
         let specs = self.checkpoint.config().weights();
         let first = specs.iter().position(|w| w.layer == Some(layer)).expect("a layer has weights");
         let range = first..first + specs.iter().filter(|w| w.layer == Some(layer)).count();
         self.load(range.clone())?;
         let mut hidden = std::mem::take(&mut self.hidden);
-        let stats = self.collect(&mut hidden, |decoder, hidden, pass| decoder.layer(layer, hidden, pass));
+        let result = step(self, &mut hidden);
         self.hidden = hidden;
         self.unload(range);
-        stats
-    }
-
-    /// The input of the head, after all layers.
-    pub(crate) fn head(mut self) -> Result<InputStats, LlmError> {
-        let mut hidden = std::mem::take(&mut self.hidden);
-        let mut stats = self.collect(&mut hidden, |decoder, hidden, pass| decoder.observe_head(hidden.view(), pass))?;
-        Ok(stats.remove(0))
+        result
     }
 
     fn load(&mut self, weights: std::ops::Range<usize>) -> Result<(), LlmError> {

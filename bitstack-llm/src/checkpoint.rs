@@ -175,6 +175,35 @@ impl Checkpoint {
         Ok(self.elements(&vector.name, &[vector.len])?.into_f32())
     }
 
+    /// The BLAKE3 hash of a tensor's bytes, read piece by piece.
+    ///
+    /// # Errors
+    /// A tensor that is missing, a read that fails.
+    pub fn tensor_hash(&self, tensor: &str) -> Result<blake3::Hash, LlmError> {
+        const PIECE_BYTES: usize = 1 << 20;
+        let location = self
+            .tensors
+            .get(tensor)
+            .ok_or_else(|| LlmError::MissingTensor { tensor: tensor.to_owned(), place: self.dir.clone() })?;
+        let file = &self.files[location.file];
+        let mut hasher = blake3::Hasher::new();
+        hasher.update(location.dtype.to_string().as_bytes());
+        let mut buffer = vec![0; PIECE_BYTES];
+        let mut left = location.shape.iter().product::<usize>() * location.dtype.bitsize() / 8;
+        let mut offset = location.offset_bytes;
+        while left > 0 {
+            let piece = &mut buffer[..left.min(PIECE_BYTES)];
+            let mut cursor = file.file.lock().unwrap_or_else(PoisonError::into_inner);
+            let read = cursor.seek(SeekFrom::Start(offset)).and_then(|_| cursor.read_exact(piece));
+            drop(cursor);
+            read.map_err(|source| LlmError::Io { path: file.path.clone(), source })?;
+            hasher.update(piece);
+            offset += piece.len() as u64;
+            left -= piece.len();
+        }
+        Ok(hasher.finalize())
+    }
+
     fn add_shards(&mut self, index_path: &Path) -> Result<(), LlmError> {
         let bad = |reason| LlmError::BadCheckpoint { path: index_path.to_owned(), reason };
         let index: Index = serde_json::from_str(&read_text(index_path)?)

@@ -1,16 +1,18 @@
 //! From a checkpoint to blocks in their order: calibrate a layer, decompose its weights, go on to the next; then sort.
 
 use crate::calibrate::{InputStats, Walk};
+use crate::journal::Units;
 use crate::text::{Windows, default_seq_len};
 use crate::{
     Checkpoint, Decoder, LlmError, Progress, SamplingOptions, Tokenizer, WeightRole, WeightSpec, order, sample, stack,
 };
 use bitstack_core::{ActivationStats, Collect, Scales, Shape, WeightStack};
-use bitstack_decomp::{DecomposeOptions, Nested};
-use bitstack_format::{BlockSource, Draft};
+use bitstack_decomp::{DecomposeOptions, Nested, Parallelism};
+use bitstack_format::{BlockSource, Draft, FormatError};
 use bitstack_sort::{Balanced, GainPerByte, Greedy, LoadOrder, Method, Random, Scores, Sizes};
 use ndarray::ArrayView2;
 use rayon::prelude::*;
+use std::ops::Range;
 use std::path::Path;
 
 /// Windows on which orders are measured.
@@ -18,6 +20,13 @@ const ORDER_WINDOWS: usize = 16;
 
 /// Windows for the order by gain: divergences are far less noisy than perplexities.
 const GAIN_WINDOWS: usize = 4;
+
+/// Weights are decomposed side by side up to this much memory; the results do not depend on it. A weight that needs more is alone: the
+/// largest of a model of 70 billion weights needs 12 GB.
+const SIDE_BY_SIDE_BYTES: u64 = 6 << 30;
+
+/// The unit of the finished load order.
+const ORDER: &str = "order";
 
 /// How a weight becomes blocks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -117,7 +126,7 @@ pub struct Compressed {
 /// Compresses a checkpoint.
 ///
 /// `text` is for calibration (first half) and for choosing an order (second half); without it the model writes its own. Blocks go to a
-/// scratch file in the directory `scratch`. While calibrating and decomposing, one layer is in memory at a time; the orders other than
+/// scratch file in the directory `scratch`; a [`Journal`](crate::Journal) keeps them instead, and can go on after a kill. While calibrating and decomposing, one layer is in memory at a time; the orders other than
 /// `Random` run the whole model.
 ///
 /// # Errors
@@ -129,12 +138,23 @@ pub fn compress(
     scratch: &Path,
     progress: &dyn Progress,
 ) -> Result<Compressed, LlmError> {
+    run(checkpoint, text, options, &Units::none(scratch), progress)
+}
+
+/// [`compress`], going on from the units that are finished.
+pub(crate) fn run(
+    checkpoint: &Checkpoint,
+    text: Option<&str>,
+    options: &CompressOptions,
+    units: &Units,
+    progress: &dyn Progress,
+) -> Result<Compressed, LlmError> {
     // First, so that a place that cannot be written to is known before the long work.
-    let draft = Draft::create_in(scratch)?;
+    let draft = Draft::create_in(units.dir())?;
     let seq_len = options.seq_len.unwrap_or_else(|| default_seq_len(checkpoint.config()));
     let tokens = match text {
         Some(text) => Tokenizer::from_bytes(&checkpoint.companion("tokenizer.json")?)?.encode(text)?,
-        None => own_text(checkpoint, options.samples + ORDER_WINDOWS, seq_len, options.seed, progress)?,
+        None => own_text(checkpoint, options.samples + ORDER_WINDOWS, seq_len, options.seed, units, progress)?,
     };
     let windows = Windows::new(&tokens, seq_len, checkpoint.config().max_positions)?;
     let (calibration, validation) = match text {
@@ -146,24 +166,30 @@ pub fn compress(
     let calibration = calibration.evenly_spaced(options.samples);
     let validation = validation.evenly_spaced(ORDER_WINDOWS);
 
-    let (draft, errors) = decompose_all(checkpoint, &calibration, options, draft, progress)?;
+    let (draft, errors) = decompose_all(checkpoint, &calibration, options, draft, units, progress)?;
     let sizes = Sizes::new(draft.base_bytes(), draft.block_sizes())?;
+    if let Some(order) = units.load(ORDER)?
+        && let Ok(order) = LoadOrder::from_weights(&order, &sizes)
+    {
+        return Ok(Compressed { draft, order });
+    }
     let order = match options.ordering {
         Ordering::Gain => {
             let windows = &validation[..validation.len().min(GAIN_WINDOWS)];
-            let curves = order::divergence_curves(checkpoint, &draft, &errors, windows, progress)?;
+            let curves = order::divergence_curves(checkpoint, &draft, &errors, windows, units, progress)?;
             GainPerByte::new(Scores::new(curves)).lockstep(order::LOCKSTEP).order(&sizes)?
         }
         Ordering::Perplexity => {
-            let scores = order::block_perplexities(&draft, &validation, progress)?;
+            let scores = order::perplexities(&draft, &validation, units, progress)?;
             Balanced { scores: Scores::new(scores) }.order(&sizes)?
         }
         Ordering::Greedy => {
-            let scores = order::block_perplexities(&draft, &validation, progress)?;
+            let scores = order::perplexities(&draft, &validation, units, progress)?;
             Greedy { scores: Scores::new(scores) }.order(&sizes)?
         }
         Ordering::Random => Random { seed: options.seed }.order(&sizes)?,
     };
+    units.store(ORDER, &[bytemuck::cast_slice(order.weights())])?;
     Ok(Compressed { draft, order })
 }
 
@@ -180,22 +206,27 @@ fn own_text(
     n_windows: usize,
     seq_len: usize,
     seed: u64,
+    units: &Units,
     progress: &dyn Progress,
 ) -> Result<Vec<u32>, LlmError> {
-    let decoder = Decoder::load_with(checkpoint, progress)?;
-    let start = checkpoint.config().eos_tokens.first().copied().unwrap_or(0);
-    progress.stage("text from the model (windows)", n_windows as u64);
-    let windows = (0..n_windows)
-        .into_par_iter()
-        .with_max_len(1)
-        .map(|i| {
-            let sampling = SamplingOptions::with_temperature(1.0, seed.wrapping_add(i as u64));
-            let window = sample::window(&decoder, start, seq_len, sampling)?;
+    let name = |i: usize| format!("text.{i:05}");
+    let mut windows = (0..n_windows).map(|i| units.load(&name(i))).collect::<Result<Vec<_>, _>>()?;
+    if windows.iter().any(Option::is_none) {
+        let decoder = Decoder::load_with(checkpoint, progress)?;
+        let start = checkpoint.config().eos_tokens.first().copied().unwrap_or(0);
+        let mut missing: Vec<_> = windows.iter_mut().enumerate().filter(|(_, window)| window.is_none()).collect();
+        progress.stage("text from the model (windows)", n_windows as u64);
+        progress.advance((n_windows - missing.len()) as u64);
+        missing.par_iter_mut().with_max_len(1).try_for_each(|(i, window)| {
+            let sampling = SamplingOptions::with_temperature(1.0, seed.wrapping_add(*i as u64));
+            let tokens = sample::window(&decoder, start, seq_len, sampling)?;
+            units.store(&name(*i), &[bytemuck::cast_slice(&tokens)])?;
+            **window = Some(tokens);
             progress.advance(1);
-            Ok(window)
-        })
-        .collect::<Result<Vec<_>, LlmError>>()?;
-    Ok(windows.concat())
+            Ok::<_, LlmError>(())
+        })?;
+    }
+    Ok(windows.into_iter().flatten().flatten().collect())
 }
 
 /// Calibrates and decomposes; the errors are, per stacked weight and level, the squared error of the weight's outputs per token.
@@ -204,11 +235,12 @@ fn decompose_all(
     windows: &[&[u32]],
     options: &CompressOptions,
     draft: Draft,
+    units: &Units,
     progress: &dyn Progress,
 ) -> Result<(Draft, Vec<Vec<f64>>), LlmError> {
     let config = checkpoint.config();
     let specs = config.weights();
-    let mut work = Work { checkpoint, options, progress, draft, errors: Vec::new() };
+    let mut work = Work { checkpoint, options, units, progress, draft, errors: Vec::new() };
     for (name, contents) in checkpoint.companions()? {
         work.draft.push_file(&name, &contents)?;
     }
@@ -227,31 +259,58 @@ fn decompose_all(
         }
     }
 
+    let finished = work.take_finished()?;
     progress.stage("decompose (weights)", work.errors.len() as u64);
-    let needs_gram = options.ordering == Ordering::Gain || options.method == BlockMethod::Nested;
-    let collect = if needs_gram { Collect::Gram } else { Collect::Diagonal };
-    let mut walk = Walk::new(checkpoint, windows, collect)?;
-    if !config.tied {
+    progress.advance(finished);
+    if finished > 0 {
+        progress.resumed(finished, work.errors.len() as u64);
+    }
+    let open: Vec<&WeightSpec> = specs.iter().filter(|s| work.is_open(s)).collect();
+    let (Some(_), n_layers) = (open.first(), config.n_layers) else { return Ok((work.draft, work.errors)) };
+    if open[0].role == WeightRole::Embedding && !config.tied {
         // Rows of an embedding are looked up, not multiplied: all its columns count alike.
-        work.weights(&[InputStats {
+        work.weights(vec![InputStats {
             weights: vec![0],
             stats: ActivationStats::new(config.hidden_size, Collect::Diagonal),
         }])?;
     }
-    for layer in 0..config.n_layers {
-        work.weights(&walk.layer(layer)?)?;
+    let needs_gram = options.ordering == Ordering::Gain || options.method == BlockMethod::Nested;
+    let collect = if needs_gram { Collect::Gram } else { Collect::Diagonal };
+    let first = open.iter().filter_map(|s| s.layer).min().unwrap_or(n_layers);
+    let mut walk = Walk::new(checkpoint, windows, collect, first, units)?;
+    for layer in first..n_layers {
+        work.weights(walk.layer(layer)?)?;
+        walk.finish(layer)?;
     }
-    let embeddings = specs.iter().filter(|s| s.layer.is_none());
-    if embeddings.into_iter().any(|s| !work.is_kept(s)) {
-        work.weights(&[walk.head()?])?;
+    if specs.iter().any(|s| s.layer.is_none() && work.is_open(s)) {
+        work.weights(vec![walk.head()?])?;
     }
+    walk.finish(n_layers)?;
     Ok((work.draft, work.errors))
+}
+
+/// Runs of jobs, in their order, that stay within `limit` together, or are one job.
+fn batches(needs: &[u64], limit: u64) -> Vec<Range<usize>> {
+    let mut batches: Vec<Range<usize>> = Vec::new();
+    let mut sum = 0;
+    for (i, need) in needs.iter().enumerate() {
+        sum += need;
+        match batches.last_mut() {
+            Some(last) if sum <= limit => last.end = i + 1,
+            _ => {
+                batches.push(i..i + 1);
+                sum = *need;
+            }
+        }
+    }
+    batches
 }
 
 /// What decomposing goes through.
 struct Work<'a> {
     checkpoint: &'a Checkpoint,
     options: &'a CompressOptions,
+    units: &'a Units,
     progress: &'a dyn Progress,
     draft: Draft,
     errors: Vec<Vec<f64>>,
@@ -260,6 +319,23 @@ struct Work<'a> {
 impl Work<'_> {
     fn is_kept(&self, spec: &WeightSpec) -> bool {
         self.options.keep_embeddings && matches!(spec.role, WeightRole::Embedding | WeightRole::Head)
+    }
+
+    /// Whether the weight is to be stacked and is not yet.
+    fn is_open(&self, spec: &WeightSpec) -> bool {
+        self.draft.weight_index(&spec.name).is_some_and(|weight| self.errors[weight].is_empty())
+    }
+
+    /// Takes the weights that are finished into the draft; how many there are.
+    fn take_finished(&mut self) -> Result<u64, LlmError> {
+        let mut finished = 0;
+        for (weight, errors) in self.errors.iter_mut().enumerate() {
+            if let Some(found) = self.units.take_weight(weight, &mut self.draft)? {
+                *errors = found;
+                finished += 1;
+            }
+        }
+        Ok(finished)
     }
 
     fn shape(&self, spec: &WeightSpec) -> Result<Shape, LlmError> {
@@ -273,36 +349,64 @@ impl Work<'_> {
         }
     }
 
-    /// Decomposes the weights that read these inputs, side by side, and puts their blocks into the draft in the model's order.
-    fn weights(&mut self, inputs: &[InputStats]) -> Result<(), LlmError> {
+    /// Decomposes the weights that read these inputs, as many side by side as memory allows, and puts their blocks into the draft.
+    fn weights(&mut self, mut inputs: Vec<InputStats>) -> Result<(), LlmError> {
         let specs = self.checkpoint.config().weights();
         // Once for all weights that read the same input: it is as large as they are.
-        let grams: Vec<_> = inputs.iter().map(|group| group.stats.gram()).collect();
-        let jobs: Vec<(&WeightSpec, &ActivationStats, Option<ArrayView2<'_, f64>>)> = inputs
+        let mut grams: Vec<_> = inputs.iter_mut().map(|group| group.stats.take_gram()).collect();
+        let jobs: Vec<(&WeightSpec, usize)> = inputs
             .iter()
-            .zip(&grams)
-            .flat_map(|(group, gram)| {
-                group.weights.iter().map(|w| (&specs[*w], &group.stats, gram.as_ref().map(|g| g.view())))
-            })
-            .filter(|(spec, ..)| !self.is_kept(spec))
+            .enumerate()
+            .flat_map(|(group, input)| input.weights.iter().map(move |w| (*w, group)))
+            .map(|(w, group)| (&specs[w], group))
+            .filter(|(spec, _)| self.is_open(spec))
             .collect();
-        let done = jobs
-            .par_iter()
-            .with_max_len(1)
-            .map(|(spec, stats, gram)| {
-                let result = self.one(spec, stats, *gram)?;
-                self.progress.advance(1);
-                Ok(result)
-            })
-            .collect::<Result<Vec<_>, LlmError>>()?;
-        for ((spec, ..), (stack, errors)) in jobs.iter().zip(done) {
-            let weight = self.draft.weight_index(&spec.name).expect("every stacked weight was added before");
-            for block in stack.blocks() {
-                self.draft.push_block(weight, block.view())?;
+        let needs: Vec<u64> = jobs.iter().map(|(spec, group)| self.bytes_for(spec, grams[*group].is_some())).collect();
+        for batch in batches(&needs, SIDE_BY_SIDE_BYTES) {
+            let done = jobs[batch.clone()]
+                .par_iter()
+                .with_max_len(1)
+                .map(|(spec, group)| {
+                    let gram = grams[*group].as_ref().map(|g| g.view());
+                    let (stack, errors) = self.one(spec, &inputs[*group].stats, gram)?;
+                    let weight = self.draft.weight_index(&spec.name).expect("an open weight is in the draft");
+                    let kind = (self.draft.weights()[weight].rank, self.options.method.name());
+                    let is_kept = self.units.store_weight(weight, spec, kind, &stack, &errors)?;
+                    self.progress.advance(1);
+                    Ok((weight, (!is_kept).then_some(stack), errors))
+                })
+                .collect::<Result<Vec<_>, LlmError>>()?;
+            for (weight, stack, errors) in done {
+                match stack {
+                    None => {
+                        let taken = self.units.take_weight(weight, &mut self.draft)?;
+                        taken
+                            .ok_or_else(|| FormatError::Damaged { name: self.draft.weights()[weight].name.clone() })?;
+                    }
+                    Some(stack) => {
+                        stack.blocks().iter().try_for_each(|block| self.draft.push_block(weight, block.view()))?;
+                    }
+                }
+                self.errors[weight] = errors;
             }
-            self.errors[weight] = errors;
+            let first_needed = jobs.get(batch.end).map_or(grams.len(), |(_, group)| *group);
+            grams[..first_needed].fill(None);
         }
         Ok(())
+    }
+
+    /// Memory that decomposing a weight takes, about: see [`bitstack_decomp::blocks`].
+    fn bytes_for(&self, spec: &WeightSpec, has_gram: bool) -> u64 {
+        let (cols, elements) = (spec.cols as u64, (spec.rows * spec.cols) as u64);
+        let square = if has_gram { cols * cols } else { 0 };
+        match self.options.method {
+            BlockMethod::Nested => {
+                let n_blocks = self.options.n_blocks.unwrap_or(8) as u64;
+                let per_thread = 512 * cols * (2 * n_blocks + 3);
+                4 * elements + n_blocks * elements / 2 + 12 * square + per_thread * rayon::current_num_threads() as u64
+            }
+            BlockMethod::Avd => 8 * elements + 4 * square,
+        }
     }
 
     fn one(
@@ -329,7 +433,8 @@ impl Work<'_> {
             BlockMethod::Nested => DecomposeOptions::nested(
                 self.options.n_blocks.unwrap_or(8),
                 Nested::default().range(1.25, 0.58).damping(0.01),
-            ),
+            )
+            .parallelism(Parallelism::Rayon),
             BlockMethod::Avd => {
                 DecomposeOptions::new(self.rank(self.shape(spec)?), self.options.n_blocks.unwrap_or(16))
             }
@@ -342,5 +447,17 @@ impl Work<'_> {
             .map_err(|source| LlmError::Decompose { name: spec.name.clone(), source })?;
         let error = |e: &bitstack_decomp::LevelError| e.output.map_or(e.squared_error, |o| o.squared_error);
         Ok((result.stack, result.errors.iter().map(error).collect()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn batches_keep_the_order_and_the_limit() {
+        assert_eq!(batches(&[3, 3, 4, 11, 1, 9, 1], 10), [0..3, 3..4, 4..6, 6..7]);
+        assert!(batches(&[], 10).is_empty());
+        assert_eq!(batches(&[20, 20], 10), [0..1, 1..2]);
     }
 }

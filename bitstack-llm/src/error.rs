@@ -297,6 +297,24 @@ pub enum LlmError {
         /// What is in it, or is not.
         found: String,
     },
+    /// Another process compresses into the same output.
+    #[error("another process is at work here: {} is locked", path.display())]
+    JournalLocked {
+        /// The locked file.
+        path: PathBuf,
+    },
+    /// A journal is there, but of a compression of something else, or in another way.
+    #[error("{} holds an unfinished compression that differs in {what}: {was} there, {is} now", dir.display())]
+    JournalDiffers {
+        /// The journal.
+        dir: PathBuf,
+        /// A file, a tensor, an option, ...
+        what: String,
+        /// Its value, or the hash of it, in the journal; `absent` where there was none.
+        was: String,
+        /// The same, now.
+        is: String,
+    },
     /// A stack could not be read or written.
     #[error(transparent)]
     Format(#[from] bitstack_format::FormatError),

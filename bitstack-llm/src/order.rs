@@ -1,12 +1,14 @@
 //! In which order blocks are loaded: what one block more, or one weight less well kept, does to the whole model.
 
 use crate::eval::Scores;
+use crate::journal::Units;
 use crate::stack::{StackModel, rebuild};
 use crate::{Checkpoint, Decoder, Dense, LlmError, Pass, Progress};
 use bitstack_format::BlockSource;
 use ndarray::Array2;
 use rayon::prelude::*;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 /// The level up to which all weights go together in the order by gain. Below it errors are so large that they do not add up: what a
 /// weight is worth depends on how bad the others are, so steps there are measured with the whole model at their level. Measured on a
@@ -31,6 +33,7 @@ pub(crate) fn divergence_curves<S: BlockSource + Sync + ?Sized>(
     source: &S,
     errors: &[Vec<f64>],
     windows: &[&[u32]],
+    units: &Units,
     progress: &dyn Progress,
 ) -> Result<Vec<Vec<f64>>, LlmError> {
     progress.stage("load (weights)", checkpoint.config().weights().len() as u64);
@@ -51,7 +54,8 @@ pub(crate) fn divergence_curves<S: BlockSource + Sync + ?Sized>(
     let probes: Vec<u32> = errors.iter().map(|e| PROBE_LEVEL.min(e.len() as u32)).collect();
     let mut decoder = original.clone();
     let alone = |w: usize| rebuild(source, w, probes[w]).map(Some);
-    let found = try_each(&mut decoder, source, windows, alone, divergence, progress)?;
+    let runs = Runs::new("runs.alone", units);
+    let found = try_each(&mut decoder, source, windows, alone, divergence, runs, progress)?;
     let alone: Vec<f64> =
         found.iter().zip(&probes).zip(errors).map(|((nats, p), e)| per_error(*nats, e[*p as usize - 1])).collect();
 
@@ -65,7 +69,8 @@ pub(crate) fn divergence_curves<S: BlockSource + Sync + ?Sized>(
         let base = base / windows.len() as f64;
         let step = level as usize;
         let next = |w: usize| (step < errors[w].len()).then(|| rebuild(source, w, level + 1)).transpose();
-        let found = try_each(&mut decoder, source, windows, next, divergence, progress)?;
+        let runs = Runs::new(&format!("runs.level.{level:03}"), units);
+        let found = try_each(&mut decoder, source, windows, next, divergence, runs, progress)?;
         let measured: Vec<(usize, f64)> = found
             .into_iter()
             .enumerate()
@@ -100,6 +105,16 @@ pub fn block_perplexities<S: BlockSource + Sync + ?Sized>(
     windows: &[&[u32]],
     progress: &dyn Progress,
 ) -> Result<Vec<Vec<f64>>, LlmError> {
+    perplexities(source, windows, &Units::none("".as_ref()), progress)
+}
+
+/// [`block_perplexities`], going on from the runs that are finished.
+pub(crate) fn perplexities<S: BlockSource + Sync + ?Sized>(
+    source: &S,
+    windows: &[&[u32]],
+    units: &Units,
+    progress: &dyn Progress,
+) -> Result<Vec<Vec<f64>>, LlmError> {
     let n_blocks: Vec<u32> = source.weights().iter().map(|w| w.n_blocks() as u32).collect();
     let most = n_blocks.iter().copied().max().unwrap_or(0);
     let mut scores: Vec<Vec<f64>> = n_blocks.iter().map(|_| vec![f64::NAN]).collect();
@@ -107,6 +122,7 @@ pub fn block_perplexities<S: BlockSource + Sync + ?Sized>(
     for level in 1..most {
         let levels: Vec<u32> = n_blocks.iter().map(|n| level.min(*n)).collect();
         let mut decoder = StackModel::open(source, &levels, &())?.into_decoder();
+        let runs = Runs::new(&format!("runs.block.{level:03}"), units);
         let found = try_each(
             &mut decoder,
             source,
@@ -116,6 +132,7 @@ pub fn block_perplexities<S: BlockSource + Sync + ?Sized>(
                 let scores = score(decoder, hidden, windows[window], None)?;
                 Ok(scores.loss / scores.tokens as f64)
             },
+            runs,
             progress,
         )?;
         for (w, loss) in found.into_iter().enumerate().filter(|(w, _)| level < n_blocks[*w]) {
@@ -136,14 +153,21 @@ fn try_each<S: BlockSource + ?Sized>(
     windows: &[&[u32]],
     replacement: impl Fn(usize) -> Result<Option<Dense>, LlmError>,
     measure: impl Fn(usize, &Decoder<Arc<Dense>>, &Array2<f32>) -> Result<f64, LlmError> + Sync,
+    mut runs: Runs<'_>,
     progress: &dyn Progress,
 ) -> Result<Vec<f64>, LlmError> {
     let specs = decoder.config().weights();
     let n_layers = decoder.config().n_layers;
-    let mut found = vec![f64::NAN; source.weights().len()];
+    let mut found = runs.finished(source.weights().len())?;
+    progress.advance(found.iter().filter(|f| !f.is_nan()).count() as u64);
     let mut states: Option<Vec<Array2<f32>>> = None;
     let mut at_layer = 0;
     for (index, spec) in specs.iter().enumerate() {
+        let Some(weight) = source.weight_index(&spec.name) else { continue };
+        if !found[weight].is_nan() {
+            continue;
+        }
+        let Some(other) = replacement(weight)? else { continue };
         // States in front of the layer of this weight, of the embedding's (none), or of the head.
         let from = match (index, spec.layer) {
             (0, _) => None,
@@ -159,8 +183,6 @@ fn try_each<S: BlockSource + ?Sized>(
             at_layer = from;
             states = Some(here);
         }
-        let Some(weight) = source.weight_index(&spec.name) else { continue };
-        let Some(other) = replacement(weight)? else { continue };
         let kept = decoder.replace(index, Arc::new(other))?;
         let run = &*decoder;
         let values = (0..windows.len())
@@ -177,9 +199,48 @@ fn try_each<S: BlockSource + ?Sized>(
             .collect::<Result<Vec<f64>, LlmError>>()?;
         found[weight] = values.iter().sum::<f64>() / values.len() as f64;
         decoder.replace(index, kept)?;
+        runs.keep(&found, false)?;
         progress.advance(1);
     }
+    runs.keep(&found, true)?;
     Ok(found)
+}
+
+/// The runs that are finished of those of one kind: a unit that grows.
+struct Runs<'a> {
+    name: String,
+    units: &'a Units,
+    kept: Instant,
+    /// What keeping them took the last time.
+    cost: Duration,
+}
+
+impl<'a> Runs<'a> {
+    /// Keeping takes at most this share of the time: runs of a large model are kept one by one, those of a tiny one by the handful.
+    const SHARE: u32 = 20;
+
+    fn new(name: &str, units: &'a Units) -> Self {
+        Self { name: name.to_owned(), units, kept: Instant::now(), cost: Duration::ZERO }
+    }
+
+    /// What was measured, NaN where nothing was yet.
+    fn finished(&self, n: usize) -> Result<Vec<f64>, LlmError> {
+        let mut found = vec![f64::NAN; n];
+        if !self.units.load_into(&self.name, &mut [bytemuck::cast_slice_mut(&mut found)])? {
+            found.fill(f64::NAN);
+        }
+        Ok(found)
+    }
+
+    fn keep(&mut self, found: &[f64], last: bool) -> Result<(), LlmError> {
+        if last || self.kept.elapsed() >= self.cost * Self::SHARE {
+            let started = Instant::now();
+            self.units.store(&self.name, &[bytemuck::cast_slice(found)])?;
+            self.kept = Instant::now();
+            self.cost = self.kept - started;
+        }
+        Ok(())
+    }
 }
 
 fn advance(

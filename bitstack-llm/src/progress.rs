@@ -5,6 +5,9 @@ pub trait Progress: Sync {
 
     /// `steps` more steps of the current stage are done.
     fn advance(&self, steps: u64);
+
+    /// Of an interrupted compression that goes on, `done` of `total` weights are there.
+    fn resumed(&self, _done: u64, _total: u64) {}
 }
 
 impl Progress for () {

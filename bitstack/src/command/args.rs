@@ -54,7 +54,11 @@ pub(crate) enum Command {
 }
 
 #[derive(Debug, Args)]
-#[command(after_help = "Example:\n  bitstack compress Llama-3.2-1B -o llama.bitstack --calibration text.txt")]
+#[command(
+    after_help = "What is finished is kept in OUT.bitstack.partial until the file is complete. However the command ends before that, \
+Ctrl-C, a full disk, a power cut, the same command goes on from there and writes the same bytes.\n\n\
+Example:\n  bitstack compress Llama-3.2-1B -o llama.bitstack --calibration text.txt"
+)]
 pub(crate) struct Compress {
     /// The model: a directory with config.json, *.safetensors and tokenizer.json.
     #[arg(value_name = "MODEL_DIR")]
@@ -67,6 +71,10 @@ pub(crate) struct Compress {
     /// Replace the output file if it exists.
     #[arg(long)]
     pub(crate) force: bool,
+
+    /// Begin anew, and throw away what an interrupted run has left.
+    #[arg(long)]
+    pub(crate) restart: bool,
 
     #[command(flatten)]
     pub(crate) method: MethodArgs,

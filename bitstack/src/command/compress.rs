@@ -1,30 +1,25 @@
 //! `bitstack compress`
 
 use super::args::{Compress, Method, MethodArgs, Order, Scale};
-use super::progress::Reporter;
+use super::progress::{Reporter, to_stderr};
 use super::{size, usage};
 use anyhow::{Context, Result};
-use bitstack_format::{Existing, write_atomically};
-use bitstack_llm::{BlockMethod, Checkpoint, CompressOptions, Ordering, Scaling, compress};
-use std::path::Path;
+use bitstack_format::Existing;
+use bitstack_llm::{BlockMethod, Checkpoint, CompressOptions, Journal, LlmError, Ordering, Scaling};
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
-/// Compresses a model directory into a file.
+/// Compresses the model in `args.model` and writes `args.output`, going on from a journal beside it if there is one.
 pub(crate) fn run(args: &Compress, reporter: &Reporter) -> Result<()> {
-    refuse_existing(&args.output, args.force)?;
-    to_file(&args.model, &args.output, &args.method, args.force, reporter)
-}
-
-/// Compresses the model in `model` and writes `output`; replaces it only when `force` is set.
-pub(crate) fn to_file(
-    model: &Path,
-    output: &Path,
-    method: &MethodArgs,
-    force: bool,
-    reporter: &Reporter,
-) -> Result<()> {
+    let (output, method) = (&args.output, &args.method);
+    let directory = journal_of(output);
+    // A process killed just after it had written the output left both; otherwise an output is not to be touched.
+    if args.restart || !Journal::has_output(&directory) {
+        refuse_existing(output, args.force)?;
+    }
     let started = Instant::now();
-    let checkpoint = Checkpoint::open(model)?;
+    let checkpoint = Checkpoint::open(&args.model)?;
     let text = match &method.calibration {
         Some(path) => Some(read_text(path)?),
         None => None,
@@ -33,32 +28,95 @@ pub(crate) fn to_file(
         return Err(usage("--rank: nested codes have rank 1; --method avd has any"));
     }
     let options = options(method);
-    let directory = match output.parent() {
-        Some(parent) if !parent.as_os_str().is_empty() => parent,
-        _ => Path::new("."),
-    };
-    let mut compressed = compress(&checkpoint, text.as_deref(), &options, directory, reporter)?;
-    let name = std::path::absolute(model)?.file_name().map(|n| n.to_string_lossy().into_owned());
-    compressed.draft.set_provenance("model", &name.unwrap_or_default())?;
-    compressed.draft.set_provenance("made by", &describe(method, text.is_some()))?;
-
-    let existing = if force { Existing::Replace } else { Existing::Refuse };
-    let mut progress = reporter.bytes("write (bytes)");
-    let bytes = write_atomically(output, existing, |out| {
-        compressed.draft.finish(compressed.order.weights(), out, &mut progress)
+    if args.restart {
+        Journal::discard(&directory)?;
+    }
+    let journal = Journal::open(&directory, &checkpoint, text.as_deref(), &options, reporter).map_err(|e| match e {
+        e @ LlmError::JournalDiffers { .. } => {
+            usage(format!("{e}; --restart throws it away, another --output leaves it alone"))
+        }
+        e => e.into(),
     })?;
+    if journal.is_written(output)? {
+        reporter.finish();
+        reporter.say(&format!("{}: was complete already", output.display()));
+        return Ok(journal.remove()?);
+    }
+    refuse_existing(output, args.force)?;
+
+    let unfinished = Unfinished::announce(&directory);
+    let work = || -> Result<_> {
+        let mut compressed = journal.compress(reporter)?;
+        let name = std::path::absolute(&args.model)?.file_name().map(|n| n.to_string_lossy().into_owned());
+        compressed.draft.set_provenance("model", &name.unwrap_or_default())?;
+        compressed.draft.set_provenance("made by", &describe(method, text.is_some()))?;
+        let resident = (compressed.order.minimum_bytes(), compressed.order.total_bytes());
+        let existing = if args.force { Existing::Replace } else { Existing::Refuse };
+        let bytes = journal.write(&compressed, output, existing, &mut reporter.bytes("write (bytes)"))?;
+        Ok((resident, bytes))
+    };
+    let ((least, most), bytes) = work().map_err(|e| match journal.has_work() {
+        true => e.context(format!("{unfinished}: what is done is kept, and the same command goes on from there")),
+        false => e,
+    })?;
+    journal.remove()?;
+    drop(unfinished);
     reporter.finish();
     reporter.say(&format!(
         "{}: {} on disk, {} to {} resident; the model itself is {}; {:.1} s{}",
         output.display(),
         size::show(bytes),
-        size::show(compressed.order.minimum_bytes()),
-        size::show(compressed.order.total_bytes()),
+        size::show(least),
+        size::show(most),
         size::show(checkpoint.stored_bytes()),
         started.elapsed().as_secs_f64(),
         peak_memory().map(|b| format!(", peak memory {}", size::show(b))).unwrap_or_default()
     ));
     Ok(())
+}
+
+/// The journal of an output: a directory beside it.
+fn journal_of(output: &Path) -> PathBuf {
+    let mut name = output.as_os_str().to_owned();
+    name.push(".partial");
+    name.into()
+}
+
+/// The journal of the compression that is going on, for the message when the user stops it.
+static AT_WORK: Mutex<Option<String>> = Mutex::new(None);
+
+/// An announcement that stopping now loses nothing; it ends when this is dropped.
+struct Unfinished(String);
+
+impl Unfinished {
+    fn announce(journal: &Path) -> Self {
+        let text = format!("unfinished ({})", journal.display());
+        at_work().replace(text.clone());
+        // A second call finds the handler set, and one that cannot be set leaves the system's, which ends the process as well.
+        let _ = ctrlc::try_set_handler(|| {
+            if let Some(text) = &*at_work() {
+                to_stderr(&format!("\n{text}: the same command goes on from here"));
+            }
+            std::process::exit(130);
+        });
+        Self(text)
+    }
+}
+
+impl Drop for Unfinished {
+    fn drop(&mut self) {
+        at_work().take();
+    }
+}
+
+impl std::fmt::Display for Unfinished {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+fn at_work() -> MutexGuard<'static, Option<String>> {
+    AT_WORK.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn options(args: &MethodArgs) -> CompressOptions {

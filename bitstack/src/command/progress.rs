@@ -115,6 +115,10 @@ impl Progress for Reporter {
             }
         }
     }
+
+    fn resumed(&self, done: u64, total: u64) {
+        self.say(&format!("resuming: {done} of {total} weights are there"));
+    }
 }
 
 impl Drop for Reporter {

@@ -1,0 +1,161 @@
+//! Memory on a checkpoint of 70 billion weights: that of one layer, whatever the number of layers.
+#![cfg(all(feature = "cli", target_os = "linux"))]
+#![expect(clippy::print_stdout, reason = "the measurement is the point")]
+
+use std::fs::{self, File};
+use std::io::{BufWriter, Seek, SeekFrom, Write};
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+const HIDDEN: u64 = 8192;
+const INTERMEDIATE: u64 = 28672;
+const KEY_VALUE: u64 = 1024;
+const LAYERS: u64 = 80;
+const VOCAB: u64 = 32000;
+
+/// Layers with values; the rest is a hole in a sparse file, zeros that take no room.
+const FILLED: u64 = 1;
+
+/// A checkpoint in the shape of Llama 2 70B, bf16, one shard per layer, with the tokenizer of the built-in model.
+fn make(dir: &Path) -> u64 {
+    let config = serde_json::json!({
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "hidden_size": HIDDEN,
+        "intermediate_size": INTERMEDIATE, "num_hidden_layers": LAYERS, "num_attention_heads": 64, "num_key_value_heads": 8,
+        "max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "vocab_size": VOCAB,
+        "tie_word_embeddings": false, "eos_token_id": 2, "torch_dtype": "bfloat16"
+    });
+    fs::write(dir.join("config.json"), config.to_string()).unwrap();
+    let tokenizer = Path::new(env!("CARGO_MANIFEST_DIR")).join("demo/tiny-llama/tokenizer.json");
+    fs::copy(tokenizer, dir.join("tokenizer.json")).unwrap();
+
+    let mut map = serde_json::Map::new();
+    let mut bytes = 0;
+    let mut shard = |name: String, tensors: Vec<(String, Vec<u64>)>, filled: bool| {
+        for (tensor, _) in &tensors {
+            map.insert(tensor.clone(), name.clone().into());
+        }
+        bytes += write_shard(&dir.join(&name), &tensors, filled);
+    };
+    let outer = [
+        ("model.embed_tokens.weight", vec![VOCAB, HIDDEN]),
+        ("model.norm.weight", vec![HIDDEN]),
+        ("lm_head.weight", vec![VOCAB, HIDDEN]),
+    ];
+    shard("outer.safetensors".to_owned(), outer.map(|(name, shape)| (name.to_owned(), shape)).to_vec(), true);
+    for layer in 0..LAYERS {
+        let tensors = [
+            ("input_layernorm", vec![HIDDEN]),
+            ("self_attn.q_proj", vec![HIDDEN, HIDDEN]),
+            ("self_attn.k_proj", vec![KEY_VALUE, HIDDEN]),
+            ("self_attn.v_proj", vec![KEY_VALUE, HIDDEN]),
+            ("self_attn.o_proj", vec![HIDDEN, HIDDEN]),
+            ("post_attention_layernorm", vec![HIDDEN]),
+            ("mlp.gate_proj", vec![INTERMEDIATE, HIDDEN]),
+            ("mlp.up_proj", vec![INTERMEDIATE, HIDDEN]),
+            ("mlp.down_proj", vec![HIDDEN, INTERMEDIATE]),
+        ]
+        .map(|(name, shape)| (format!("model.layers.{layer}.{name}.weight"), shape));
+        shard(format!("layer-{layer:02}.safetensors"), tensors.to_vec(), layer < FILLED);
+    }
+    let index = serde_json::json!({ "weight_map": map });
+    fs::write(dir.join("model.safetensors.index.json"), index.to_string()).unwrap();
+    bytes
+}
+
+/// Norms are 1; matrices are uniform with the spread of trained ones, or a hole.
+fn write_shard(path: &Path, tensors: &[(String, Vec<u64>)], filled: bool) -> u64 {
+    let mut header = serde_json::Map::new();
+    let mut end = 0;
+    for (name, shape) in tensors {
+        let begin = end;
+        end += 2 * shape.iter().product::<u64>();
+        header
+            .insert(name.clone(), serde_json::json!({ "dtype": "BF16", "shape": shape, "data_offsets": [begin, end] }));
+    }
+    let header = serde_json::Value::Object(header).to_string();
+    let mut file = BufWriter::with_capacity(1 << 20, File::create(path).unwrap());
+    file.write_all(&(header.len() as u64).to_le_bytes()).unwrap();
+    file.write_all(header.as_bytes()).unwrap();
+    let mut state = 0x9e37_79b9_7f4a_7c15_u64;
+    for (_, shape) in tensors {
+        let n = shape.iter().product::<u64>();
+        match shape.len() {
+            1 => (0..n).for_each(|_| file.write_all(&bf16(1.0)).unwrap()),
+            _ if filled => {
+                for _ in 0..n {
+                    state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+                    file.write_all(&bf16(((state >> 40) as f32 / (1 << 23) as f32 - 1.0) * 0.02)).unwrap();
+                }
+            }
+            _ => drop(file.seek(SeekFrom::Current(2 * n as i64)).unwrap()),
+        }
+    }
+    let len = 8 + header.len() as u64 + end;
+    file.into_inner().unwrap().set_len(len).unwrap();
+    end
+}
+
+fn bf16(x: f32) -> [u8; 2] {
+    ((x.to_bits() >> 16) as u16).to_le_bytes()
+}
+
+/// The most memory a process has had, in bytes.
+fn peak(pid: u32) -> Option<u64> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    let line = status.lines().find_map(|l| l.strip_prefix("VmHWM:"))?;
+    Some(line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()? * 1024)
+}
+
+/// The first layer of such a model, of which all layers are alike, is calibrated and decomposed; then the run is killed. One block per
+/// weight instead of eight, so that it ends within minutes: the seven more take n_blocks / 4 more bytes per element of a weight.
+#[test]
+#[ignore = "takes minutes, 4 GB of disk and up to 24 GB of memory"]
+fn a_model_of_70_billion_weights_needs_the_memory_of_one_layer() {
+    let dir = tempfile::tempdir().unwrap();
+    let model = dir.path().join("model");
+    fs::create_dir(&model).unwrap();
+    let bytes = make(&model);
+    let out = dir.path().join("large.bitstack");
+    let text = Path::new(env!("CARGO_MANIFEST_DIR")).join("demo/text.txt");
+    let started = Instant::now();
+    let mut child = Command::new(env!("CARGO_BIN_EXE_bitstack"))
+        .args([
+            "compress",
+            "--keep-embeddings",
+            "--order",
+            "random",
+            "--blocks",
+            "1",
+            "--samples",
+            "4",
+            "--seq-len",
+            "512",
+        ])
+        .arg(&model)
+        .arg("-o")
+        .arg(&out)
+        .arg("--calibration")
+        .arg(text)
+        .stderr(Stdio::inherit())
+        .spawn()
+        .unwrap();
+    let last = dir.path().join("large.bitstack.partial/weight.0006.bitstack");
+    let mut most = 0;
+    while !last.exists() {
+        assert!(child.try_wait().unwrap().is_none(), "it ended before the first layer was done");
+        most = most.max(peak(child.id()).unwrap_or(0));
+        thread::sleep(Duration::from_millis(20));
+    }
+    most = most.max(peak(child.id()).unwrap_or(0));
+    child.kill().unwrap();
+    child.wait().unwrap();
+    println!(
+        "a checkpoint of {:.1} GB: peak memory {:.2} GB through its first layer of {LAYERS}, {:.0} s",
+        bytes as f64 / 1e9,
+        most as f64 / 1e9,
+        started.elapsed().as_secs_f64()
+    );
+    assert!(most < 24_000_000_000, "{most}");
+}
