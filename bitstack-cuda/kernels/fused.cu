@@ -9,17 +9,20 @@
 //  - 2 T - Σ is taken in integers; only then scales and coefficients are applied, in f32.
 // A column of Z is one pair of token and rank: m = token * padded rank + k, as columns 2m (hi) and 2m + 1 (lo) of B.
 
-// Z of one chunk: for each half p of a 128-column unit, bit j, column n of B and unit t, 2 x 4 bytes; then 16 bytes for each m:
-// the scale, Σ hi, Σ lo, nothing. `columns` = 2 m. 520 bytes a column.
-DEVICE u32 record_bytes(u32 columns) { return columns * 520; }
+// Z of one chunk is a record for each column of B: for each half p of a 128-column unit, bit j and unit t, 2 x 4 bytes; then, in the
+// columns of hi, the scale, Σ hi and Σ lo. 544 bytes: so a quarter warp reads 32 bytes of 8 columns from all banks, at addresses known at
+// compile time but for the record's own.
+constexpr u32 RECORD_BYTES = 544;
+constexpr u32 RECORD_META = 512;
 
-// Prepares pairs `first`, `first + step`, .. of a chunk; one warp. Lane 8t + j does columns 8i + j of unit t.
+// Prepares pairs `first`, `first + step`, .. of a chunk; one warp. Lane 8t + j does columns 8i + j of unit t. A pair m is token
+// m >> rank_shift and rank m & (2^rank_shift - 1).
 DEVICE void prepare_chunk(const Product& product, u32 units, u32 cols, u32 chunk, const void* x, u32 x_type, u32 first_token,
-                          u32 tokens, u32 padded_rank, u32 columns, u32 first, u32 step, u8* record) {
+                          u32 tokens, u32 rank_shift, u32 columns, u32 first, u32 step, u8* records) {
     const u32 lane = threadIdx.x % 32, t = lane / 8, j = lane % 8;
     const u32 first_col = chunk * CHUNK_COLS + t * UNIT_COLS + j;
     for (u32 m = first; m < columns / 2; m += step) {
-        const u32 token = first_token + m / padded_rank, k = m % padded_rank;
+        const u32 token = first_token + (m >> rank_shift), k = m & ((1u << rank_shift) - 1);
         const bool live = token < tokens && k < product.rank;
         float z[16];
         u32 top = 0;
@@ -60,15 +63,15 @@ DEVICE void prepare_chunk(const Product& product, u32 units, u32 cols, u32 chunk
                 sum_hi += hi;
                 sum_lo += lo;
             }
-            u32* to = (u32*)record + (((word / 2 * 8 + j) * columns + 2 * m) * 4 + t) * 2 + word % 2;
-            to[0] = hi_word;
-            to[8] = lo_word;
+            u8* to = records + 2 * m * RECORD_BYTES + (word / 2 * 8 + j) * 32 + t * 8 + word % 2 * 4;
+            *(u32*)to = hi_word;
+            *(u32*)(to + RECORD_BYTES) = lo_word;
         }
         sum_hi = warp_sum(j % 2 == 1 ? 2 * sum_hi : sum_hi);
         sum_lo = warp_sum(j % 2 == 1 ? 2 * sum_lo : sum_lo);
         if (lane == 0) {
             uint4 meta = {__float_as_uint(scale), (u32)sum_hi, (u32)sum_lo, 0};
-            ((uint4*)(record + 512 * columns))[m] = meta;
+            *(uint4*)(records + 2 * m * RECORD_BYTES + RECORD_META) = meta;
         }
     }
 }
@@ -88,10 +91,10 @@ struct FusedParameters {
     u32 y_type;
     u32 tokens;
     u32 weights;
-    u32 padded_rank;      // 1, 2, 4, 8 or 16
+    u32 rank_shift;       // the rank, padded to 1, 2, 4, 8 or 16, is two to this
     u32 pass_tokens;      // tokens of one pass (blockIdx.y)
-    u32 columns;          // columns of B: 2 * padded_rank * pass_tokens
-    u32 column_warps;     // warps that share the columns of a tile: 1, 2, 4 or 8
+    u32 columns;          // columns of B: 2 * padded rank * pass_tokens
+    u32 column_shift;     // the warps that share the columns of a tile, 1, 2, 4 or 8, are two to this
     u32 chunks;           // of a row
     u32 passes;
     u32 capacity;         // products for which there is room at `operands`
@@ -100,8 +103,8 @@ struct FusedParameters {
 };
 static_assert(sizeof(FusedParameters) == 56 + 32 * MAX_WEIGHTS, "src/plan.rs says so");
 
-DEVICE u8* operand_record(const FusedParameters& p, const FusedWeight& w, u32 operand, u32 pass, u32 chunk) {
-    return (u8*)w.operands + (((u64)operand * p.passes + pass) * p.chunks + chunk) * record_bytes(p.columns);
+DEVICE u8* operand_records(const FusedParameters& p, const FusedWeight& w, u32 operand, u32 pass, u32 chunk) {
+    return (u8*)w.operands + (((u64)operand * p.passes + pass) * p.chunks + chunk) * p.columns * RECORD_BYTES;
 }
 
 // Z of every operand, in global memory.
@@ -115,7 +118,7 @@ KERNEL(128, 1) prepare(PARAMETERS FusedParameters p) {
     }
     const Product& product = weight.product[index];
     prepare_chunk(product, weight.units, weight.cols, chunk, (const void*)p.x, p.x_type, pass * p.pass_tokens, p.tokens,
-                  p.padded_rank, p.columns, threadIdx.x / 32, 4, operand_record(p, w, product.operand, pass, chunk));
+                  p.rank_shift, p.columns, threadIdx.x / 32, 4, operand_records(p, w, product.operand, pass, chunk));
 }
 
 constexpr u32 WARPS = 8;
@@ -138,21 +141,30 @@ DEVICE uint2 load_operand(const uint2* from, [[maybe_unused]] bool prepared) {
 // Grid: as many blocks as run at once x passes. Block: 8 warps. Row tiles are dealt out in equal shares of the bytes to read; the number of
 // planes is read from the weights' tables, so a captured launch stays right when planes come and go.
 // Shared memory: the products' table (4 KiB), partial results (2 x 8 x columns / 2 x 68 bytes), signs and coefficients under way
-// (8 x STAGES x (1024 + 32 padded_rank)), and, when Z is not prepared, its records (chunks x 520 columns).
+// (8 x STAGES x (1024 + 32 x padded rank)), and, when Z is not prepared, its records (chunks x columns x 544).
 template <int TILES, bool PREPARED>
 DEVICE void fused(const FusedParameters& p) {
     DYNAMIC_SHARED(shared);
     const u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    const u32 row_warps = WARPS / p.column_warps;
-    const u32 warp_row = warp / p.column_warps, warp_col = warp % p.column_warps;
-    const u32 pairs = p.columns / 2, pass = blockIdx.y;
-    const u32 slot_bytes = 1024 + 32 * p.padded_rank;
+    const u32 column_warps = 1u << p.column_shift, row_shift = 3 - p.column_shift, row_warps = 1u << row_shift;
+    const u32 warp_row = warp >> p.column_shift, warp_col = warp & (column_warps - 1);
+    const u32 pairs = p.columns / 2, pass = blockIdx.y, chunk_record_bytes = p.columns * RECORD_BYTES;
+    const u32 padded_rank = 1u << p.rank_shift, slot_bytes = 1024 + 32 * padded_rank;
 
     Product* products = (Product*)shared;
     float* partial = (float*)(shared + sizeof(Product) * MAX_PRODUCTS);
     u8* rings = (u8*)(partial + 2 * WARPS * pairs * STAGE_ROW);
     u8* ring = rings + warp * STAGES * slot_bytes;
     u8* own_records = rings + WARPS * STAGES * slot_bytes;
+
+    // Where this lane reads of a chunk's records. Past the last column it reads that again: a column of the result depends on that column of
+    // B only, and nobody looks at those.
+    u32 column_at[TILES];
+#pragma unroll
+    for (u32 n = 0; n < TILES; n++) {
+        const u32 column = n * 8 + g;
+        column_at[n] = (column < p.columns ? column : p.columns - 1) * RECORD_BYTES + t * 8;
+    }
 
     u64 total = 0;
     for (u32 i = 0; i < p.weights; i++) {
@@ -186,7 +198,7 @@ DEVICE void fused(const FusedParameters& p) {
         if (!PREPARED && n_products > 0) {
             for (u32 chunk = warp; chunk < p.chunks; chunk += WARPS) {
                 prepare_chunk(weight.product[0], units, cols, chunk, (const void*)p.x, p.x_type, pass * p.pass_tokens, p.tokens,
-                              p.padded_rank, p.columns, 0, 1, own_records + chunk * record_bytes(p.columns));
+                              p.rank_shift, p.columns, 0, 1, own_records + chunk * chunk_record_bytes);
             }
         }
         __syncthreads();
@@ -208,7 +220,7 @@ DEVICE void fused(const FusedParameters& p) {
                     copy_async(slot + lane * 16, signs + (g * width + t) * 16);
                     copy_async(slot + 512 + lane * 16, signs + ((g + 8) * width + t) * 16);
                 }
-                ahead.chunk += p.column_warps;
+                ahead.chunk += column_warps;
                 if (ahead.chunk >= p.chunks) {
                     if (lane < product.rank * coefficient_bytes(product)) {
                         const u8* u = (const u8*)product.coefficients + (u64)tile * product.coefficients_stride;
@@ -239,15 +251,20 @@ DEVICE void fused(const FusedParameters& p) {
             for (u32 index = 0; index < n_products && tile < tiles; index++) {
                 const Product& product = products[index];
                 float sums[TILES][2] = {};
-                for (u32 chunk = warp_col; chunk < p.chunks; chunk += p.column_warps) {
+                for (u32 chunk = warp_col; chunk < p.chunks; chunk += column_warps) {
                     copy_wait<STAGES - 2>();
                     __syncwarp();  // the lanes see each other's copies, and none still reads the slot that is filled next
                     issue();
                     const u8* slot = ring + step % STAGES * slot_bytes;
                     step++;
-                    const u8* record = PREPARED ? operand_record(p, w, product.operand, pass, chunk)
-                                                : own_records + chunk * record_bytes(p.columns);
+                    const u8* records = PREPARED ? operand_records(p, w, product.operand, pass, chunk)
+                                                 : own_records + chunk * chunk_record_bytes;
                     const uint4 upper = *(const uint4*)(slot + lane * 16), lower = *(const uint4*)(slot + 512 + lane * 16);
+                    const u8* from[TILES];
+#pragma unroll
+                    for (u32 n = 0; n < TILES; n++) {
+                        from[n] = records + column_at[n];
+                    }
                     int acc[2][TILES][4] = {};
                     // Unrolled whole, four tiles of B would not fit in the registers.
 #pragma unroll(TILES < 4 ? 2 : 1)
@@ -259,22 +276,23 @@ DEVICE void fused(const FusedParameters& p) {
                             const u32 mask = 0x01010101u << bit % 4;
 #pragma unroll
                             for (u32 n = 0; n < TILES; n++) {
-                                uint2 b = {0, 0};
-                                if (n * 8 + g < p.columns) {
-                                    b = load_operand((const uint2*)record + ((half * 8 + bit) * p.columns + n * 8 + g) * 4 + t, PREPARED);
-                                }
+                                const uint2 b = load_operand((const uint2*)(from[n] + bit * 32), PREPARED);
                                 mma_u8_s8(acc[bit % 4 / 2][n], a0 & mask, a1 & mask, a2 & mask, a3 & mask, b);
                             }
                             if (bit == 3) {
                                 a0 >>= 4, a1 >>= 4, a2 >>= 4, a3 >>= 4;
                             }
                         }
+#pragma unroll
+                        for (u32 n = 0; n < TILES; n++) {
+                            from[n] += 8 * 32;
+                        }
                     }
 #pragma unroll
                     for (u32 n = 0; n < TILES; n++) {
                         const u32 m = n * 4 + t;
                         if (m < pairs) {
-                            const uint4 meta = ((const uint4*)(record + 512 * p.columns))[m];
+                            const uint4 meta = *(const uint4*)(records + 2 * m * RECORD_BYTES + RECORD_META);
 #pragma unroll
                             for (u32 h = 0; h < 2; h++) {
                                 const int hi = 2 * (acc[0][n][2 * h] + (acc[1][n][2 * h] >> 2)) - (int)meta.y;
@@ -283,10 +301,10 @@ DEVICE void fused(const FusedParameters& p) {
                             }
                         }
                     }
-                    if (chunk + p.column_warps >= p.chunks) {
+                    if (chunk + column_warps >= p.chunks) {
 #pragma unroll
                         for (u32 n = 0; n < TILES; n++) {
-                            const u32 k = (n * 4 + t) % p.padded_rank;
+                            const u32 k = (n * 4 + t) & (padded_rank - 1);
                             if (k < product.rank) {
 #pragma unroll
                                 for (u32 h = 0; h < 2; h++) {
@@ -311,14 +329,14 @@ DEVICE void fused(const FusedParameters& p) {
             }
             __syncthreads();
             for (u32 at = threadIdx.x; at < row_warps * p.pass_tokens * TILE_ROWS; at += blockDim.x) {
-                const u32 r = at % TILE_ROWS, token = at / TILE_ROWS % p.pass_tokens, of = at / TILE_ROWS / p.pass_tokens;
+                const u32 r = at % TILE_ROWS, of = at / TILE_ROWS & (row_warps - 1), token = at / TILE_ROWS >> row_shift;
                 const u32 row = (item * row_warps + of) * TILE_ROWS + r, to_token = pass * p.pass_tokens + token;
                 if (row < rows && to_token < p.tokens) {
                     float sum = 0;
-                    for (u32 c = 0; c < p.column_warps; c++) {
-                        const float* from_warp = partial + (parity * WARPS + of * p.column_warps + c) * pairs * STAGE_ROW;
-                        for (u32 k = 0; k < p.padded_rank; k++) {
-                            sum += from_warp[(token * p.padded_rank + k) * STAGE_ROW + r];
+                    for (u32 c = 0; c < column_warps; c++) {
+                        const float* from_warp = partial + (parity * WARPS + (of << p.column_shift) + c) * pairs * STAGE_ROW;
+                        for (u32 k = 0; k < padded_rank; k++) {
+                            sum += from_warp[(token * padded_rank + k) * STAGE_ROW + r];
                         }
                     }
                     store_value((void*)w.y, p.y_type, (u64)to_token * rows + row, sum);

@@ -15,10 +15,12 @@ KERNEL(128, 4) reconstruct(PARAMETERS ReconstructParameters p) {
     const u32 tile = blockIdx.x, unit = blockIdx.y, chunk = unit / CHUNK_UNITS;
     const u32 units = weight.units, width = chunk_width(units, chunk), col = unit * UNIT_COLS + lane * 4;
     float w[4][4] = {};
+#pragma unroll 1
     for (u32 index = 0; index < weight.products; index++) {
         const Product& product = weight.product[index];
         const u8* u = (const u8*)product.coefficients + (u64)tile * product.coefficients_stride;
         float magnitude[4][4] = {};
+#pragma unroll 1
         for (u32 k = 0; k < product.rank; k++) {
             float v[4];
 #pragma unroll
@@ -73,9 +75,107 @@ constexpr u32 BATCH_TOKENS = 128;
 constexpr u32 BATCH_DEPTH = 64;                // columns rebuilt at a time
 constexpr u32 BATCH_STRIDE = BATCH_DEPTH + 8;  // halves from a row to the next: fragments are read without bank conflicts
 
+// A value with the sign that bit `at` of `signs` gives it: 1 = +1.
+DEVICE float with_sign(float value, u32 signs, u32 at) {
+    return __uint_as_float(__float_as_uint(value) ^ (~(signs >> at) << 31));
+}
+
+// Two values of a basis in f16, k and k + 1 at one column, as an mma takes them; zero from `rank` on.
+DEVICE u32 basis_pair(const u16* basis, u32 stride, u32 rank, u32 k, u32 col) {
+    const u32 low = k < rank ? basis[(u64)k * stride + col] : 0;
+    const u32 high = k + 1 < rank ? basis[(u64)(k + 1) * stride + col] : 0;
+    return low | high << 16;
+}
+
+// The same of the coefficients of a row.
+DEVICE u32 coefficient_pair(const u16* u, u32 rank, u32 k, u32 row) {
+    const u32 low = k < rank ? u[row * rank + k] : 0;
+    const u32 high = k + 1 < rank ? u[row * rank + k + 1] : 0;
+    return low | high << 16;
+}
+
+// Rebuilds 16 rows (a tile) x 32 columns of W from `col` on; one warp. w[n] is laid out as the result of an mma: rows g, g + 8 and columns
+// 8n + 2t, 8n + 2t + 1 of the 32.
+DEVICE void rebuild(const Product* products, u32 n_products, u32 units, u32 tile, u32 col, float (&w)[4][4]) {
+    const u32 lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    const u32 chunk = col / CHUNK_COLS, row_bytes = chunk_width(units, chunk) * 16, stride = units * UNIT_COLS;
+    float v[8] = {};
+#pragma unroll 1
+    for (u32 index = 0; index < n_products; index++) {
+        const Product& product = products[index];
+        const u8* signs = chunk_signs(product, units, tile, chunk) + col % CHUNK_COLS / 8;
+        // One word for each of the two rows, shifted so that this lane's columns are bits 8n and 8n + 1.
+        const u32 word[2] = {*(const u32*)(signs + g * row_bytes) >> 2 * t, *(const u32*)(signs + (g + 8) * row_bytes) >> 2 * t};
+        const u8* u = (const u8*)product.coefficients + (u64)tile * product.coefficients_stride;
+        if (product.rank == 1) {
+            // Planes with one basis need it once.
+            if (index == 0 || products[index - 1].operand != product.operand) {
+#pragma unroll
+                for (u32 i = 0; i < 8; i++) {
+                    v[i] = load_factor((const void*)product.basis, product.basis_scales, col + i / 2 * 8 + 2 * t + i % 2, 0);
+                }
+            }
+            const float coefficient[2] = {load_factor(u, product.coefficient_scales, g, 0),
+                                          load_factor(u, product.coefficient_scales, g + 8, 0)};
+#pragma unroll
+            for (u32 n = 0; n < 4; n++) {
+#pragma unroll
+                for (u32 at = 0; at < 4; at++) {
+                    w[n][at] += with_sign(coefficient[at / 2], word[at / 2], 8 * n + at % 2) * v[2 * n + at % 2];
+                }
+            }
+        } else if (product.basis_scales == 0 && product.coefficient_scales == 0) {
+            // U V is itself a product for tensor cores: halves in, f32 out, nothing lost.
+            const u16* halves = (const u16*)u;
+            const u16* basis = (const u16*)product.basis;
+            u32 a[4];
+#pragma unroll
+            for (u32 i = 0; i < 4; i++) {
+                a[i] = coefficient_pair(halves, product.rank, 2 * t + i / 2 * 8, g + i % 2 * 8);
+            }
+#pragma unroll
+            for (u32 n = 0; n < 4; n++) {
+                float magnitude[4] = {};
+                const u32 b0 = basis_pair(basis, stride, product.rank, 2 * t, col + 8 * n + g);
+                const u32 b1 = basis_pair(basis, stride, product.rank, 2 * t + 8, col + 8 * n + g);
+                mma_half(magnitude, a, b0, b1);
+#pragma unroll
+                for (u32 at = 0; at < 4; at++) {
+                    w[n][at] += with_sign(magnitude[at], word[at / 2], 8 * n + at % 2);
+                }
+            }
+        } else {
+            float magnitude[4][4] = {};
+#pragma unroll 1
+            for (u32 k = 0; k < product.rank; k++) {
+                const float coefficient[2] = {load_factor(u, product.coefficient_scales, g * product.rank + k, k),
+                                              load_factor(u, product.coefficient_scales, (g + 8) * product.rank + k, k)};
+#pragma unroll
+                for (u32 n = 0; n < 4; n++) {
+#pragma unroll
+                    for (u32 c = 0; c < 2; c++) {
+                        const u64 at = (u64)k * stride + col + 8 * n + 2 * t + c;
+                        const float value = load_factor((const void*)product.basis, product.basis_scales, at, k);
+                        magnitude[n][c] += coefficient[0] * value;
+                        magnitude[n][c + 2] += coefficient[1] * value;
+                    }
+                }
+            }
+#pragma unroll
+            for (u32 n = 0; n < 4; n++) {
+#pragma unroll
+                for (u32 at = 0; at < 4; at++) {
+                    w[n][at] += with_sign(magnitude[n][at], word[at / 2], 8 * n + at % 2);
+                }
+            }
+        }
+    }
+}
+
 // y = x Wᵀ for many tokens. 64 columns of 64 rows of W are rebuilt in f32, rounded to the type of x, and multiplied with 128 tokens:
 // each weight is rebuilt once for 128 tokens.
-// Grid: rows / 64 x tokens / 128, rounded up. Block: 8 warps, 2 along rows x 4 along tokens, 32 x 32 results each.
+// Grid: rows / 64 x tokens / 128, rounded up. Block: 8 warps; to rebuild, 4 along rows x 2 along columns; to multiply, 2 along rows x 4
+// along tokens, 32 x 32 results each.
 // Shared memory: (64 + 128) x 72 x 2 bytes, and the products' table (4 KiB).
 template <bool BFLOAT>
 DEVICE void batch(const BatchParameters& p) {
@@ -93,12 +193,9 @@ DEVICE void batch(const BatchParameters& p) {
     }
     __syncthreads();
 
-    // What this thread rebuilds: 16 columns of a row.
-    const u32 my_row = threadIdx.x / 4, my_cols = threadIdx.x % 4 * 16;
-    const u32 tile = (first_row + my_row) / TILE_ROWS, row_in_tile = my_row % TILE_ROWS;
-    const bool live = first_row + my_row < rows;
-
+    const u32 my_rows = warp / 2 * TILE_ROWS, my_cols = warp % 2 * 32, tile = (first_row + my_rows) / TILE_ROWS;
     float acc[2][4][4] = {};
+#pragma unroll 1
     for (u32 depth = 0; depth < units * UNIT_COLS; depth += BATCH_DEPTH) {
         // x: two threads a token, 32 columns each.
         {
@@ -123,52 +220,18 @@ DEVICE void batch(const BatchParameters& p) {
                 *(uint4*)(to + 8 * i) = eight;
             }
         }
-        // W: planes of rank 1 with the same basis add up their signed coefficients first, v is multiplied once.
-        float w[16] = {};
-        if (live) {
-            const u32 col = depth + my_cols, chunk = col / CHUNK_COLS;
-            const u32 sign_at = row_in_tile * chunk_width(units, chunk) * 16 + col % CHUNK_COLS / 8;
-            float terms[16] = {};
-            for (u32 index = 0; index < n_products; index++) {
-                const Product& product = products[index];
-                const u32 bits = *(const u16*)(chunk_signs(product, units, tile, chunk) + sign_at);
-                const u8* u = (const u8*)product.coefficients + (u64)tile * product.coefficients_stride;
-                const bool alone = index + 1 == n_products || products[index + 1].operand != product.operand;
-                if (product.rank == 1) {
-                    const float coefficient = load_factor(u, product.coefficient_scales, row_in_tile, 0);
-#pragma unroll
-                    for (u32 c = 0; c < 16; c++) {
-                        terms[c] += bits >> c & 1 ? coefficient : -coefficient;
-                    }
-                    if (alone) {
-#pragma unroll
-                        for (u32 c = 0; c < 16; c++) {
-                            w[c] += terms[c] * load_factor((const void*)product.basis, product.basis_scales, col + c, 0);
-                            terms[c] = 0;
-                        }
-                    }
-                } else {
-                    float magnitude[16] = {};
-                    for (u32 k = 0; k < product.rank; k++) {
-                        const float coefficient = load_factor(u, product.coefficient_scales, row_in_tile * product.rank + k, k);
-                        const u64 row = (u64)k * units * UNIT_COLS + col;
-#pragma unroll
-                        for (u32 c = 0; c < 16; c++) {
-                            magnitude[c] += coefficient * load_factor((const void*)product.basis, product.basis_scales, row + c, k);
-                        }
-                    }
-#pragma unroll
-                    for (u32 c = 0; c < 16; c++) {
-                        w[c] += bits >> c & 1 ? magnitude[c] : -magnitude[c];
-                    }
-                }
-            }
+        float w[4][4] = {};
+        if (tile * TILE_ROWS < rows) {
+            rebuild(products, n_products, units, tile, depth + my_cols, w);
         }
 #pragma unroll
-        for (u32 c = 0; c < 16; c += 2) {
-            const u32 low = BFLOAT ? float_to_bfloat(w[c]) : float_to_half(w[c]);
-            const u32 high = BFLOAT ? float_to_bfloat(w[c + 1]) : float_to_half(w[c + 1]);
-            *(u32*)(w_tile + my_row * BATCH_STRIDE + my_cols + c) = low | high << 16;
+        for (u32 n = 0; n < 4; n++) {
+#pragma unroll
+            for (u32 h = 0; h < 2; h++) {
+                const u32 low = BFLOAT ? float_to_bfloat(w[n][2 * h]) : float_to_half(w[n][2 * h]);
+                const u32 high = BFLOAT ? float_to_bfloat(w[n][2 * h + 1]) : float_to_half(w[n][2 * h + 1]);
+                *(u32*)(w_tile + (my_rows + g + 8 * h) * BATCH_STRIDE + my_cols + 8 * n + 2 * t) = low | high << 16;
+            }
         }
         __syncthreads();
 #pragma unroll

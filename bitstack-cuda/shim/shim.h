@@ -28,10 +28,12 @@ struct Copy {
     const void* from;
 };
 
+enum class Instruction { SYNC, MAX, SUM, MMA_U8_S8, MMA_HALF, MMA_BFLOAT };
+
 // What a lane brings to an instruction of its warp.
 struct Deposit {
-    const char* instruction;
-    u32 words[12];
+    Instruction instruction;
+    u32 words[6];
 };
 
 struct Barrier {
@@ -69,8 +71,8 @@ inline const Deposit* exchange(const Deposit& mine) {
     all[lane] = mine;
     wait(warp().barrier, 32);
     for (u32 i = 0; i < 32; i++) {
-        if (std::strcmp(all[i].instruction, mine.instruction) != 0) {
-            fail("lanes of a warp at different instructions", all[i].instruction);
+        if (all[i].instruction != mine.instruction) {
+            fail("lanes of a warp", "at different instructions");
         }
     }
     return all;
@@ -132,9 +134,9 @@ DEVICE u16 float_to_bfloat(float f) {
 DEVICE float bfloat_to_float(u16 b) { return __uint_as_float((u32)b << 16); }
 
 DEVICE void __syncthreads();
-DEVICE void __syncwarp() { shim::exchange({"syncwarp", {}}); }
+DEVICE void __syncwarp() { shim::exchange({shim::Instruction::SYNC, {}}); }
 DEVICE u32 warp_max(u32 value) {
-    const shim::Deposit* all = shim::exchange({"max", {value}});
+    const shim::Deposit* all = shim::exchange({shim::Instruction::MAX, {value}});
     u32 most = 0;
     for (u32 i = 0; i < 32; i++) {
         most = all[i].words[0] > most ? all[i].words[0] : most;
@@ -142,7 +144,7 @@ DEVICE u32 warp_max(u32 value) {
     return most;
 }
 DEVICE int warp_sum(int value) {
-    const shim::Deposit* all = shim::exchange({"sum", {(u32)value}});
+    const shim::Deposit* all = shim::exchange({shim::Instruction::SUM, {(u32)value}});
     int sum = 0;
     for (u32 i = 0; i < 32; i++) {
         sum += (int)all[i].words[0];
@@ -173,7 +175,7 @@ DEVICE void copy_wait() {
 
 // The tensor-core instructions, from the tables of fragments in the PTX documentation.
 DEVICE void mma_u8_s8(int (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, uint2 b) {
-    const shim::Deposit* all = shim::exchange({"mma.u8.s8", {a0, a1, a2, a3, b.x, b.y}});
+    const shim::Deposit* all = shim::exchange({shim::Instruction::MMA_U8_S8, {a0, a1, a2, a3, b.x, b.y}});
     u32 lane = threadIdx.x % 32;
     for (u32 at = 0; at < 4; at++) {
         u32 row = lane / 4 + at / 2 * 8, col = lane % 4 * 2 + at % 2;
@@ -185,7 +187,7 @@ DEVICE void mma_u8_s8(int (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, uint2 b) {
         }
     }
 }
-DEVICE void mma_16(const char* instruction, float (*value)(u16), float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+DEVICE void mma_16(shim::Instruction instruction, float (*value)(u16), float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
     const shim::Deposit* all = shim::exchange({instruction, {a[0], a[1], a[2], a[3], b0, b1}});
     u32 lane = threadIdx.x % 32;
     for (u32 at = 0; at < 4; at++) {
@@ -198,8 +200,8 @@ DEVICE void mma_16(const char* instruction, float (*value)(u16), float (&d)[4], 
         }
     }
 }
-DEVICE void mma_half(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) { mma_16("mma.f16", half_to_float, d, a, b0, b1); }
-DEVICE void mma_bfloat(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) { mma_16("mma.bf16", bfloat_to_float, d, a, b0, b1); }
+DEVICE void mma_half(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) { mma_16(shim::Instruction::MMA_HALF, half_to_float, d, a, b0, b1); }
+DEVICE void mma_bfloat(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) { mma_16(shim::Instruction::MMA_BFLOAT, bfloat_to_float, d, a, b0, b1); }
 
 namespace shim {
 extern Barrier block_barrier;

@@ -9,6 +9,8 @@ pub(crate) const MAX_WEIGHTS: usize = 4;
 const WARPS: usize = 8;
 /// Chunks under way for each warp.
 const STAGES: usize = 4;
+/// Bytes of a column of prepared Z, for a chunk.
+const RECORD_BYTES: usize = 544;
 /// Floats of a row of partial results.
 const STAGE_ROW: usize = 17;
 /// Rows and tokens of a block of the batch kernel, and the halves of a row of its tiles.
@@ -37,10 +39,10 @@ pub(crate) struct FusedParameters {
     pub(crate) y_type: u32,
     pub(crate) tokens: u32,
     pub(crate) weights: u32,
-    pub(crate) padded_rank: u32,
+    pub(crate) rank_shift: u32,
     pub(crate) pass_tokens: u32,
     pub(crate) columns: u32,
-    pub(crate) column_warps: u32,
+    pub(crate) column_shift: u32,
     pub(crate) chunks: u32,
     pub(crate) passes: u32,
     pub(crate) capacity: u32,
@@ -132,7 +134,7 @@ impl FusedPlan {
         let (passes, columns) = (tokens.div_ceil(pass_tokens), 2 * padded_rank * pass_tokens);
         let chunks = units(cols).div_ceil(CHUNK_UNITS);
         let column_warps = if chunks >= WARPS { WARPS } else { 1 << chunks.ilog2() };
-        let record_bytes = 520 * columns;
+        let record_bytes = RECORD_BYTES * columns;
         let base =
             64 * MAX_PRODUCTS + 2 * WARPS * (columns / 2) * STAGE_ROW * 4 + WARPS * STAGES * (1024 + 32 * padded_rank);
         let own_bytes = base + chunks * record_bytes;
@@ -165,10 +167,10 @@ impl FusedPlan {
         let parameters = FusedParameters {
             tokens: tokens as u32,
             weights: weights.len() as u32,
-            padded_rank: padded_rank as u32,
+            rank_shift: padded_rank.ilog2(),
             pass_tokens: pass_tokens as u32,
             columns: columns as u32,
-            column_warps: column_warps as u32,
+            column_shift: column_warps.ilog2(),
             chunks: chunks as u32,
             passes: passes as u32,
             capacity: capacity as u32,
@@ -209,7 +211,7 @@ mod tests {
                     let p = &plan.parameters;
                     assert!(plan.product.shared_bytes <= limits.shared_per_block, "{plan:?}");
                     assert!((p.pass_tokens * p.passes) as usize >= tokens && p.passes as usize <= tokens, "{plan:?}");
-                    assert!(p.columns <= 32 && p.column_warps <= p.chunks.min(8), "{plan:?}");
+                    assert!(p.columns <= 32 && 1 << p.column_shift <= p.chunks.min(8), "{plan:?}");
                     for launch in plan.prepare.iter().chain([&plan.product]) {
                         assert!(KERNELS.contains(&launch.kernel));
                         assert!(launch.grid.iter().all(|&n| n > 0) && launch.grid[1..].iter().all(|&n| n <= 65535));
