@@ -118,7 +118,10 @@ fn retype<T: Pod>(stream: &Arc<CudaStream>, buffer: CudaSlice<u8>, len: usize) -
     debug_assert_eq!(buffer.len(), len * size_of::<T>());
     // SAFETY: the buffer was allocated on this stream with `len` values' bytes, and is not freed by anyone else once leaked; its bytes
     // are valid for T, which is `Pod`; allocations of the driver are aligned to 256 bytes.
-    unsafe { stream.upgrade_device_ptr(buffer.leak(), len) }
+    let mut buffer = unsafe { stream.upgrade_device_ptr(buffer.leak(), len) };
+    // What was written so far is recorded in the new buffer's event when the guard is dropped, for other streams to wait for.
+    drop(buffer.device_ptr_mut(stream).1);
+    buffer
 }
 
 fn memory_error(stream: &CudaStream, what: &'static str, needed_bytes: usize, source: DriverError) -> CudaError {
