@@ -48,8 +48,8 @@ pub struct Measurement {
     pub bytes_per_second: f64,
     /// Bytes per second of a plain read of the same memory, on as many threads.
     pub plain_read_bytes_per_second: f64,
-    /// Seconds of a dense product of the same shape and number of tokens, on as many threads: for one token a matvec with a bf16 weight
-    /// read from memory, for more a product in f32.
+    /// Seconds of a dense product of the same shape and number of tokens, on as many threads, with a bf16 weight read from memory and
+    /// sums in f32: for one token a matvec, for more over tiles widened to f32 in the cache.
     pub dense_seconds: f64,
 }
 

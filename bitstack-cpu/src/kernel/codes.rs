@@ -63,7 +63,8 @@ pub(crate) fn encode(z: &[f32], runs: &mut [Run]) -> Option<Lanes> {
     for (run, z) in runs.iter_mut().zip(z.as_chunks::<RUN_COLS>().0) {
         for i in 0..32 {
             for j in 0..8 {
-                let code = (z[8 * i + j] * inverses[i / 4]).round_ties_even() as i32;
+                // Rounded to the nearest integer by adding 1.5 · 2^23, whose last bit is worth 1.
+                let code = (z[8 * i + j] * inverses[i / 4] + 12_582_912.0).to_bits() as i32 - 0x4b40_0000;
                 lanes.totals[i / 4] += code;
                 (run.high[j][i], run.low[j][i]) = (((code + 128) >> 8) as i8, code as i8);
             }
