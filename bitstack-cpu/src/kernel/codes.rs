@@ -81,7 +81,7 @@ pub(crate) fn signed_sums(rows: [&[u8]; ROWS], runs: &[Run], lanes: &Lanes, ahea
     // SAFETY: the only obligation is the target features, and the assertion above holds only if the CPU has them.
     let sums = unsafe { avx2::sums(rows, runs, ahead) };
     #[cfg(not(target_arch = "x86_64"))]
-    let sums = [[0i32; 8]; ROWS];
+    let sums = no_kernel(ahead);
     sums.map(|sums| {
         let mut parts = [0.0; 8];
         for i in 0..8 {
@@ -89,4 +89,9 @@ pub(crate) fn signed_sums(rows: [&[u8]; ROWS], runs: &[Run], lanes: &Lanes, ahea
         }
         ((parts[0] + parts[4]) + (parts[2] + parts[6])) + ((parts[1] + parts[5]) + (parts[3] + parts[7]))
     })
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+fn no_kernel(ahead: *const u8) -> [[i32; 8]; ROWS] {
+    unreachable!("no CPU of this architecture has AVX2: {ahead:?}")
 }

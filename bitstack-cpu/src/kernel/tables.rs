@@ -55,15 +55,18 @@ pub(crate) fn pass(signs: Signs<'_>, tables: &[Line], vectors: &[Vector<'_>], y:
     assert!(vectors.iter().all(|v| v.u.len() == signs.rows && v.y <= y.len() && signs.rows <= y.len() - v.y));
     let cols = (8 * signs.run_bytes).next_multiple_of(CHUNK_COLS);
     assert!(cols <= pass_cols(vectors.len()) && tables.len() == table_lines(cols, vectors.len()));
+    #[cfg(target_arch = "x86_64")]
     macro_rules! of {
         ($($n:literal)*) => {
             match vectors.len() {
-                #[cfg(target_arch = "x86_64")]
                 // SAFETY: the only obligation is the target features, and the assertion above holds only if the CPU has them.
                 $($n => unsafe { avx512::pass::<$n>(signs, tables, vectors.first_chunk().expect("of this length"), y, next) },)*
                 n => unreachable!("a pass over {n} vectors"),
             }
         };
     }
+    #[cfg(target_arch = "x86_64")]
     of!(1 2 4);
+    #[cfg(not(target_arch = "x86_64"))]
+    unreachable!("no CPU of this architecture has AVX-512: {next:?}");
 }

@@ -119,6 +119,7 @@ fn add_plane_portable(plane: PlaneRow<'_>, w: &mut [f32; COLS]) {
 }
 
 /// Up to eight bytes, the first lowest.
+#[cfg(target_arch = "x86_64")]
 #[inline(always)]
 fn word(bytes: &[u8]) -> u64 {
     let mut padded = [0; 8];
