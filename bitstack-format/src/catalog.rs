@@ -390,6 +390,16 @@ pub(crate) fn check_model_name(what: &'static str, name: &str) -> Result<(), For
     Ok(())
 }
 
+/// [`check_model_name`] for a weight, whose name begins those of its parts.
+pub(crate) fn check_weight_name(name: &str) -> Result<(), FormatError> {
+    check_model_name("weight", name)?;
+    if PAD_PREFIX.strip_suffix('.') == Some(name) {
+        let reason = "its parts would be taken for pads";
+        return Err(FormatError::Name { what: "weight", name: name.to_owned(), reason });
+    }
+    Ok(())
+}
+
 /// A companion file may end up in a directory: its name is a plain one.
 pub(crate) fn check_file_name(name: &str) -> Result<(), FormatError> {
     let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');

@@ -1,6 +1,6 @@
 use crate::catalog::{
     BASE_DTYPES, BASIS, BlockParts, COEFFICIENTS, Catalog, FILE_PREFIX, FactorParts, MAX_DIMS, SCALE_SUFFIX, SIGNS,
-    Stored, check_file_name, check_model_name, check_name, part_name,
+    Stored, check_file_name, check_model_name, check_name, check_weight_name, part_name,
 };
 use crate::tensor::wrong;
 use crate::write::write_stack;
@@ -101,7 +101,7 @@ impl Draft {
     /// # Errors
     /// [`FormatError::Name`], [`FormatError::Duplicate`], [`FormatError::Tensor`] for rank 0.
     pub fn add_weight(&mut self, name: &str, shape: Shape, rank: usize, method: &str) -> Result<usize, FormatError> {
-        check_model_name("weight", name)?;
+        check_weight_name(name)?;
         check_name("method", method)?;
         if self.weight_index(name).is_some() || self.catalog.contains(name) {
             return Err(FormatError::Duplicate { name: name.to_owned() });
@@ -119,7 +119,7 @@ impl Draft {
     ///
     /// # Errors
     /// [`FormatError::NoSuchWeight`], [`FormatError::Block`] when it does not fit the weight or the blocks before it,
-    /// [`FormatError::File`].
+    /// [`FormatError::Name`] or [`FormatError::Duplicate`] when the name of a part is too long or taken, [`FormatError::File`].
     pub fn push_block(&mut self, weight: usize, block: BlockRef<'_>) -> Result<(), FormatError> {
         let n_weights = self.catalog.weights.len();
         let info = self.catalog.weights.get(weight).ok_or(FormatError::NoSuchWeight { weight, n_weights })?;
@@ -227,6 +227,8 @@ impl Draft {
 
     /// Writes a tensor at the end of the scratch file. On failure nothing has changed: the next one goes to the same place.
     fn append(&mut self, info: TensorInfo, bytes: &[u8]) -> Result<usize, FormatError> {
+        // Of a part of a block: the weight's own name may be too long for those of its parts.
+        check_name("tensor", &info.name)?;
         if self.catalog.contains(&info.name) {
             return Err(FormatError::Duplicate { name: info.name });
         }

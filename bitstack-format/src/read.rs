@@ -2,7 +2,7 @@
 
 use crate::catalog::{
     BASE_DTYPES, BASIS, BlockParts, COEFFICIENTS, Catalog, FACTOR_DTYPES, FILE_PREFIX, FactorParts, PAD_PREFIX,
-    SCALE_SUFFIX, SIGNS, Stored, check_model_name, check_name, part_name,
+    SCALE_SUFFIX, SIGNS, Stored, check_model_name, check_name, check_weight_name, part_name,
 };
 use crate::header::{
     AFTER_VERSION, HASH_DIGITS, HASH_OFFSET, Header, HeaderTensor, LENGTH_BYTES, MAGIC, WeightRecord, header_hash,
@@ -512,7 +512,7 @@ fn required<T>(value: Option<T>, field: &'static str, weight: &str) -> Result<T,
 
 fn weight_info(record: WeightRecord<'_>) -> Result<WeightInfo, FormatError> {
     let name = record.name.into_owned();
-    check_model_name("weight", &name)?;
+    check_weight_name(&name)?;
     let [rows, cols, rank] = [(record.rows, "rows"), (record.cols, "cols"), (record.rank, "rank")]
         .map(|(value, field)| required(value, field, &name));
     let (rows, cols, rank) = (rows?, cols?, rank?);

@@ -194,6 +194,7 @@ fn metadata_that_is_missing_or_wrong_is_rejected() {
     check("control characters", |f| f.weights[0]["method"] = json!("\u{1b}[2J"));
     check("it is empty", |f| f.weights[0]["name"] = json!(""));
     check("are reserved", |f| f.weights[0]["name"] = json!("file/x"));
+    check("taken for pads", |f| f.weights[0]["name"] = json!("pad"));
     check("has n_blocks 4, and 3 blocks in the load order", |f| f.weights[0]["n_blocks"] = json!(4));
     check("which has 2", |f| f.weights[0]["n_blocks"] = json!(2));
     check("there is no weight", |f| f.weights = json!([]));

@@ -228,6 +228,25 @@ fn a_block_whose_name_is_taken_leaves_the_draft_as_it_was() {
 }
 
 #[test]
+fn a_weight_whose_parts_could_not_be_read_is_rejected() {
+    let shape = Shape::new(2, 3).unwrap();
+    let mut draft = Draft::create_on(Vec::new(), "memory");
+    // Its parts would be named as pads are.
+    assert!(matches!(draft.add_weight("pad", shape, 1, "avd"), Err(FormatError::Name { what: "weight", .. })));
+    // The longest of its parts' names, with `.block.1.u_scale`, may have 1024 bytes.
+    let like = Like { planes: 1, basis: Some(FactorType::I8), coefficients: FactorType::I8 };
+    let block = block(shape, 1, like, &mut Numbers(3));
+    for (len, fits) in [(1008, true), (1009, false), (1024, false)] {
+        let w = draft.add_weight(&"x".repeat(len), shape, 1, "avd").unwrap();
+        match draft.push_block(w, block.view()) {
+            Ok(()) => assert!(fits, "{len}"),
+            Err(FormatError::Name { what: "tensor", .. }) => assert!(!fits, "{len}"),
+            Err(error) => panic!("{len}: {error}"),
+        }
+    }
+}
+
+#[test]
 fn a_header_that_no_reader_would_take_is_not_written() {
     let mut draft = samples::draft();
     draft.set_provenance("much", &"x".repeat(MAX_HEADER_BYTES as usize)).unwrap();

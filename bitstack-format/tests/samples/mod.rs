@@ -129,6 +129,22 @@ pub(crate) fn file() -> Vec<u8> {
     bytes
 }
 
+/// One weight of 1 x 1 at rank 1, with one block, worth +1 · 2 · 0.5.
+pub(crate) fn smallest() -> Vec<u8> {
+    let one = |x: f32| Values::F16(vec![f16::from_f32(x)]);
+    let mut draft = Draft::create_on(Vec::new(), "memory");
+    let w = draft.add_weight("w", Shape::new(1, 1).unwrap(), 1, "avd").unwrap();
+    let block = Block {
+        signs: SignMatrix::from_f32(1, 1, &[1.0]).unwrap(),
+        basis: Some(Basis::new(1, 1, one(2.0)).unwrap()),
+        coefficients: Coefficients::new(1, 1, 1, one(0.5)).unwrap(),
+    };
+    draft.push_block(w, block.view()).unwrap();
+    let mut bytes = Vec::new();
+    draft.finish(&[0], &mut bytes, &mut |_, _| {}).unwrap();
+    bytes
+}
+
 /// Where the data of a file begins.
 pub(crate) fn data_offset(file: &[u8]) -> usize {
     8 + u64::from_le_bytes(file[..8].try_into().unwrap()) as usize
