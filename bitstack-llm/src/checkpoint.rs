@@ -6,23 +6,53 @@
 
 use std::collections::{HashMap, HashSet};
 use std::fs::File;
-use std::io::{Read, Seek, SeekFrom};
+use std::io::{Error, ErrorKind, Read, Seek, SeekFrom};
 use std::path::{Component, Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
 use half::{bf16, f16};
 use ndarray::Array2;
 use safetensors::Dtype;
-use safetensors::tensor::Metadata;
 use serde::Deserialize;
 
+use crate::header::{self, HeaderTensor, printable};
 use crate::linear::Elements;
 use crate::{Dense, LlmError, ModelConfig, VectorSpec, WeightSpec};
 
-/// The safetensors format's own limit on a header.
-const MAX_HEADER_BYTES: u64 = 100_000_000;
-/// Limit on files that are read whole: the largest `tokenizer.json` in use have some tens of megabytes.
-const MAX_COMPANION_BYTES: u64 = 1 << 28;
+/// What a checkpoint may make its reader use.
+///
+/// Opening takes at most [`CheckpointLimits::OPENING_BYTES_PER_BYTE`] bytes of memory for each byte of the configs, the index and the headers, which
+/// must be there and within their limits before any of them is read, and 1 MiB; reading a tensor its own bytes, which must be in its file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct CheckpointLimits {
+    /// Most bytes of a config. By default 1 MiB: those in use have some kilobytes.
+    pub config_bytes: u64,
+    /// Most bytes of the index of the shards. By default 16 MiB: the largest in use have some megabytes.
+    pub index_bytes: u64,
+    /// Most bytes of the header of a safetensors file. By default 100 MB, the format's own limit.
+    pub header_bytes: u64,
+    /// Most bytes of another file that is read whole. By default 256 MiB: the largest `tokenizer.json` in use have some tens of megabytes.
+    pub companion_bytes: u64,
+    /// Most bytes of one tensor. By default 64 GiB.
+    pub tensor_bytes: u64,
+}
+
+impl CheckpointLimits {
+    /// The most bytes of memory that opening takes for one byte of what it reads, as the tests measure it on files made for the purpose.
+    pub const OPENING_BYTES_PER_BYTE: u64 = 128;
+}
+
+impl Default for CheckpointLimits {
+    fn default() -> Self {
+        Self {
+            config_bytes: 1 << 20,
+            index_bytes: 16 << 20,
+            header_bytes: 100_000_000,
+            companion_bytes: 1 << 28,
+            tensor_bytes: 64 << 30,
+        }
+    }
+}
 
 /// The files that make a checkpoint usable and travel with it, in this order.
 const COMPANIONS: [&str; 6] = [
@@ -40,6 +70,7 @@ pub struct Checkpoint {
     dir: PathBuf,
     config: ModelConfig,
     config_text: String,
+    limits: CheckpointLimits,
     files: Vec<DataFile>,
     tensors: HashMap<String, Location>,
 }
@@ -65,12 +96,20 @@ struct Index {
 }
 
 impl Checkpoint {
-    /// Opens a directory: reads its configs and tensor headers, and checks that they fit together.
+    /// Opens a directory with the default [`CheckpointLimits`]: reads its configs and tensor headers, and checks that they fit together.
     ///
     /// # Errors
     /// No or malformed config, unsupported architecture, no checkpoint, damaged header, missing tensor, wrong shape or dtype.
     pub fn open(dir: impl AsRef<Path>) -> Result<Self, LlmError> {
-        let checkpoint = Self::open_headers(dir.as_ref())?;
+        Self::open_with(dir, &CheckpointLimits::default())
+    }
+
+    /// Opens a directory.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open); [`LlmError::FileTooLarge`] and [`LlmError::BadCheckpoint`] for what is beyond `limits`.
+    pub fn open_with(dir: impl AsRef<Path>, limits: &CheckpointLimits) -> Result<Self, LlmError> {
+        let checkpoint = Self::open_headers(dir.as_ref(), limits)?;
         for weight in checkpoint.config.weights() {
             checkpoint.locate(&weight.tensor_name(), &[weight.rows, weight.cols])?;
         }
@@ -81,8 +120,9 @@ impl Checkpoint {
     }
 
     /// Opens a directory whatever its tensors are: each is checked when it is read.
-    pub(crate) fn open_headers(dir: &Path) -> Result<Self, LlmError> {
+    pub(crate) fn open_headers(dir: &Path, limits: &CheckpointLimits) -> Result<Self, LlmError> {
         let dir = dir.to_owned();
+        let read_text = |path: &Path| read_text(path, limits.config_bytes);
         let config_text = read_text(&dir.join("config.json"))?;
         let mut config = ModelConfig::from_json(&config_text)?;
         let generation = dir.join("generation_config.json");
@@ -90,7 +130,8 @@ impl Checkpoint {
             config.add_generation_config(&read_text(&generation)?)?;
         }
 
-        let mut checkpoint = Self { dir, config, config_text, files: Vec::new(), tensors: HashMap::new() };
+        let mut checkpoint =
+            Self { dir, config, config_text, limits: *limits, files: Vec::new(), tensors: HashMap::new() };
         let single = checkpoint.dir.join("model.safetensors");
         let index = checkpoint.dir.join("model.safetensors.index.json");
         if exists(&single)? {
@@ -127,7 +168,7 @@ impl Checkpoint {
         for name in COMPANIONS {
             let path = self.dir.join(name);
             if exists(&path)? {
-                files.push((name.to_owned(), read_whole(&path)?));
+                files.push((name.to_owned(), read_whole(&path, self.limits.companion_bytes)?));
             }
         }
         Ok(files)
@@ -138,7 +179,7 @@ impl Checkpoint {
     /// # Errors
     /// A file that is missing or cannot be read.
     pub fn companion(&self, name: &str) -> Result<Vec<u8>, LlmError> {
-        read_whole(&self.dir.join(name))
+        read_whole(&self.dir.join(name), self.limits.companion_bytes)
     }
 
     /// Bytes that the model's tensors take in the checkpoint.
@@ -206,22 +247,24 @@ impl Checkpoint {
 
     fn add_shards(&mut self, index_path: &Path) -> Result<(), LlmError> {
         let bad = |reason| LlmError::BadCheckpoint { path: index_path.to_owned(), reason };
-        let index: Index = serde_json::from_str(&read_text(index_path)?)
+        let index: Index = serde_json::from_str(&read_text(index_path, self.limits.index_bytes)?)
             .map_err(|source| LlmError::Json { file: index_path.display().to_string(), source })?;
         let mut shards: Vec<&String> = index.weight_map.values().collect::<HashSet<_>>().into_iter().collect();
         shards.sort_unstable();
         for shard in shards {
             // The index must not lead out of the model's directory.
             let mut parts = Path::new(shard).components();
-            if !matches!((parts.next(), parts.next()), (Some(Component::Normal(_)), None)) {
-                return Err(bad(format!("shard name {shard:?} is not a plain file name")));
+            let is_plain = matches!((parts.next(), parts.next()), (Some(Component::Normal(_)), None));
+            if !is_plain || shard.chars().any(char::is_control) {
+                return Err(bad(format!("shard name {:?} is not a plain file name", printable(shard))));
             }
             self.add_file(self.dir.join(shard))?;
         }
         for (tensor, shard) in &index.weight_map {
             let found = self.tensors.get(tensor).map(|at| &self.files[at.file].path);
             if found != Some(&self.dir.join(shard)) {
-                return Err(bad(format!("tensor {tensor} is not in {shard}, where the index says it is")));
+                let tensor = printable(tensor);
+                return Err(bad(format!("tensor {tensor} is not in {}, where the index says it is", printable(shard))));
             }
         }
         Ok(())
@@ -231,7 +274,7 @@ impl Checkpoint {
     fn add_file(&mut self, path: PathBuf) -> Result<(), LlmError> {
         let io = |source| LlmError::Io { path: path.clone(), source };
         let bad = |reason: String| LlmError::BadCheckpoint { path: path.clone(), reason };
-        let mut file = File::open(&path).map_err(io)?;
+        let mut file = open_regular(&path)?;
         let file_bytes = file.metadata().map_err(io)?.len();
         if file_bytes < 8 {
             return Err(bad(format!("{file_bytes} bytes are too few for a header")));
@@ -239,30 +282,25 @@ impl Checkpoint {
         let mut length = [0; 8];
         file.read_exact(&mut length).map_err(io)?;
         let header_bytes = u64::from_le_bytes(length);
-        if header_bytes > MAX_HEADER_BYTES || header_bytes > file_bytes - 8 {
+        if header_bytes > file_bytes - 8 {
             return Err(bad(format!("a header of {header_bytes} bytes in a file of {file_bytes}")));
         }
-        let mut header = vec![0; header_bytes as usize];
-        file.read_exact(&mut header).map_err(io)?;
-        // Parsing also checks that offsets are contiguous and agree with shape and dtype.
-        let metadata: Metadata = serde_json::from_slice(&header).map_err(|e| bad(e.to_string()))?;
-        let data_start = 8 + header_bytes;
-        if metadata.data_len() as u64 != file_bytes - data_start {
-            let (found, expected) = (file_bytes - data_start, metadata.data_len());
-            return Err(bad(format!("{found} bytes of tensors, the header says {expected}")));
+        if header_bytes > self.limits.header_bytes {
+            return Err(bad(format!("a header of {header_bytes} bytes; the limit is {}", self.limits.header_bytes)));
         }
+        let mut text = vec![0; header_bytes as usize];
+        file.read_exact(&mut text).map_err(io)?;
+        let data_start = 8 + header_bytes;
+        let tensors = header::parse(&text, file_bytes - data_start).map_err(bad)?;
+        drop(text);
         let number = self.files.len();
-        for (name, info) in metadata.tensors() {
-            let location = Location {
-                file: number,
-                dtype: info.dtype,
-                shape: info.shape.clone(),
-                offset_bytes: data_start + info.data_offsets.0 as u64,
-            };
-            if let Some(other) = self.tensors.insert(name.clone(), location) {
+        for HeaderTensor { name, dtype, shape, begin } in tensors {
+            let location = Location { file: number, dtype, shape, offset_bytes: data_start + begin };
+            if let Some(other) = self.tensors.get(&name) {
                 let other = self.files[other.file].path.display();
-                return Err(bad(format!("tensor {name} is also in {other}")));
+                return Err(bad(format!("tensor {} is also in {other}", printable(&name))));
             }
+            self.tensors.insert(name, location);
         }
         self.files.push(DataFile { path, file: Mutex::new(file) });
         Ok(())
@@ -309,7 +347,14 @@ impl Checkpoint {
 
     fn find(&self, tensor: &str) -> Result<&Location, LlmError> {
         let missing = || LlmError::MissingTensor { tensor: tensor.to_owned(), place: self.dir.clone() };
-        self.tensors.get(tensor).ok_or_else(missing)
+        let location = self.tensors.get(tensor).ok_or_else(missing)?;
+        // No overflow: the header was held against the file's length.
+        let bytes = location.shape.iter().product::<usize>() as u64 * location.dtype.bitsize() as u64 / 8;
+        if bytes > self.limits.tensor_bytes {
+            let reason = format!("tensor {tensor} has {bytes} bytes; the limit is {}", self.limits.tensor_bytes);
+            return Err(LlmError::BadCheckpoint { path: self.files[location.file].path.clone(), reason });
+        }
+        Ok(location)
     }
 
     fn locate(&self, tensor: &str, expected: &[usize]) -> Result<&Location, LlmError> {
@@ -400,22 +445,32 @@ pub(crate) fn exists(path: &Path) -> Result<bool, LlmError> {
     path.try_exists().map_err(|source| LlmError::Io { path: path.to_owned(), source })
 }
 
-pub(crate) fn read_whole(path: &Path) -> Result<Vec<u8>, LlmError> {
+/// Opens what is a file and nothing else: to open a pipe is to wait for somebody to write to it.
+fn open_regular(path: &Path) -> Result<File, LlmError> {
     let io = |source| LlmError::Io { path: path.to_owned(), source };
-    let file = File::open(path).map_err(io)?;
-    let bytes = file.metadata().map_err(io)?.len();
-    if bytes > MAX_COMPANION_BYTES {
-        return Err(LlmError::FileTooLarge { path: path.to_owned(), bytes, limit: MAX_COMPANION_BYTES });
+    if !std::fs::metadata(path).map_err(io)?.is_file() {
+        return Err(io(Error::new(ErrorKind::InvalidInput, "it is not a regular file")));
     }
-    let mut contents = Vec::new();
-    file.take(MAX_COMPANION_BYTES).read_to_end(&mut contents).map_err(io)?;
+    File::open(path).map_err(io)
+}
+
+pub(crate) fn read_whole(path: &Path, limit: u64) -> Result<Vec<u8>, LlmError> {
+    let io = |source| LlmError::Io { path: path.to_owned(), source };
+    let file = open_regular(path)?;
+    let bytes = file.metadata().map_err(io)?.len();
+    if bytes > limit {
+        return Err(LlmError::FileTooLarge { path: path.to_owned(), bytes, limit });
+    }
+    let mut contents = Vec::with_capacity(bytes as usize);
+    // One more than it had, to notice if it grows.
+    file.take(bytes + 1).read_to_end(&mut contents).map_err(io)?;
+    if contents.len() as u64 > bytes {
+        return Err(io(Error::new(ErrorKind::InvalidData, "it is being written to")));
+    }
     Ok(contents)
 }
 
-fn read_text(path: &Path) -> Result<String, LlmError> {
-    let text = String::from_utf8(read_whole(path)?);
-    text.map_err(|e| LlmError::Io {
-        path: path.to_owned(),
-        source: std::io::Error::new(std::io::ErrorKind::InvalidData, e.utf8_error()),
-    })
+fn read_text(path: &Path, limit: u64) -> Result<String, LlmError> {
+    let text = String::from_utf8(read_whole(path, limit)?);
+    text.map_err(|e| LlmError::Io { path: path.to_owned(), source: Error::new(ErrorKind::InvalidData, e.utf8_error()) })
 }

@@ -3,6 +3,7 @@
 use serde_json::{Map, Value};
 
 use crate::LlmError;
+use crate::header::printable;
 
 const SUPPORTED: &str = "LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM and Qwen3ForCausalLM";
 
@@ -344,7 +345,7 @@ fn parse_object(text: &str, file: &str) -> Result<Map<String, Value>, LlmError> 
 }
 
 fn bad(field: &'static str, found: impl ToString, expected: impl Into<String>) -> LlmError {
-    LlmError::BadField { field, found: found.to_string(), expected: expected.into() }
+    LlmError::BadField { field, found: printable(&found.to_string()), expected: expected.into() }
 }
 
 /// Typed access to the fields of a JSON object; `null` counts as absent, as in the Python library.
@@ -396,7 +397,7 @@ impl Fields<'_> {
             Some("MistralForCausalLM" | "mistral") => Ok(Architecture::Mistral),
             Some("Qwen2ForCausalLM" | "qwen2") => Ok(Architecture::Qwen2),
             Some("Qwen3ForCausalLM" | "qwen3") => Ok(Architecture::Qwen3),
-            Some(other) => Err(LlmError::UnknownArchitecture { found: other.to_owned(), supported: SUPPORTED }),
+            Some(other) => Err(LlmError::UnknownArchitecture { found: printable(other), supported: SUPPORTED }),
             None => Err(LlmError::MissingField { field: "architectures" }),
         }
     }

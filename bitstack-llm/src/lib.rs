@@ -10,6 +10,7 @@ mod elastic;
 mod error;
 pub mod eval;
 mod export;
+mod header;
 mod journal;
 mod linear;
 mod math;
@@ -23,7 +24,7 @@ pub mod synthetic;
 pub mod text;
 mod tokenizer;
 
-pub use checkpoint::Checkpoint;
+pub use checkpoint::{Checkpoint, CheckpointLimits};
 pub use compress::{BlockMethod, CompressOptions, Compressed, Ordering, Scaling, compress, default_rank};
 pub use config::{Architecture, Biases, Llama3Scaling, ModelConfig, RopeConfig, VectorSpec, WeightRole, WeightSpec};
 pub use decoder::{Decoder, Frame, KvCache, Observer, Pass};

@@ -16,7 +16,7 @@
 
 use crate::checkpoint::{exists, read_whole};
 use crate::stack;
-use crate::{Checkpoint, Compressed, LlmError, ModelConfig, Progress, WeightSpec};
+use crate::{Checkpoint, CheckpointLimits, Compressed, LlmError, ModelConfig, Progress, WeightSpec};
 use bitstack_core::{Basis, Block, Coefficients, CoreError, Shape, SignMatrix, Values};
 use bitstack_format::{BlockSource, Draft, FormatError};
 use bitstack_sort::{Balanced, LoadOrder, Method, Scores, Sizes};
@@ -58,7 +58,7 @@ pub(crate) fn layer_name(weight: &str) -> Option<String> {
 pub fn import(dir: impl AsRef<Path>, scratch: &Path, progress: &dyn Progress) -> Result<Compressed, LlmError> {
     let dir = dir.as_ref();
     let mut draft = Draft::create_in(scratch)?;
-    let checkpoint = Checkpoint::open_headers(dir)?;
+    let checkpoint = Checkpoint::open_headers(dir, &CheckpointLimits::default())?;
     let config = checkpoint.config();
     let specs = config.weights();
     let n_blocks = count_blocks(&checkpoint, config)?;
@@ -68,7 +68,7 @@ pub fn import(dir: impl AsRef<Path>, scratch: &Path, progress: &dyn Progress) ->
     }
     let measurements = dir.join(MEASUREMENTS);
     if exists(&measurements)? {
-        draft.push_file(MEASUREMENTS, &read_whole(&measurements)?)?;
+        draft.push_file(MEASUREMENTS, &checkpoint.companion(MEASUREMENTS)?)?;
     }
     let plain = config.other_tensors().into_iter().map(|v| (v.name, vec![v.len]));
     let outer = specs.iter().filter(|s| s.layer.is_none()).map(|s| (s.tensor_name(), vec![s.rows, s.cols]));
@@ -263,7 +263,7 @@ struct MeasuredLayer {
 
 /// The scores of `reduced_ppl_average.json`, one for each block; NaN where nothing was measured.
 fn measured_scores(path: &Path, names: &HashMap<String, usize>, n_blocks: &[usize]) -> Result<Scores, LlmError> {
-    let text = plain_json(&read_whole(path)?);
+    let text = plain_json(&read_whole(path, CheckpointLimits::default().companion_bytes)?);
     let measured: Measured =
         serde_json::from_slice(&text).map_err(|source| LlmError::Json { file: path.display().to_string(), source })?;
     let bad = |reason| LlmError::BadOrder { path: path.to_owned(), reason };

@@ -1,6 +1,8 @@
 //! Text to tokens and back.
 
 use crate::LlmError;
+use crate::header::printable;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 
 /// A Hugging Face fast tokenizer (`tokenizer.json`).
 #[derive(Debug, Clone)]
@@ -8,8 +10,11 @@ pub struct Tokenizer {
     inner: tokenizers::Tokenizer,
 }
 
-fn failed(error: tokenizers::Error) -> LlmError {
-    LlmError::Tokenizer { reason: error.to_string() }
+/// The library's answer. It panics on some malformed tokenizers (one that replaces the empty string, for instance), which are a file's fault and
+/// not the program's: here that is an error too. Nothing that it could leave half done is used afterwards but for reading.
+fn guarded<T>(f: impl FnOnce() -> Result<T, tokenizers::Error>) -> Result<T, LlmError> {
+    let result = catch_unwind(AssertUnwindSafe(f)).unwrap_or_else(|_| Err("the tokenizer library gave up".into()));
+    result.map_err(|error| LlmError::Tokenizer { reason: printable(&error.to_string()) })
 }
 
 impl Tokenizer {
@@ -19,10 +24,12 @@ impl Tokenizer {
     /// # Errors
     /// [`LlmError::Tokenizer`] when they are malformed.
     pub fn from_bytes(bytes: &[u8]) -> Result<Self, LlmError> {
-        let mut inner = tokenizers::Tokenizer::from_bytes(bytes).map_err(failed)?;
-        inner.with_truncation(None).map_err(failed)?;
-        inner.with_padding(None);
-        Ok(Self { inner })
+        guarded(|| {
+            let mut inner = tokenizers::Tokenizer::from_bytes(bytes)?;
+            inner.with_truncation(None)?;
+            inner.with_padding(None);
+            Ok(Self { inner })
+        })
     }
 
     /// Tokens of a text; with those (such as a begin token) that the tokenizer itself adds, and no others.
@@ -30,7 +37,7 @@ impl Tokenizer {
     /// # Errors
     /// [`LlmError::Tokenizer`] when the tokenizer fails.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>, LlmError> {
-        Ok(self.inner.encode_fast(text, true).map_err(failed)?.get_ids().to_vec())
+        guarded(|| Ok(self.inner.encode_fast(text, true)?.get_ids().to_vec()))
     }
 
     /// Text of some tokens, special ones left out. Bytes that are not UTF-8 become U+FFFD.
@@ -38,7 +45,7 @@ impl Tokenizer {
     /// # Errors
     /// [`LlmError::Tokenizer`] when the tokenizer fails.
     pub fn decode(&self, tokens: &[u32]) -> Result<String, LlmError> {
-        self.inner.decode(tokens, true).map_err(failed)
+        guarded(|| self.inner.decode(tokens, true))
     }
 
     /// The id of a token given as text, such as `</s>`.
