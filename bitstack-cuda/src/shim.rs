@@ -353,7 +353,7 @@ fn fused_products_of_any_rank_and_batch_are_the_definition() {
     let mut rng = StdRng::seed_from_u64(2);
     for rank in [1, 2, 3, 4, 5, 16, 17] {
         for tokens in 1..=17 {
-            if rank > 4 && ![1, 2, 5, 17].contains(&tokens) {
+            if ![1, 2, 4, 16].contains(&rank) && ![1, 2, 5, 17].contains(&tokens) {
                 continue;
             }
             let shape = [(33, 600), (17, 130), (5, 1100)][tokens % 3];
