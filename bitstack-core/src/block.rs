@@ -9,6 +9,9 @@ pub enum FactorType {
     F16,
     /// Signed bytes, with one f16 scale per vector: value = scale · code.
     I8,
+    /// One f16 scale per vector and nothing else, for coefficients only: value = scale · code, with the codes of block 1, which are of
+    /// 8 bits.
+    Scales,
 }
 
 impl FactorType {
@@ -17,6 +20,7 @@ impl FactorType {
         match self {
             Self::F16 => n_values.checked_mul(2),
             Self::I8 => n_vectors.checked_mul(2)?.checked_add(n_values),
+            Self::Scales => n_vectors.checked_mul(2),
         }
     }
 }
@@ -33,6 +37,8 @@ pub enum Values {
         /// One scale per vector.
         scales: Vec<f16>,
     },
+    /// One scale per vector, see [`FactorType::Scales`].
+    Scales(Vec<f16>),
 }
 
 /// The stored values of a factor, borrowed.
@@ -47,6 +53,8 @@ pub enum ValuesRef<'a> {
         /// One scale per vector.
         scales: &'a [f16],
     },
+    /// One scale per vector, see [`FactorType::Scales`].
+    Scales(&'a [f16]),
 }
 
 impl Values {
@@ -55,6 +63,7 @@ impl Values {
         match self {
             Self::F16(values) => ValuesRef::F16(values),
             Self::I8 { codes, scales } => ValuesRef::I8 { codes, scales },
+            Self::Scales(scales) => ValuesRef::Scales(scales),
         }
     }
 }
@@ -65,6 +74,7 @@ impl ValuesRef<'_> {
         match self {
             Self::F16(_) => FactorType::F16,
             Self::I8 { .. } => FactorType::I8,
+            Self::Scales(_) => FactorType::Scales,
         }
     }
 
@@ -73,24 +83,32 @@ impl ValuesRef<'_> {
         match self {
             Self::F16(values) => Values::F16(values.to_vec()),
             Self::I8 { codes, scales } => Values::I8 { codes: codes.to_vec(), scales: scales.to_vec() },
+            Self::Scales(scales) => Values::Scales(scales.to_vec()),
         }
     }
 
     fn check(self, what: &'static str, n_values: Option<usize>, n_vectors: usize) -> Result<(), CoreError> {
-        let expected = n_values.unwrap_or(usize::MAX);
-        let (actual, finite) = match self {
-            Self::F16(values) => (values.len(), values),
-            Self::I8 { codes, scales } => {
-                if scales.len() != n_vectors {
-                    let what = "the number of scales of an 8-bit factor";
-                    return Err(CoreError::Mismatch { what, expected: n_vectors, actual: scales.len() });
-                }
-                (codes.len(), scales)
-            }
+        let (actual, scales) = match self {
+            Self::F16(values) => (Some(values.len()), None),
+            Self::I8 { codes, scales } => (Some(codes.len()), Some(scales)),
+            Self::Scales(scales) => (None, Some(scales)),
         };
-        if actual != expected {
+        if let Some(scales) = scales
+            && scales.len() != n_vectors
+        {
+            let what = "the number of scales of a factor";
+            return Err(CoreError::Mismatch { what, expected: n_vectors, actual: scales.len() });
+        }
+        let expected = n_values.unwrap_or(usize::MAX);
+        if let Some(actual) = actual
+            && actual != expected
+        {
             return Err(CoreError::Mismatch { what, expected, actual });
         }
+        let finite = match self {
+            Self::F16(values) => values,
+            Self::I8 { scales, .. } | Self::Scales(scales) => scales,
+        };
         // All of them first, which is quick (a loop without exits on the exponents), since blocks are looked at each time they are used.
         const EXPONENT: u16 = 0x7c00;
         if finite.iter().fold(true, |all, x| all & (x.to_bits() & EXPONENT != EXPONENT)) {
@@ -106,6 +124,7 @@ impl ValuesRef<'_> {
         match self {
             Self::F16(values) => values[index].to_f32(),
             Self::I8 { codes, scales } => f32::from(codes[index]) * scales[vector].to_f32(),
+            Self::Scales(_) => unreachable!("a basis has values, and scales of coefficients multiply codes"),
         }
     }
 }
@@ -126,7 +145,8 @@ pub struct BasisRef<'a> {
     values: ValuesRef<'a>,
 }
 
-/// Coefficients U, `rows x planes x rank`, row-major; for each plane and rank the `rows` values are a vector.
+/// Coefficients U, `rows x planes x rank`, row-major; for each plane and rank the `rows` values are a vector. Or only a scale for each of
+/// these vectors, whose codes are then those of block 1.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Coefficients {
     rows: usize,
@@ -142,6 +162,8 @@ pub struct CoefficientsRef<'a> {
     planes: usize,
     rank: usize,
     values: ValuesRef<'a>,
+    /// What scales multiply: the codes of block 1, `rows x 1 x rank`.
+    first: &'a [i8],
 }
 
 impl Basis {
@@ -161,6 +183,9 @@ impl<'a> BasisRef<'a> {
     /// Borrows `rank * cols` finite values.
     pub fn new(rank: usize, cols: usize, values: ValuesRef<'a>) -> Result<Self, CoreError> {
         at_least_one("the rank of a basis", rank)?;
+        if values.factor_type() == FactorType::Scales {
+            return Err(CoreError::ScalesOfBasis);
+        }
         values.check("the number of values of a basis", rank.checked_mul(cols), rank)?;
         Ok(Self { rank, cols, values })
     }
@@ -188,7 +213,7 @@ impl<'a> BasisRef<'a> {
 }
 
 impl Coefficients {
-    /// Takes `rows * planes * rank` finite values.
+    /// Takes `rows * planes * rank` finite values, or `planes * rank` scales.
     pub fn new(rows: usize, planes: usize, rank: usize, values: Values) -> Result<Self, CoreError> {
         CoefficientsRef::new(rows, planes, rank, values.view())?;
         Ok(Self { rows, planes, rank, values })
@@ -196,18 +221,33 @@ impl Coefficients {
 
     /// The same coefficients, borrowed.
     pub fn view(&self) -> CoefficientsRef<'_> {
-        CoefficientsRef { rows: self.rows, planes: self.planes, rank: self.rank, values: self.values.view() }
+        let &Self { rows, planes, rank, ref values } = self;
+        CoefficientsRef { rows, planes, rank, values: values.view(), first: &[] }
     }
 }
 
 impl<'a> CoefficientsRef<'a> {
-    /// Borrows `rows * planes * rank` finite values.
+    /// Borrows `rows * planes * rank` finite values, or `planes * rank` scales.
     pub fn new(rows: usize, planes: usize, rank: usize, values: ValuesRef<'a>) -> Result<Self, CoreError> {
         at_least_one("the planes of coefficients", planes)?;
         at_least_one("the rank of coefficients", rank)?;
         let vectors = planes.saturating_mul(rank);
         values.check("the number of coefficients", rows.checked_mul(vectors), vectors)?;
-        Ok(Self { rows, planes, rank, values })
+        Ok(Self { rows, planes, rank, values, first: &[] })
+    }
+
+    /// The same, with what scales multiply: the codes of the coefficients of block 1.
+    pub(crate) fn with_first(self, first: CoefficientsRef<'a>) -> Self {
+        match (self.values, first.values) {
+            (ValuesRef::Scales(_), ValuesRef::I8 { codes, .. }) => Self { first: codes, ..self },
+            _ => self,
+        }
+    }
+
+    /// What scales multiply: the codes of block 1, `rows x 1 x rank`. Empty for values that stand for themselves, and for a block that is
+    /// not part of a [`crate::Level`].
+    pub fn first_codes(self) -> &'a [i8] {
+        self.first
     }
 
     /// Rows of the weight.
@@ -230,7 +270,8 @@ impl<'a> CoefficientsRef<'a> {
         self.values
     }
 
-    /// U[row, plane, k], planes counted from 0. Panics when there is no such element.
+    /// U[row, plane, k], planes counted from 0. Panics when there is no such element, and for scales of a block that is not part of a
+    /// [`crate::Level`].
     pub fn get(self, row: usize, plane: usize, k: usize) -> f32 {
         assert!(
             row < self.rows && plane < self.planes && k < self.rank,
@@ -240,7 +281,10 @@ impl<'a> CoefficientsRef<'a> {
             self.rank
         );
         let vector = plane * self.rank + k;
-        self.values.get(row * self.planes * self.rank + vector, vector)
+        match self.values {
+            ValuesRef::Scales(scales) => f32::from(self.first[row * self.rank + k]) * scales[vector].to_f32(),
+            values => values.get(row * self.planes * self.rank + vector, vector),
+        }
     }
 }
 
@@ -292,21 +336,30 @@ impl BlockRef<'_> {
 
     /// Checks that the parts agree with each other and with a weight of this shape, as its block number `number` (from 1), `rank`
     /// being that of the blocks before.
-    pub(crate) fn check(&self, shape: Shape, number: usize, rank: Option<usize>) -> Result<(), CoreError> {
+    pub(crate) fn check(
+        &self,
+        shape: Shape,
+        number: usize,
+        first: Option<CoefficientsRef<'_>>,
+    ) -> Result<(), CoreError> {
         let equal = |what, expected, actual| {
             if expected == actual { Ok(()) } else { Err(CoreError::Mismatch { what, expected, actual }) }
         };
         equal("rows of the signs", shape.rows(), self.signs.rows())?;
         equal("columns of the signs", shape.cols(), self.signs.cols())?;
         equal("rows of the coefficients", shape.rows(), self.coefficients.rows)?;
-        if let Some(rank) = rank {
-            equal("the rank of all blocks of a weight", rank, self.coefficients.rank)?;
+        if let Some(first) = first {
+            equal("the rank of all blocks of a weight", first.rank, self.coefficients.rank)?;
         }
         if let Some(basis) = self.basis {
             equal("columns of the basis", shape.cols(), basis.cols)?;
             equal("the rank of the basis", self.coefficients.rank, basis.rank)?;
         } else if number == 1 {
             return Err(CoreError::NoBasis);
+        }
+        let codes = first.is_some_and(|first| first.values.factor_type() == FactorType::I8);
+        if self.coefficients.values.factor_type() == FactorType::Scales && !codes {
+            return Err(CoreError::NoCodes { block: number });
         }
         let planes = self.coefficients.planes;
         if planes != 1 && planes != number {
@@ -336,6 +389,34 @@ mod tests {
         assert_eq!([v.view().get(0, 2), v.view().get(1, 0)], [1.5, -8.0]); // a vector is a row of V
         let u = Coefficients::new(3, 2, 1, Values::I8 { codes, scales }).unwrap();
         assert_eq!([u.view().get(0, 1, 0), u.view().get(2, 0, 0)], [4.0, -2.5]); // a vector is a column of U
+    }
+
+    #[test]
+    fn scales_need_something_to_multiply() {
+        let scales = || Values::Scales(vec![f16::ONE; 2]);
+        assert_eq!(Basis::new(2, 3, scales()), Err(CoreError::ScalesOfBasis));
+        assert!(matches!(
+            Coefficients::new(9, 3, 1, scales()),
+            Err(CoreError::Mismatch { expected: 3, actual: 2, .. })
+        ));
+        let infinite = Values::Scales(vec![f16::ONE, f16::INFINITY]);
+        assert!(matches!(Coefficients::new(9, 2, 1, infinite), Err(CoreError::NotFinite { index: 1, .. })));
+        let mut stack = crate::WeightStack::new(Shape::new(1, 1).unwrap());
+        let block = |planes, values| Block {
+            signs: SignMatrix::from_bytes(1, 1, vec![1]).unwrap(),
+            basis: (planes == 1).then(|| Basis::new(1, 1, halves(&[2.0])).unwrap()),
+            coefficients: Coefficients::new(1, planes, 1, values).unwrap(),
+        };
+        let alone = block(1, Values::Scales(vec![f16::ONE]));
+        assert_eq!(stack.push(alone), Err(CoreError::NoCodes { block: 1 }));
+        let second = block(2, Values::Scales(vec![f16::from_f32(0.5), f16::from_f32(0.25)]));
+        let mut halves_first = stack.clone();
+        halves_first.push(block(1, halves(&[3.0]))).unwrap();
+        assert_eq!(halves_first.push(second.clone()), Err(CoreError::NoCodes { block: 2 }));
+        stack.push(block(1, Values::I8 { codes: vec![3], scales: vec![f16::from_f32(4.0)] })).unwrap();
+        stack.push(second).unwrap();
+        assert_eq!(stack.bytes(2) - stack.bytes(1), 1 + 4);
+        assert_eq!(stack.level(2).unwrap().reconstruct(), [2.0 * 3.0 * (0.5 + 0.25)]);
     }
 
     #[test]

@@ -25,6 +25,17 @@ pub enum CoreError {
     /// The first block of a stack must bring a basis.
     #[error("the first block of a stack has no basis")]
     NoBasis,
+    /// A basis that is made of scales only.
+    #[error("a basis must have values of its own, not only scales")]
+    ScalesOfBasis,
+    /// Coefficients that are made of scales only, and block 1 has no codes that they could multiply.
+    #[error(
+        "block {block} has only scales of coefficients, and there is no block 1 with 8-bit ones for them to multiply"
+    )]
+    NoCodes {
+        /// The number of the block, counted from 1.
+        block: usize,
+    },
     /// A block brings coefficients for a number of planes that is neither 1 nor its own number.
     #[error("block {block} brings coefficients for {planes} planes; it must be 1 (additive) or {block} (refitted)")]
     Planes {

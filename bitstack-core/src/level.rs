@@ -31,11 +31,11 @@ impl<'a> Level<'a> {
     /// When a block does not fit the shape or the blocks before it; [`CoreError::NoSuchLevel`] when there is none.
     pub fn new(shape: Shape, blocks: impl IntoIterator<Item = BlockRef<'a>>) -> Result<Self, CoreError> {
         let mut planes: Vec<Plane<'a>> = Vec::new();
+        let mut first = None;
         for block in blocks {
-            let rank = planes.first().map(|p| p.coefficients.rank());
-            block.check(shape, planes.len() + 1, rank)?;
+            block.check(shape, planes.len() + 1, first)?;
             let basis = block.basis.or(planes.last().map(|p| p.basis)).ok_or(CoreError::NoBasis)?;
-            let coefficients = block.coefficients;
+            let coefficients = block.coefficients.with_first(*first.get_or_insert(block.coefficients));
             planes.push(Plane { signs: block.signs, basis, coefficients, plane: 0 });
             if coefficients.planes() > 1 {
                 for (plane, p) in planes.iter_mut().enumerate() {

@@ -16,6 +16,9 @@
 //! - *additive* blocks (arXiv 2410.23918, section 3.1) bring the coefficients of their own plane only, `planes = 1`, once and for all;
 //! - *refitted* blocks bring new coefficients for all planes up to their own, `planes = i`, which replace the earlier ones.
 //!
+//! Coefficients may also be only *scales* ([`FactorType::Scales`]), one for each plane and rank: then they are multiples of the codes of
+//! block 1, which say how large each row is.
+//!
 //! A stack may mix both: at level `b` plane `i` takes its coefficients from the last block `j` in `i..=b` that brings some for it.
 //! Any prefix of a stack is a complete, usable weight, and going up or down one level touches only one block.
 //!

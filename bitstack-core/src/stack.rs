@@ -19,7 +19,8 @@ impl WeightStack {
     /// When its shape or rank differs from the weight's, when the first block has no basis, or when it brings coefficients for a number
     /// of planes that is neither 1 nor its own number. The stack is then unchanged.
     pub fn push(&mut self, block: Block) -> Result<(), CoreError> {
-        block.view().check(self.shape, self.blocks.len() + 1, self.rank())?;
+        let first = self.blocks.first().map(|b| b.view().coefficients);
+        block.view().check(self.shape, self.blocks.len() + 1, first)?;
         self.blocks.push(block);
         Ok(())
     }

@@ -1,7 +1,8 @@
 //! What a level is: the definition, element by element, against the crate's arithmetic, over every kind of stack.
 
 use bitstack_core::{
-    Basis, Block, BlockRef, Coefficients, CoreError, Level, Shape, SignMatrix, Values, WeightStack, f16,
+    Basis, Block, BlockRef, Coefficients, CoreError, FactorType, Level, Shape, SignMatrix, Values, ValuesRef,
+    WeightStack, f16,
 };
 use proptest::prelude::*;
 
@@ -18,29 +19,36 @@ impl Numbers {
         (self.next() % 17) as f32 / 8.0 - 1.0
     }
 
-    fn values(&mut self, n_values: usize, n_vectors: usize, eight_bit: bool) -> Values {
-        if eight_bit {
-            let codes = (0..n_values).map(|_| (self.next() % 9) as i8 - 4).collect();
-            Values::I8 {
-                codes,
-                scales: (0..n_vectors).map(|_| f16::from_f32([0.5, 0.25, 1.0][(self.next() % 3) as usize])).collect(),
+    fn halves(&mut self, n: usize) -> Vec<f16> {
+        (0..n).map(|_| f16::from_f32(self.small())).collect()
+    }
+
+    fn values(&mut self, n_values: usize, n_vectors: usize, factor: FactorType) -> Values {
+        match factor {
+            FactorType::I8 => {
+                let codes = (0..n_values).map(|_| (self.next() % 9) as i8 - 4).collect();
+                let scale = |i: u64| f16::from_f32([0.5, 0.25, 1.0][(i % 3) as usize]);
+                Values::I8 { codes, scales: (0..n_vectors).map(|_| scale(self.next())).collect() }
             }
-        } else {
-            Values::F16((0..n_values).map(|_| f16::from_f32(self.small())).collect())
+            FactorType::F16 => Values::F16(self.halves(n_values)),
+            FactorType::Scales => Values::Scales(self.halves(n_vectors)),
         }
     }
 
-    fn block(&mut self, shape: Shape, rank: usize, planes: usize, with_basis: bool, eight_bit: bool) -> Block {
+    fn block(&mut self, shape: Shape, rank: usize, planes: usize, with_basis: bool, factor: FactorType) -> Block {
         let (rows, cols) = (shape.rows(), shape.cols());
         let signs: Vec<f32> = (0..rows * cols).map(|_| self.small()).collect();
         Block {
             signs: SignMatrix::from_f32(rows, cols, &signs).unwrap(),
-            basis: with_basis.then(|| Basis::new(rank, cols, self.values(rank * cols, rank, eight_bit)).unwrap()),
+            basis: with_basis.then(|| {
+                let own = if factor == FactorType::Scales { FactorType::F16 } else { factor };
+                Basis::new(rank, cols, self.values(rank * cols, rank, own)).unwrap()
+            }),
             coefficients: Coefficients::new(
                 rows,
                 planes,
                 rank,
-                self.values(rows * planes * rank, planes * rank, eight_bit),
+                self.values(rows * planes * rank, planes * rank, factor),
             )
             .unwrap(),
         }
@@ -62,24 +70,38 @@ fn definition(blocks: &[BlockRef<'_>], r: usize, c: usize) -> f64 {
             })
             .unwrap();
         for k in 0..u.rank() {
-            sum += f64::from(blocks[i].signs.get(r, c)) * f64::from(u.get(r, plane, k)) * f64::from(basis.get(k, c));
+            let u = match u.values() {
+                ValuesRef::Scales(scales) => scales[plane * u.rank() + k].to_f64() * first(blocks, r, k),
+                _ => f64::from(u.get(r, plane, k)),
+            };
+            sum += f64::from(blocks[i].signs.get(r, c)) * u * f64::from(basis.get(k, c));
         }
     }
     sum
+}
+
+/// What scales multiply.
+fn first(blocks: &[BlockRef<'_>], r: usize, k: usize) -> f64 {
+    let u = blocks[0].coefficients;
+    let ValuesRef::I8 { codes, .. } = u.values() else { panic!("scales need codes") };
+    f64::from(codes[r * u.rank() + k])
 }
 
 proptest! {
     #[test]
     fn every_level_of_every_kind_of_stack_is_its_definition(
         rows in 1usize..7, cols in 1usize..20, rank in 1usize..4, seed: u64,
-        kinds in prop::collection::vec((any::<bool>(), any::<bool>(), any::<bool>()), 1..6),
+        kinds in prop::collection::vec((any::<bool>(), any::<bool>(), 0usize..3), 1..6),
     ) {
         let shape = Shape::new(rows, cols).unwrap();
         let mut numbers = Numbers(seed);
         let mut stack = WeightStack::new(shape);
-        for (i, &(refitted, with_basis, eight_bit)) in kinds.iter().enumerate() {
+        for (i, &(refitted, with_basis, factor)) in kinds.iter().enumerate() {
+            use FactorType::{F16, I8, Scales};
+            let codes = i > 0 && kinds[0].2 == 1;
+            let factor = [F16, I8, if codes { Scales } else { F16 }][factor];
             let planes = if refitted { i + 1 } else { 1 };
-            stack.push(numbers.block(shape, rank, planes, with_basis || i == 0, eight_bit)).unwrap();
+            stack.push(numbers.block(shape, rank, planes, with_basis || i == 0, factor)).unwrap();
         }
         let x: Vec<f32> = (0..cols).map(|_| numbers.small()).collect();
         for level in 1..=kinds.len() {
@@ -106,23 +128,32 @@ fn blocks_that_do_not_fit_are_rejected_and_leave_the_stack_as_it_was() {
     let shape = Shape::new(3, 5).unwrap();
     let mut numbers = Numbers(1);
     let mut stack = WeightStack::new(shape);
-    assert_eq!(stack.push(numbers.block(shape, 2, 1, false, false)), Err(CoreError::NoBasis));
-    assert_eq!(stack.push(numbers.block(shape, 2, 2, true, false)), Err(CoreError::Planes { block: 1, planes: 2 }));
-    stack.push(numbers.block(shape, 2, 1, true, false)).unwrap();
+    assert_eq!(stack.push(numbers.block(shape, 2, 1, false, FactorType::F16)), Err(CoreError::NoBasis));
+    assert_eq!(
+        stack.push(numbers.block(shape, 2, 2, true, FactorType::F16)),
+        Err(CoreError::Planes { block: 1, planes: 2 })
+    );
+    stack.push(numbers.block(shape, 2, 1, true, FactorType::F16)).unwrap();
     let other = Shape::new(3, 6).unwrap();
     for bad in [
-        numbers.block(other, 2, 1, true, false),
-        numbers.block(Shape::new(4, 5).unwrap(), 2, 1, true, false),
-        numbers.block(shape, 3, 1, true, false),
-        Block { basis: numbers.block(other, 2, 1, true, false).basis, ..numbers.block(shape, 2, 1, true, false) },
+        numbers.block(other, 2, 1, true, FactorType::F16),
+        numbers.block(Shape::new(4, 5).unwrap(), 2, 1, true, FactorType::F16),
+        numbers.block(shape, 3, 1, true, FactorType::F16),
         Block {
-            coefficients: numbers.block(shape, 3, 1, true, false).coefficients,
-            ..numbers.block(shape, 2, 1, true, false)
+            basis: numbers.block(other, 2, 1, true, FactorType::F16).basis,
+            ..numbers.block(shape, 2, 1, true, FactorType::F16)
+        },
+        Block {
+            coefficients: numbers.block(shape, 3, 1, true, FactorType::F16).coefficients,
+            ..numbers.block(shape, 2, 1, true, FactorType::F16)
         },
     ] {
         assert!(matches!(stack.push(bad), Err(CoreError::Mismatch { .. })));
     }
-    assert_eq!(stack.push(numbers.block(shape, 2, 3, true, false)), Err(CoreError::Planes { block: 2, planes: 3 }));
+    assert_eq!(
+        stack.push(numbers.block(shape, 2, 3, true, FactorType::F16)),
+        Err(CoreError::Planes { block: 2, planes: 3 })
+    );
     assert_eq!((stack.blocks().len(), stack.rank()), (1, Some(2)));
 }
 
@@ -131,7 +162,7 @@ fn levels_that_do_not_exist_are_errors() {
     let shape = Shape::new(1, 1).unwrap();
     let mut stack = WeightStack::new(shape);
     assert_eq!(stack.level(1).err(), Some(CoreError::NoSuchLevel { level: 1, blocks: 0 }));
-    stack.push(Numbers(1).block(shape, 1, 1, true, false)).unwrap();
+    stack.push(Numbers(1).block(shape, 1, 1, true, FactorType::F16)).unwrap();
     assert_eq!(stack.level(0).err(), Some(CoreError::NoSuchLevel { level: 0, blocks: 1 }));
     assert_eq!(stack.level(2).err(), Some(CoreError::NoSuchLevel { level: 2, blocks: 1 }));
     assert!(Level::new(shape, []).is_err());

@@ -187,6 +187,7 @@ fn widen(basis: BasisRef<'_>, k: usize, out: &mut [f32]) {
                 *o = f32::from(v) * scale;
             }
         }
+        ValuesRef::Scales(_) => unreachable!("a basis has values of its own"),
     }
 }
 
@@ -207,6 +208,13 @@ fn widen_coefficients(level: &Level<'_>, first_row: usize, rows: usize, out: &mu
                 ValuesRef::I8 { codes, scales } => {
                     let scale = scales[vector].to_f32();
                     for (o, &v) in out.iter_mut().zip(codes[first..].iter().step_by(stride)) {
+                        *o = f32::from(v) * scale;
+                    }
+                }
+                ValuesRef::Scales(scales) => {
+                    let scale = scales[vector].to_f32();
+                    let codes = &p.coefficients.first_codes()[first_row * rank + k..];
+                    for (o, &v) in out.iter_mut().zip(codes.iter().step_by(rank)) {
                         *o = f32::from(v) * scale;
                     }
                 }

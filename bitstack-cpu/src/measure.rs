@@ -214,6 +214,7 @@ impl Factors {
         let bytes = |v: bitstack_core::ValuesRef<'_>| match v {
             bitstack_core::ValuesRef::F16(v) => 2 * v.len() as u64,
             bitstack_core::ValuesRef::I8 { codes, scales } => (codes.len() + 2 * scales.len()) as u64,
+            bitstack_core::ValuesRef::Scales(scales) => 2 * scales.len() as u64,
         };
         let bases: u64 = self.bases.iter().map(|v| bytes(v.view().values())).sum();
         let refitted = self.coefficients.last().is_some_and(|u| u.view().planes() > 1);

@@ -41,7 +41,11 @@ fn stack(rng: &mut StdRng, shape: Shape, blocks: usize, kind: Kind) -> WeightSta
         let signs: Vec<f32> = (0..rows * cols).map(|_| rng.random_range(-1.0..1.0)).collect();
         let basis = (number == 1 || kind.own_bases)
             .then(|| Basis::new(rank, cols, values(rng, rank * cols, rank, kind.eight_bit)).unwrap());
-        let coefficients = values(rng, rows * planes * rank, planes * rank, kind.eight_bit);
+        let coefficients = match values(rng, rows * planes * rank, planes * rank, kind.eight_bit) {
+            // Some blocks bring no codes of their own.
+            Values::I8 { scales, .. } if number % 3 == 2 => Values::Scales(scales),
+            own => own,
+        };
         let coefficients = Coefficients::new(rows, planes, rank, coefficients).unwrap();
         stack.push(Block { signs: SignMatrix::from_f32(rows, cols, &signs).unwrap(), basis, coefficients }).unwrap();
     }

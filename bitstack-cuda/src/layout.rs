@@ -58,7 +58,7 @@ pub(crate) fn products_of_rank(rank: usize) -> usize {
     rank.div_ceil(PRODUCT_RANK)
 }
 
-/// A factor's bytes in the order of the device, and its scales when it has some.
+/// A factor's bytes in the order of the device, and its scales when it has some. No values: the scales multiply those of block 1.
 pub(crate) struct PackedFactor {
     pub(crate) values: Vec<u8>,
     pub(crate) scales: Option<Vec<u8>>,
@@ -118,13 +118,17 @@ fn pack_values(values: ValuesRef<'_>, len: usize, places: impl Iterator<Item = (
             }
             PackedFactor { values: bytes, scales: Some(scales.iter().flat_map(|s| s.to_le_bytes()).collect()) }
         }
+        ValuesRef::Scales(scales) => {
+            PackedFactor { values: Vec::new(), scales: Some(scales.iter().flat_map(|s| s.to_le_bytes()).collect()) }
+        }
     }
 }
 
 /// Where a factor lies on the device.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct FactorAddress {
-    pub(crate) values: u64,
+    /// `None`: those of block 1.
+    pub(crate) values: Option<u64>,
     pub(crate) scales: Option<u64>,
 }
 
@@ -171,14 +175,19 @@ pub(crate) fn weight_table(shape: Shape, rank: usize, blocks: &[BlockAddress]) -
         // Refitted coefficients of a later block, or else its own.
         let refitted = blocks[plane..].iter().rfind(|later| later.planes > 1);
         let (u, u_plane) = refitted.map_or((block.coefficients, 0), |later| (later.coefficients, plane));
+        // Scales alone go with the codes of block 1, which has one plane.
+        let (values, values_plane) = match u.values {
+            Some(values) => (values, u_plane),
+            None => (blocks[0].coefficients.values.unwrap_or(0), 0),
+        };
         for part in 0..per_plane {
             let first = part * PRODUCT_RANK;
             let width = PRODUCT_RANK.min(rank - first);
             table.product[plane * per_plane + part] = Product {
                 signs: block.signs,
-                basis: basis.values + first as u64 * padded_cols * basis.value_bytes(),
+                basis: basis.values.unwrap_or(0) + first as u64 * padded_cols * basis.value_bytes(),
                 basis_scales: basis.scales_from(first),
-                coefficients: u.values + (u_plane * rank + first) as u64 * padded_rows * u.value_bytes(),
+                coefficients: values + (values_plane * rank + first) as u64 * padded_rows * u.value_bytes(),
                 coefficient_scales: u.scales_from(u_plane * rank + first),
                 coefficients_stride: (TILE_ROWS * width) as u32 * u.value_bytes() as u32,
                 rank: width as u32,
@@ -198,6 +207,7 @@ pub(crate) fn device_bytes(block: &BlockRef<'_>) -> usize {
     let bytes = |values: ValuesRef<'_>, len: usize| match values {
         ValuesRef::F16(_) => 2 * len,
         ValuesRef::I8 { scales, .. } => len + 2 * scales.len(),
+        ValuesRef::Scales(scales) => 2 * scales.len(),
     };
     let vectors = block.coefficients.planes() * block.coefficients.rank();
     padded_rows * padded_cols / 8

@@ -107,7 +107,7 @@ impl Shim {
 
     fn factor(&mut self, packed: &PackedFactor) -> FactorAddress {
         let scales = packed.scales.as_ref().map(|s| self.upload(s));
-        FactorAddress { values: self.upload(&packed.values), scales }
+        FactorAddress { values: (!packed.values.is_empty()).then(|| self.upload(&packed.values)), scales }
     }
 
     /// A weight's table and parts.
@@ -259,7 +259,11 @@ fn stack(rng: &mut StdRng, (rows, cols): (usize, usize), rank: usize, planes: us
         let basis =
             (i == 1 || kinds.own_bases).then(|| Basis::new(rank, cols, values(rank * cols, rank, 1.0)).unwrap());
         let count = if kinds.refitted { i } else { 1 };
-        let u = values(rows * count * rank, count * rank, 0.5f32.powi(i as i32));
+        let u = match values(rows * count * rank, count * rank, 0.5f32.powi(i as i32)) {
+            // Some blocks bring no codes of their own.
+            Values::I8 { scales, .. } if i % 3 == 2 => Values::Scales(scales),
+            u => u,
+        };
         let signs: Vec<f32> = (0..rows * cols).map(|_| gauss(rng)).collect();
         let signs = SignMatrix::from_f32(rows, cols, &signs).unwrap();
         let coefficients = Coefficients::new(rows, count, rank, u).unwrap();

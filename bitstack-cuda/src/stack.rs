@@ -7,7 +7,7 @@ use crate::layout::{
     products_of_rank, weight_table,
 };
 use crate::plan::Size;
-use bitstack_core::{BlockRef, CoreError, Level, Shape};
+use bitstack_core::{BlockRef, CoreError, Level, Shape, ValuesRef};
 use cudarc::driver::{CudaSlice, CudaStream, DevicePtr};
 use std::sync::Arc;
 
@@ -49,20 +49,21 @@ struct DeviceBlock {
 
 #[derive(Debug)]
 struct DeviceFactor {
-    values: CudaSlice<u8>,
+    /// `None`: those of block 1.
+    values: Option<CudaSlice<u8>>,
     scales: Option<CudaSlice<u8>>,
 }
 
 impl DeviceFactor {
     fn new(stream: &Arc<CudaStream>, what: &'static str, packed: &PackedFactor) -> Result<Self, CudaError> {
-        let values = upload(stream, what, &packed.values)?;
+        let values = (!packed.values.is_empty()).then(|| upload(stream, what, &packed.values)).transpose()?;
         let scales = packed.scales.as_ref().map(|s| upload(stream, what, s)).transpose()?;
         Ok(Self { values, scales })
     }
 
     fn address(&self, stream: &CudaStream) -> FactorAddress {
         let scales = self.scales.as_ref().map(|s| s.device_ptr(stream).0);
-        FactorAddress { values: self.values.device_ptr(stream).0, scales }
+        FactorAddress { values: self.values.as_ref().map(|v| v.device_ptr(stream).0), scales }
     }
 }
 
@@ -209,6 +210,10 @@ impl DeviceStack {
             }
         } else if number == 1 {
             return Err(wrong(CoreError::NoBasis));
+        }
+        let codes = self.blocks.first().is_some_and(|first| first.coefficients.scales.is_some());
+        if matches!(block.coefficients.values(), ValuesRef::Scales(_)) && !codes {
+            return Err(wrong(CoreError::NoCodes { block: number }));
         }
         let planes = block.coefficients.planes();
         if planes != 1 && planes != number {

@@ -111,8 +111,8 @@ impl Nested {
         Self { damping: share, ..self }
     }
 
-    /// How basis and coefficients are stored. [`FactorType::I8`] still gives f16 where 8 bits would be too coarse: a basis whose
-    /// smallest value is below 1/16 of its largest, rows whose root mean square is below a quarter of the largest row's.
+    /// How basis and rows are stored. [`FactorType::I8`] still gives f16 where 8 bits would be too coarse: where the smallest value that
+    /// is not zero is below 1/16 of the largest.
     pub fn factors(self, factors: FactorType) -> Self {
         Self { factors, ..self }
     }

@@ -73,10 +73,11 @@ fn reported_errors_are_those_of_the_stored_blocks() {
 
 #[test]
 fn four_joint_planes_reach_the_figures_of_the_method() {
-    // A research prototype of q = 4 with sweeps reached .079, .0120 and .0022 at levels 2 to 4 on a 768 x 512 matrix of this kind.
-    let (w, h) = synthetic(128, 256);
+    // A research prototype of q = 4 with sweeps reached .079, .0120 and .0022 at levels 2 to 4 (2.1, 3.2 and 4.3 bits per weight, here
+    // 2.03, 3.03 and 4.03) on a 768 x 512 matrix of this kind.
+    let (w, h) = synthetic(128, 512);
     let s = scales(&h);
-    let nested = Nested::default().joint(4).range(1.2, 0.5).level_weights(&[0.3, 1.0]);
+    let nested = Nested::default().joint(4).range(1.2, 0.5).level_weights(&[0.3, 1.0, 1.0, 1.1]);
     let d = decompose(w.view(), &DecomposeOptions::nested(4, nested).scales(&s).gram(h.view())).unwrap();
     let e = output_errors(&d);
     assert!(e[1] < 0.079 && e[2] < 0.012 && e[3] < 0.0022, "{e:?}");
@@ -113,7 +114,7 @@ fn every_level_improves_on_the_one_before() {
 }
 
 #[test]
-fn blocks_share_one_basis_and_bring_coefficients_for_all_planes() {
+fn blocks_share_one_basis_and_the_rows_of_the_first() {
     let (w, h) = synthetic(20, 33);
     for (factors, joint) in [(FactorType::I8, 3), (FactorType::F16, 3), (FactorType::I8, 8)] {
         let nested = Nested::default().joint(joint).factors(factors);
@@ -123,7 +124,13 @@ fn blocks_share_one_basis_and_bring_coefficients_for_all_planes() {
             let block = step.unwrap().block;
             let layout = block.view().layout().unwrap();
             assert_eq!((layout.rank, layout.planes, layout.basis.is_some()), (1, i + 1, i == 0));
-            assert_eq!(layout.coefficients, factors);
+            let eight_bit = factors == FactorType::I8;
+            assert_eq!(layout.coefficients, if eight_bit && i > 0 { FactorType::Scales } else { factors });
+            // One bit per weight, rows padded to bytes; the envelope once; and for each plane up to this one a scale.
+            if eight_bit {
+                let more = if i == 0 { 20 + 33 + 4 } else { 2 * (i as u64 + 1) };
+                assert_eq!(layout.bytes(), Some(20 * 5 + more));
+            }
         }
     }
 }
@@ -231,7 +238,8 @@ fn shapes_of_one_row_one_column_and_one_element_work() {
     for (rows, cols) in [(1, 1), (1, 40), (40, 1), (65, 3)] {
         let (w, h) = synthetic(rows, cols);
         let d = decompose(w.view(), &DecomposeOptions::nested(9, Nested::default()).gram(h.view())).unwrap();
-        assert!(d.errors[8].relative_error < 0.1, "{rows} x {cols}: {:?}", d.errors[8]);
+        let output = d.errors[8].output.unwrap().relative_error;
+        assert!(output < 1e-3, "{rows} x {cols}: {output}");
     }
 }
 

@@ -1,7 +1,7 @@
 //! What a stack is made of and where its bytes are, the same for a file and for a draft; reading with every hash checked.
 
 use crate::{Dtype, FormatError, ReadAt, Tensor, TensorInfo};
-use bitstack_core::{Basis, Block, BlockLayout, Coefficients, CoreError, Shape, SignMatrix, Values, f16};
+use bitstack_core::{Basis, Block, BlockLayout, Coefficients, CoreError, FactorType, Shape, SignMatrix, Values, f16};
 use std::collections::{BTreeMap, HashMap};
 
 /// Companion files are tensors with this prefix to their name.
@@ -86,6 +86,10 @@ impl WeightInfo {
         if number == 1 && layout.basis.is_none() {
             return Err(CoreError::NoBasis);
         }
+        let codes = self.blocks.first().is_some_and(|first| first.coefficients == FactorType::I8);
+        if layout.coefficients == FactorType::Scales && !codes {
+            return Err(CoreError::NoCodes { block: number });
+        }
         if layout.planes != 1 && layout.planes != number {
             return Err(CoreError::Planes { block: number, planes: layout.planes });
         }
@@ -168,11 +172,12 @@ pub(crate) struct BlockParts {
     pub(crate) coefficients: FactorParts,
 }
 
-/// The tensors of a factor: F16 values, or I8 codes with their scales.
+/// The tensors of a factor: F16 values, or I8 codes with their scales, or scales only, which are then the values.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct FactorParts {
     pub(crate) values: usize,
     pub(crate) scales: Option<usize>,
+    pub(crate) only_scales: bool,
 }
 
 impl BlockParts {
@@ -185,7 +190,7 @@ impl BlockParts {
     /// The same parts with other indices.
     pub(crate) fn map<E>(self, mut to: impl FnMut(usize) -> Result<usize, E>) -> Result<Self, E> {
         let mut factor = |f: FactorParts| -> Result<FactorParts, E> {
-            Ok(FactorParts { values: to(f.values)?, scales: f.scales.map(&mut to).transpose()? })
+            Ok(FactorParts { values: to(f.values)?, scales: f.scales.map(&mut to).transpose()?, ..f })
         };
         let basis = self.basis.map(&mut factor).transpose()?;
         let coefficients = factor(self.coefficients)?;
@@ -334,6 +339,7 @@ impl Catalog {
 
     fn load_factor(&self, source: &(impl ReadAt + ?Sized), parts: FactorParts) -> Result<Values, FormatError> {
         Ok(match parts.scales {
+            None if parts.only_scales => Values::Scales(self.load_halves(source, parts.values)?),
             None => Values::F16(self.load_halves(source, parts.values)?),
             Some(scales) => {
                 Values::I8 { codes: self.load(source, parts.values)?, scales: self.load_halves(source, scales)? }

@@ -277,14 +277,19 @@ impl Draft {
         match values {
             ValuesRef::F16(values) => {
                 let values = self.append(TensorInfo::new(name, Dtype::F16, shape)?, &little_endian(values))?;
-                Ok(FactorParts { values, scales: None })
+                Ok(FactorParts { values, scales: None, only_scales: false })
             }
             ValuesRef::I8 { codes, scales } => {
                 let scales_name = format!("{name}{SCALE_SUFFIX}");
                 let values = self.append(TensorInfo::new(name, Dtype::I8, shape)?, bytemuck::cast_slice(codes))?;
                 let info = TensorInfo::new(scales_name, Dtype::F16, scales_shape)?;
                 let scales = self.append(info, &little_endian(scales))?;
-                Ok(FactorParts { values, scales: Some(scales) })
+                Ok(FactorParts { values, scales: Some(scales), only_scales: false })
+            }
+            ValuesRef::Scales(scales) => {
+                let info = TensorInfo::new(format!("{name}{SCALE_SUFFIX}"), Dtype::F16, scales_shape)?;
+                let values = self.append(info, &little_endian(scales))?;
+                Ok(FactorParts { values, scales: None, only_scales: true })
             }
         }
     }

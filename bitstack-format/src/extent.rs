@@ -35,6 +35,7 @@ pub struct BlockExtent {
 struct FactorExtent {
     values: Range<usize>,
     scales: Option<Range<usize>>,
+    only_scales: bool,
 }
 
 impl BlockExtent {
@@ -90,6 +91,7 @@ impl FactorExtent {
     fn view<'a>(&self, bytes: &'a [u8]) -> Result<ValuesRef<'a>, CoreError> {
         let values = &bytes[self.values.clone()];
         Ok(match &self.scales {
+            None if self.only_scales => ValuesRef::Scales(halves(values)?),
             None => ValuesRef::F16(halves(values)?),
             Some(scales) => {
                 ValuesRef::I8 { codes: bytemuck::cast_slice(values), scales: halves(&bytes[scales.clone()])? }
@@ -122,7 +124,8 @@ impl Catalog {
             Ok(from.map_err(|_| out_of_memory())?..to.map_err(|_| out_of_memory())?)
         };
         let factor = |parts: FactorParts| -> Result<FactorExtent, FormatError> {
-            Ok(FactorExtent { values: range(parts.values)?, scales: parts.scales.map(range).transpose()? })
+            let FactorParts { values, scales, only_scales } = parts;
+            Ok(FactorExtent { values: range(values)?, scales: scales.map(range).transpose()?, only_scales })
         };
         Ok(BlockExtent {
             layout: info.blocks[block - 1],

@@ -595,10 +595,10 @@ impl<'a> Places<'a> {
     ) -> Result<(FactorType, FactorParts), FormatError> {
         let values = self.take_part(name, FACTOR_DTYPES, shape)?;
         if self.tensors[values].info.dtype == Dtype::F16 {
-            return Ok((FactorType::F16, FactorParts { values, scales: None }));
+            return Ok((FactorType::F16, FactorParts { values, scales: None, only_scales: false }));
         }
         let scales = self.take_part(&format!("{name}{SCALE_SUFFIX}"), &[Dtype::F16], scales_shape)?;
-        Ok((FactorType::I8, FactorParts { values, scales: Some(scales) }))
+        Ok((FactorType::I8, FactorParts { values, scales: Some(scales), only_scales: false }))
     }
 
     fn take_block(&mut self, weight: &WeightInfo, block: usize) -> Result<(BlockLayout, BlockParts), FormatError> {
@@ -610,8 +610,16 @@ impl<'a> Places<'a> {
             basis = Some(self.take_factor(&part(BASIS), &[rank, cols], &[rank])?);
         }
         // The planes are what the tensor says; that they are 1 or the number of the block is checked with the weight.
-        let planes = self.peek().and_then(|info| info.shape.get(1).copied()).unwrap_or(1);
-        let coefficients = self.take_factor(&part(COEFFICIENTS), &[rows, planes, rank], &[planes, rank])?;
+        let planes_at = |dim: usize| self.peek().and_then(|info| info.shape.get(dim).copied()).unwrap_or(1);
+        let scales = format!("{}{SCALE_SUFFIX}", part(COEFFICIENTS));
+        let (planes, coefficients) = if self.peek().is_some_and(|info| info.name == scales) {
+            let planes = planes_at(0);
+            let values = self.take_part(&scales, &[Dtype::F16], &[planes, rank])?;
+            (planes, (FactorType::Scales, FactorParts { values, scales: None, only_scales: true }))
+        } else {
+            let planes = planes_at(1);
+            (planes, self.take_factor(&part(COEFFICIENTS), &[rows, planes, rank], &[planes, rank])?)
+        };
         let layout = BlockLayout {
             shape: weight.shape,
             rank,

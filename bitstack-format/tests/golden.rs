@@ -121,6 +121,7 @@ fn contents_hash(bytes: &[u8]) -> String {
                         codes.iter().for_each(|x| add(&x.to_le_bytes()));
                         scales.iter().for_each(|x| add(&x.to_le_bytes()));
                     }
+                    Some(ValuesRef::Scales(scales)) => scales.iter().for_each(|x| add(&x.to_le_bytes())),
                 }
             }
             add(&number(block.coefficients.planes()));

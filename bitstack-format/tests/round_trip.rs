@@ -2,9 +2,9 @@
 
 mod samples;
 
-use bitstack_core::{FactorType, Shape, WeightStack};
+use bitstack_core::{FactorType, Shape, WeightStack, f16};
 use bitstack_format::{
-    BlockSource, Draft, Dtype, Existing, FormatError, MAX_HEADER_BYTES, StackFile, write_atomically,
+    BlockSource, Draft, Dtype, Existing, FormatError, MAX_HEADER_BYTES, StackFile, Verify, write_atomically,
 };
 use proptest::prelude::*;
 use safetensors::SafeTensors;
@@ -205,6 +205,8 @@ fn what_does_not_fit_a_draft_is_rejected_and_changes_nothing() {
     let fresh = draft.add_weight("fresh", shape, 2, "avd").unwrap();
     let no_basis = block(shape, 2, Like { basis: None, ..like }, numbers);
     assert!(matches!(draft.push_block(fresh, no_basis.view()), Err(FormatError::Block { block: 1, .. })));
+    let only_scales = block(shape, 2, Like { coefficients: FactorType::Scales, ..like }, numbers);
+    assert!(matches!(draft.push_block(fresh, only_scales.view()), Err(FormatError::Block { block: 1, .. })));
     assert!(matches!(draft.push_block(9, no_basis.view()), Err(FormatError::NoSuchWeight { weight: 9, .. })));
     // A weight without blocks cannot be in an order, and one without mention is no model.
     let error = draft.finish(&samples::ORDER, std::io::sink(), &mut |_, _| {}).unwrap_err();
@@ -258,15 +260,23 @@ fn a_header_that_no_reader_would_take_is_not_written() {
 
 fn any_like(block: usize) -> impl Strategy<Value = Like> {
     let factor = || prop_oneof![Just(FactorType::F16), Just(FactorType::I8)];
-    (any::<bool>(), any::<bool>(), factor(), factor()).prop_map(move |(refitted, shared, v, u)| Like {
-        planes: if refitted { block } else { 1 },
-        basis: (block == 1 || !shared).then_some(v),
-        coefficients: u,
-    })
+    (any::<bool>(), any::<bool>(), any::<bool>(), factor(), factor()).prop_map(
+        move |(refitted, shared, only_scales, v, u)| Like {
+            planes: if refitted { block } else { 1 },
+            basis: (block == 1 || !shared).then_some(v),
+            coefficients: if block > 1 && only_scales { FactorType::Scales } else { u },
+        },
+    )
 }
 
 fn any_weight() -> impl Strategy<Value = (usize, usize, usize, Vec<Like>)> {
-    let likes = (1usize..5).prop_flat_map(|n| (1..=n).map(any_like).collect::<Vec<_>>());
+    let likes = (1usize..5).prop_flat_map(|n| (1..=n).map(any_like).collect::<Vec<_>>()).prop_map(|mut likes| {
+        // Scales need codes to multiply.
+        if likes.iter().any(|like| like.coefficients == FactorType::Scales) {
+            likes[0].coefficients = FactorType::I8;
+        }
+        likes
+    });
     (1usize..12, 1usize..40, 1usize..4, likes)
 }
 
@@ -306,6 +316,12 @@ proptest! {
             for (i, b) in blocks.iter().enumerate() {
                 prop_assert_eq!(&file.read_block(w, i + 1).unwrap(), b);
                 prop_assert_eq!(&draft.read_block(w, i + 1).unwrap(), b);
+                let extent = file.block_extent(w, i + 1).unwrap();
+                // Halves, so that it begins at an even address.
+                let mut halves = vec![f16::ZERO; extent.len_bytes().div_ceil(2)];
+                let in_place = &mut bytemuck::cast_slice_mut::<_, u8>(&mut halves)[..extent.len_bytes()];
+                file.read_block_bytes(w, i + 1, Verify::Always, in_place).unwrap();
+                prop_assert_eq!(extent.view(in_place).unwrap(), b.view());
             }
         }
         let report = file.verify(&mut |_, _| {}).unwrap();

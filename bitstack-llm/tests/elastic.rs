@@ -58,9 +58,10 @@ fn packed_blocks_say_what_rebuilt_weights_say_at_every_size() {
             let rebuilt = StackModel::open(&source, &plan.levels, &()).unwrap();
             let expected = rebuilt.decoder().forward(&tokens, &mut Pass::new()).unwrap();
 
-            // Many tokens at once are multiplied in f32: sums in another order, some 1e-6 through four layers.
+            // Many tokens at once are multiplied in f32, some 1e-6 through four layers, but for levels of few planes, where activations
+            // have 14 bits as below.
             let found = decoder.forward(&tokens, &mut Pass::new()).unwrap();
-            assert!(distance(&found, &expected) < 1e-4, "{name}: {}", distance(&found, &expected));
+            assert!(distance(&found, &expected) < 2e-3, "{name}: {}", distance(&found, &expected));
             // One by one, activations have 14 bits: 1e-4 in every product, some of them in a row.
             let mut cache = KvCache::new(model.config(), tokens.len()).unwrap();
             let rows: Vec<Array2<f32>> = tokens

@@ -8,7 +8,7 @@ mod scalar;
 mod tile;
 
 use crate::{DecompError, DecomposeOptions, LevelError, Nested, OutputError, Parallelism, Step};
-use bitstack_core::{Basis, Block, Coefficients, FactorType, Shape, SignMatrix, Values};
+use bitstack_core::{Basis, Block, Coefficients, FactorType, Shape, SignMatrix, Values, ValuesRef};
 use bitstack_pack::{packed_len, row_bytes};
 use choose::LANES;
 pub(crate) use choose::MAX_JOINT;
@@ -16,17 +16,13 @@ use half::f16;
 use metric::{Metric, Regularisation};
 use ndarray::ArrayView2;
 use rayon::prelude::*;
-use tile::{Grid, RowError, SUBS, Stage, TILE, Tile};
+use tile::{RowError, SUBS, Stage, TILE, Tile};
 
 /// Rounds of Lloyd's iteration on the level values before any row is seen. More take the ratio of the planes to the 1/2 that is best for
 /// a weight without neighbours, and worse under H.
 const LLOYD_ROUNDS: usize = 1;
 /// The first magnitude of a plane after the joint ones, in mean magnitudes of the residual: more than 1, for the sake of its tails.
 const GAIN: f64 = 1.15;
-/// Room in the 8-bit coefficients for what refits make of them, and for planes after the joint ones, which are known less well.
-const JOINT_MARGIN: f64 = 1.3;
-const LATER_MARGIN: f64 = 2.0;
-
 /// All steps of a weight.
 pub(crate) fn steps(
     weight: ArrayView2<'_, f32>,
@@ -48,14 +44,15 @@ pub(crate) fn steps(
 
     let envelope = balance(weight, s);
     let (a_max, v_max) = (largest(&envelope.rows), largest(&envelope.cols));
-    // The magnitudes of all planes together are the largest coefficient there can be, refits aside.
+    // No plane is larger than all of them together, with room for what is learned.
     let reach = nested.range / (1.0 - nested.ratio);
-    for (vector, magnitude) in [(0, a_max * reach.max(2.0) * LATER_MARGIN), (1, v_max)] {
+    for (vector, magnitude) in [(0, a_max * 2.0 * reach.max(2.0)), (1, v_max)] {
         if f16::from_f64(magnitude).is_infinite() {
             return Err(DecompError::FactorOverflow { block: 1, vector, magnitude });
         }
     }
-    let (basis, v) = store_basis(&envelope.cols, nested.factors)?;
+    let basis = Basis::new(1, cols, store(&envelope.cols, nested.factors))?;
+    let v = stored(basis.view().values());
     let inverse: Vec<f32> = v.iter().map(|v| if *v > 0.0 { (1.0 / v) as f32 } else { 0.0 }).collect();
 
     // Columns that matter most come first: their errors can still be made up for by those that follow.
@@ -76,18 +73,19 @@ pub(crate) fn steps(
     let weights: Vec<f64> = (0..q).map(|b| nested.level_weight(b)).collect();
     let start: Vec<f64> = (0..q).map(|i| nested.range * nested.ratio.powi(i as i32)).collect();
     let levels = scalar::design(&sample(weight, &envelope.rows, &inverse), &weights, &start, LLOYD_ROUNDS);
-    let plan = Plan {
+    let mut plan = Plan {
         metric,
         columns: &columns,
         omega: weights.iter().zip(&levels.errors).map(|(w, e)| w / e).collect(),
-        grids: grids(&levels.coefficients, &envelope.rows, options.n_blocks, nested),
         weights,
-        levels: levels.coefficients,
+        pattern: levels.coefficients,
         sweeps: nested.sweeps,
-        rows: &envelope.rows,
+        rows: envelope.rows,
         order,
         inverse,
     };
+    plan.learn(weight, options.n_blocks);
+    let coefficients = plan.store(nested.factors)?;
     let starts: Vec<usize> = (0..rows).step_by(TILE).collect();
     let tiles: Vec<Done> = match options.parallelism {
         Parallelism::Seq => starts.iter().map(|&first| plan.tile(weight, first)).collect(),
@@ -102,13 +100,11 @@ pub(crate) fn steps(
     let output_norm = metric.unit * tiles.iter().map(|t| t.output_norm).sum::<f64>();
     let ratio = |part: f64, whole: f64| if whole > 0.0 { part / whole } else { 0.0 };
     let mut steps = Vec::with_capacity(options.n_blocks);
-    for b in 0..options.n_blocks {
+    for (b, coefficients) in coefficients.into_iter().enumerate() {
         let mut signs = Vec::with_capacity(rows * row_bytes(cols));
-        let mut values = Vec::with_capacity(rows * (b + 1));
         let mut error = RowError::default();
         for tile in &tiles {
             signs.extend_from_slice(&tile.signs[b]);
-            values.extend_from_slice(&tile.coefficients[b]);
             error.scaled += tile.errors[b].scaled;
             error.output += tile.errors[b].output;
         }
@@ -119,7 +115,7 @@ pub(crate) fn steps(
             block: Block {
                 signs: SignMatrix::from_bytes(rows, cols, signs)?,
                 basis: (b == 0).then(|| basis.clone()),
-                coefficients: Coefficients::new(rows, b + 1, 1, plan.grids[b].store(&values))?,
+                coefficients,
             },
             error: LevelError {
                 squared_error: squared,
@@ -183,12 +179,11 @@ struct Plan<'a> {
     columns: &'a Metric,
     weights: Vec<f64>,
     omega: Vec<f64>,
-    levels: Vec<Vec<f64>>,
-    /// One per block.
-    grids: Vec<Grid>,
+    /// `pattern[level][plane]`: the magnitudes of the planes; before it is learned of the joint ones only.
+    pattern: Vec<Vec<f64>>,
     sweeps: usize,
     /// a of every row.
-    rows: &'a [f64],
+    rows: Vec<f64>,
     order: Vec<usize>,
     /// 1 / v, 0 where v is.
     inverse: Vec<f32>,
@@ -197,38 +192,94 @@ struct Plan<'a> {
 /// A finished tile, one entry per level, errors in normalised columns.
 struct Done {
     signs: Vec<Vec<u8>>,
-    coefficients: Vec<Vec<f64>>,
     errors: Vec<RowError>,
     output_norm: f64,
 }
 
-impl Plan<'_> {
-    fn tile(&self, weight: ArrayView2<'_, f32>, first: usize) -> Done {
-        let (rows, cols) = weight.dim();
-        let here = TILE.min(rows - first);
-        let mut a = self.rows[first..first + here].to_vec();
-        a.resize(TILE, 0.0);
-        let mut x = vec![[0.0f32; LANES]; cols * SUBS];
-        for r in 0..here {
+impl<'a> Plan<'a> {
+    /// A tile of some rows of the weight.
+    fn rows(&self, weight: ArrayView2<'_, f32>, rows: impl IntoIterator<Item = usize>) -> Tile<'a> {
+        let mut a = vec![0.0f64; TILE];
+        let mut x = vec![[0.0f32; LANES]; weight.ncols() * SUBS];
+        for (r, row) in rows.into_iter().enumerate() {
+            a[r] = self.rows[row];
             let scale = if a[r] > 0.0 { 1.0 / a[r] } else { 0.0 };
             for (j, &c) in self.order.iter().enumerate() {
                 x[j * SUBS + r / LANES][r % LANES] =
-                    (f64::from(weight[[first + r, c]]) * scale * f64::from(self.inverse[c])) as f32;
+                    (f64::from(weight[[row, c]]) * scale * f64::from(self.inverse[c])) as f32;
             }
         }
-        let mut tile = Tile::new(self.metric, x, a.clone());
-        let q = self.weights.len();
-        let (omega, weights, sweeps) = (&self.omega, &self.weights, self.sweeps);
-        tile.stage(&Stage { q, omega, weights, sweeps, grids: &self.grids[..q] }, &self.levels, &[1.0; TILE]);
-        for p in q..self.grids.len() {
-            let size: Vec<f64> = tile.residual().iter().map(|r| r * GAIN).collect();
-            // A single plane has little to gain from more.
-            let sweeps = sweeps.min(2);
-            let stage = Stage { q: 1, omega: &[1.0], weights: &[1.0], sweeps, grids: &self.grids[p..=p] };
-            tile.stage(&stage, &[vec![1.0]], &size);
-        }
+        Tile::new(self.metric, x, a)
+    }
 
-        let n_blocks = self.grids.len();
+    /// Fits the pattern to a sample of the rows, for all blocks.
+    fn learn(&mut self, weight: ArrayView2<'_, f32>, n_blocks: usize) {
+        let rows = weight.nrows();
+        let n = TILE.min(rows);
+        let mut tile = self.rows(weight, (0..n).map(|r| r * rows / n));
+        self.joint(&mut tile, true);
+        for _ in self.weights.len()..n_blocks {
+            let mut pattern = tile.pattern[tile.pattern.len() - 1].clone();
+            pattern.push(tile.residual() * GAIN);
+            self.later(&mut tile, pattern, true);
+        }
+        self.pattern = tile.pattern;
+    }
+
+    fn joint(&self, tile: &mut Tile<'_>, learn: bool) {
+        let (omega, weights, sweeps) = (&self.omega, &self.weights, self.sweeps);
+        let q = weights.len();
+        tile.stage(&Stage { q, omega, weights, sweeps, learn }, &self.pattern[..q]);
+    }
+
+    fn later(&self, tile: &mut Tile<'_>, pattern: Vec<f64>, learn: bool) {
+        // A single plane has little to gain from more.
+        let sweeps = self.sweeps.min(2);
+        tile.stage(&Stage { q: 1, omega: &[1.0], weights: &[1.0], sweeps, learn }, &[pattern]);
+    }
+
+    /// The coefficients of all blocks as they are stored; rows and pattern become what the stored values say (but for the rounding of f16
+    /// beyond the first plane).
+    fn store(&mut self, factors: FactorType) -> Result<Vec<Coefficients>, DecompError> {
+        // Of weights that are nothing, or nothing but rounding, anything may have been learned: the scales must stay within f16's range.
+        let largest = self.pattern.iter().flatten().fold(0.0f64, |m, c| m.max(c.abs()));
+        self.pattern[0][0] = self.pattern[0][0].max(largest / 256.0);
+        let unit = if largest > 0.0 { self.pattern[0][0] } else { 1.0 };
+        let rows = self.rows.len();
+        let first: Vec<f64> = self.rows.iter().map(|a| a * unit).collect();
+        let first = store(&first, factors);
+        let mut out = Vec::with_capacity(self.pattern.len());
+        if let Values::I8 { scales, .. } = &first {
+            // One size per row, for all levels; each further level brings the magnitudes of its planes.
+            self.rows = stored(first.view()).iter().map(|u| u / unit).collect();
+            let code = scales[0].to_f64() / unit;
+            out.push(Coefficients::new(rows, 1, 1, first)?);
+            for (b, pattern) in self.pattern.iter_mut().enumerate().skip(1) {
+                let scales: Vec<f16> = pattern.iter().map(|c| f16::from_f64(c * code)).collect();
+                pattern.iter_mut().zip(&scales).for_each(|(c, scale)| *c = scale.to_f64() / code);
+                out.push(Coefficients::new(rows, b + 1, 1, Values::Scales(scales))?);
+            }
+        } else {
+            // Eight bits do not reach from the largest row to the smallest.
+            self.rows = stored(first.view()).iter().map(|u| u / unit).collect();
+            for (b, pattern) in self.pattern.iter().enumerate() {
+                let values = self.rows.iter().flat_map(|a| pattern.iter().map(move |c| f16::from_f64(a * c)));
+                out.push(Coefficients::new(rows, b + 1, 1, Values::F16(values.collect()))?);
+            }
+        }
+        Ok(out)
+    }
+
+    fn tile(&self, weight: ArrayView2<'_, f32>, first: usize) -> Done {
+        let (rows, cols) = weight.dim();
+        let here = TILE.min(rows - first);
+        let mut tile = self.rows(weight, first..first + here);
+        self.joint(&mut tile, false);
+        let n_blocks = self.pattern.len();
+        for pattern in &self.pattern[self.weights.len()..] {
+            self.later(&mut tile, pattern.clone(), false);
+        }
+        let a = &self.rows[first..first + here];
         let mut signs = vec![vec![0u8; here * row_bytes(cols)]; n_blocks];
         for (i, bytes) in signs.iter_mut().enumerate() {
             for (row, bytes) in bytes.chunks_exact_mut(row_bytes(cols)).enumerate() {
@@ -237,18 +288,10 @@ impl Plan<'_> {
                 }
             }
         }
-        let coefficients = (0..n_blocks)
-            .map(|b| {
-                (0..here)
-                    .flat_map(|r| tile.coefficients[b].iter().map(move |c| (r, c)))
-                    .map(|(r, c)| c[r] * a[r])
-                    .collect()
-            })
-            .collect();
         let errors = tile.errors(&self.columns.diagonal);
         let sum = |rows: &Vec<RowError>| {
             let mut sum = RowError::default();
-            for (error, a) in rows.iter().zip(&a) {
+            for (error, a) in rows.iter().zip(a) {
                 sum.scaled += error.scaled * a * a;
                 sum.output += error.output * a * a;
             }
@@ -256,33 +299,10 @@ impl Plan<'_> {
         };
         Done {
             signs,
-            coefficients,
             errors: errors.iter().map(sum).collect(),
-            output_norm: tile.norms().iter().zip(&a).map(|(n, a)| n * a * a).sum(),
+            output_norm: tile.norms().iter().zip(a).map(|(n, a)| n * a * a).sum(),
         }
     }
-}
-
-/// How the coefficients of each level are stored.
-fn grids(levels: &[Vec<f64>], rows: &[f64], n_blocks: usize, nested: &Nested) -> Vec<Grid> {
-    let (q, a_max) = (levels.len(), largest(rows));
-    let mean_square = rows.iter().map(|a| a * a).sum::<f64>() / rows.len() as f64;
-    if nested.factors == FactorType::F16 || mean_square * 16.0 < a_max * a_max {
-        return vec![Grid::F16; n_blocks];
-    }
-    let step = |c: f64, margin: f64| f16::from_f64(c.abs() * a_max * margin / 127.0).to_f32();
-    (0..n_blocks)
-        .map(|b| {
-            let known = &levels[b.min(q - 1)];
-            let mut steps: Vec<f32> = known.iter().map(|c| step(*c, JOINT_MARGIN)).collect();
-            let mut c = known[known.len() - 1];
-            for _ in q..=b {
-                c *= nested.ratio.max(0.5);
-                steps.push(step(c, LATER_MARGIN));
-            }
-            Grid::I8 { steps }
-        })
-        .collect()
 }
 
 /// A rank-1 envelope a vᵀ of |W|.
@@ -326,22 +346,29 @@ fn balance(weight: ArrayView2<'_, f32>, s: &[f32]) -> Envelope {
     Envelope { rows: a, cols: v }
 }
 
-/// The basis as stored, and its values. An error of ε in a value makes the steps of its column larger or smaller by ε, no more.
-fn store_basis(v: &[f64], factors: FactorType) -> Result<(Basis, Vec<f64>), DecompError> {
+/// A vector of the envelope as it is stored. An error of ε in a value makes the steps of its row or column larger or smaller by ε, no
+/// more: the codes are chosen for the stored values.
+fn store(values: &[f64], factors: FactorType) -> Values {
     /// The smallest code of a value that is not zero: its rounding is at most 1/16 of it.
     const SMALLEST: f64 = 8.0;
-    let max = largest(v);
-    let min = v.iter().filter(|v| **v > 0.0).fold(max, |m, v| m.min(*v));
+    let max = largest(values);
+    let min = values.iter().filter(|v| **v > 0.0).fold(max, |m, v| m.min(*v));
     let scale = f16::from_f64(max / 127.0);
-    let values = if factors == FactorType::I8 && scale.is_normal() && min * 127.0 >= SMALLEST * max {
-        let codes = v.iter().map(|v| (v / scale.to_f64()).round().min(127.0) as i8).collect();
+    if factors == FactorType::I8 && scale.is_normal() && min * 127.0 >= SMALLEST * max {
+        let codes = values.iter().map(|v| (v / scale.to_f64()).round().min(127.0) as i8).collect();
         Values::I8 { codes, scales: vec![scale] }
     } else {
-        Values::F16(v.iter().map(|v| f16::from_f64(*v)).collect())
-    };
-    let basis = Basis::new(1, v.len(), values)?;
-    let stored = (0..v.len()).map(|c| f64::from(basis.view().get(0, c))).collect();
-    Ok((basis, stored))
+        Values::F16(values.iter().map(|v| f16::from_f64(*v)).collect())
+    }
+}
+
+/// The values of a stored vector.
+fn stored(values: ValuesRef<'_>) -> Vec<f64> {
+    match values {
+        ValuesRef::F16(values) => values.iter().map(|v| v.to_f64()).collect(),
+        ValuesRef::I8 { codes, scales } => codes.iter().map(|c| f64::from(*c) * scales[0].to_f64()).collect(),
+        ValuesRef::Scales(_) => unreachable!("vectors of the envelope have values"),
+    }
 }
 
 /// Normalised weights, evenly spread over the matrix.

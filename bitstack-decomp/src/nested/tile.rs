@@ -1,4 +1,4 @@
-//! The work on a tile of rows: error feedback, sweeps and refits. Rows are independent given H, so tiles are too.
+//! The work on a tile of rows: error feedback and sweeps. Rows are independent given H and the pattern, so tiles are too.
 //!
 //! Everything is in normalised coordinates: x = W / (a vᵀ), planes are ±1, errors are measured by H̃ of [`Metric`]. Rows lie in lanes
 //! ([`LANES`] at a time); an array over columns has, for each column, `SUBS` groups of lanes, each with one lane array per level or plane.
@@ -6,10 +6,8 @@
 use super::choose::{Costs, LANES, Lane, MAX_JOINT, choose, nodes_before, signs};
 use super::linear::solve_symmetric;
 use super::metric::Metric;
-use bitstack_core::Values;
 use faer::linalg::matmul::matmul;
 use faer::{Accum, MatMut, MatRef, Par};
-use half::f16;
 use pulp::{Simd, WithSimd};
 
 /// Groups of lanes in a tile.
@@ -18,45 +16,6 @@ pub(crate) const SUBS: usize = 8;
 pub(crate) const TILE: usize = SUBS * LANES;
 /// Columns worked on before the rest is brought up to date by a matrix product.
 const BLOCK: usize = 64;
-
-/// How stored coefficients are rounded.
-#[derive(Debug, Clone)]
-pub(crate) enum Grid {
-    /// To the nearest f16.
-    F16,
-    /// To multiples -127..=127 of a step.
-    I8 {
-        /// The step of each plane.
-        steps: Vec<f32>,
-    },
-}
-
-impl Grid {
-    /// Coefficients on the grid, `rows x planes`, as they are stored.
-    pub(crate) fn store(&self, values: &[f64]) -> Values {
-        match self {
-            Self::F16 => Values::F16(values.iter().map(|c| f16::from_f64(*c)).collect()),
-            Self::I8 { steps } => {
-                let code = |(c, step): (&f64, &f32)| if *step > 0.0 { (c / f64::from(*step)).round() as i8 } else { 0 };
-                Values::I8 {
-                    codes: values.iter().zip(steps.iter().cycle()).map(code).collect(),
-                    scales: steps.iter().map(|s| f16::from_f32(*s)).collect(),
-                }
-            }
-        }
-    }
-
-    /// The stored value nearest to `c`, the coefficient of plane `i`.
-    pub(crate) fn round(&self, i: usize, c: f64) -> f64 {
-        match self {
-            Self::F16 => f64::from(f16::from_f64(c)),
-            Self::I8 { steps } => {
-                let step = f64::from(steps[i]);
-                if step > 0.0 { (c / step).round().clamp(-127.0, 127.0) * step } else { 0.0 }
-            }
-        }
-    }
-}
 
 /// Planes chosen jointly, and H̃ times them.
 pub(crate) struct Group {
@@ -80,8 +39,8 @@ pub(crate) struct Stage<'a> {
     pub(crate) weights: &'a [f64],
     /// Rounds of coordinate descent.
     pub(crate) sweeps: usize,
-    /// Rounding of the coefficients of each level of this stage.
-    pub(crate) grids: &'a [Grid],
+    /// Whether to fit the pattern of these levels to the rows of the tile.
+    pub(crate) learn: bool,
 }
 
 /// Errors of one row at one level.
@@ -106,8 +65,8 @@ pub(crate) struct Tile<'a> {
     /// a per row.
     row_scale: Vec<f64>,
     groups: Vec<Group>,
-    /// `coefficients[level][plane][row]`, normalised.
-    pub(crate) coefficients: Vec<Vec<Vec<f64>>>,
+    /// `pattern[level][plane]`: the magnitude of each plane at each level, in normalised coordinates, the same for all rows.
+    pub(crate) pattern: Vec<Vec<f64>>,
     /// P H̃ Pᵀ, `gram[i][k][row]`, k <= i.
     gram: Vec<Vec<Vec<f64>>>,
     /// P H̃ x, `dot[i][row]`.
@@ -151,7 +110,7 @@ impl<'a> Tile<'a> {
             xhx,
             row_scale,
             groups: Vec::new(),
-            coefficients: Vec::new(),
+            pattern: Vec::new(),
             gram: Vec::new(),
             dot: Vec::new(),
             costs: Box::new([[0.0; LANES]; 1 << MAX_JOINT]),
@@ -159,23 +118,14 @@ impl<'a> Tile<'a> {
     }
 
     fn planes(&self) -> usize {
-        self.coefficients.len()
+        self.pattern.len()
     }
 
-    /// Adds a group of planes whose level values start at `levels[b][i]` (planes of the group only), times `scale` of each row.
-    pub(crate) fn stage(&mut self, stage: &Stage<'_>, levels: &[Vec<f64>], scale: &[f64]) {
+    /// Adds a group of planes; `pattern` has one entry per level of it: the magnitudes of all planes up to that level.
+    pub(crate) fn stage(&mut self, stage: &Stage<'_>, pattern: &[Vec<f64>]) {
         let (q, lo) = (stage.q, self.planes());
-        for b in 0..q {
-            let mut level: Vec<Vec<f64>> = if lo == 0 { Vec::new() } else { self.coefficients[lo - 1].clone() };
-            for i in 0..=b {
-                level.push((0..TILE).map(|r| levels[b][i] * scale[r]).collect());
-            }
-            for (i, rows) in level.iter_mut().enumerate() {
-                for (r, c) in rows.iter_mut().enumerate() {
-                    *c = round(&stage.grids[b], i, *c, self.row_scale[r]);
-                }
-            }
-            self.coefficients.push(level);
+        for (b, pattern) in pattern.iter().enumerate() {
+            self.pattern.push(pattern.clone());
             self.gram.push(vec![vec![0.0; TILE]; lo + b + 1]);
             self.dot.push(vec![0.0; TILE]);
         }
@@ -186,47 +136,46 @@ impl<'a> Tile<'a> {
             // Without H a sweep is a round of Lloyd's iteration, and feedback was none: the same loop does.
             for _ in 0..stage.sweeps.max(2) {
                 self.products();
-                let weights = self.refit(stage);
+                let weights = self.weigh(stage);
                 self.feedback(&weights);
             }
         } else {
             self.multiply();
             for _ in 0..stage.sweeps {
                 self.products();
-                let weights = self.refit(stage);
+                let weights = self.weigh(stage);
                 self.sweep(&weights);
             }
         }
-        self.products();
-        self.refit(stage);
+        if stage.learn {
+            self.products();
+            self.weigh(stage);
+        }
     }
 
-    /// Mean magnitude of the residual of each row at the last level.
-    pub(crate) fn residual(&self) -> Vec<f64> {
+    /// Mean magnitude of the residual at the last level.
+    pub(crate) fn residual(&self) -> f64 {
         let p = self.planes();
-        let mut sums = vec![0.0f64; TILE];
         let coefficients = self.lanes(p - 1..p);
-        for c in 0..self.n {
-            for s in 0..SUBS {
-                let value = value(&self.groups, &coefficients[s], c * SUBS + s);
-                for l in 0..LANES {
-                    sums[s * LANES + l] += f64::from((self.x[c * SUBS + s][l] - value[l]).abs());
+        let mut sum = 0.0f64;
+        for at in 0..self.n * SUBS {
+            let value = value(&self.groups, &coefficients, at);
+            for l in 0..LANES {
+                if self.row_scale[at % SUBS * LANES + l] > 0.0 {
+                    sum += f64::from((self.x[at][l] - value[l]).abs());
                 }
             }
         }
-        sums.iter().map(|s| s / self.n as f64).collect()
+        let rows = self.row_scale.iter().filter(|a| **a > 0.0).count().max(1);
+        sum / (self.n * rows) as f64
     }
 
-    /// Coefficients of some levels as lanes: `[sub][(level - first) * planes + plane]`.
-    fn lanes(&self, levels: std::ops::Range<usize>) -> Vec<Vec<Lane>> {
+    /// The pattern of some levels in lanes: `[(level - first) * planes + plane]`.
+    fn lanes(&self, levels: std::ops::Range<usize>) -> Vec<Lane> {
         let p = self.planes();
-        let mut out = vec![vec![[0.0; LANES]; levels.len() * p]; SUBS];
-        for (b, level) in levels.enumerate() {
-            for (i, rows) in self.coefficients[level].iter().enumerate() {
-                for (r, c) in rows.iter().enumerate() {
-                    out[r / LANES][b * p + i][r % LANES] = *c as f32;
-                }
-            }
+        let mut out = vec![[0.0; LANES]; levels.len() * p];
+        for (out, pattern) in out.chunks_exact_mut(p).zip(&self.pattern[levels]) {
+            out.iter_mut().zip(pattern).for_each(|(out, c)| *out = [*c as f32; LANES]);
         }
         out
     }
@@ -247,7 +196,7 @@ impl<'a> Tile<'a> {
                 for node in 0..2usize << b {
                     let value: f64 = (0..=b)
                         .map(|i| {
-                            let c = self.coefficients[group.lo + b][group.lo + i][r];
+                            let c = self.pattern[group.lo + b][group.lo + i];
                             if (node >> (b - i)) & 1 == 1 { c } else { -c }
                         })
                         .sum();
@@ -290,7 +239,7 @@ impl<'a> Tile<'a> {
                     p,
                     before,
                     z: &mut group.z,
-                    coefficients: &coefficients[s],
+                    coefficients: &coefficients,
                     table: &tables[s],
                     roots: &roots[s],
                     costs: &mut self.costs,
@@ -349,7 +298,7 @@ impl<'a> Tile<'a> {
                     p,
                     before,
                     z: &mut group.z,
-                    coefficients: &coefficients[s],
+                    coefficients: &coefficients,
                     table: &tables[s],
                     roots: &roots[s],
                     costs: &mut self.costs,
@@ -415,56 +364,46 @@ impl<'a> Tile<'a> {
         }
     }
 
-    /// Least squares for the coefficients of the last group's levels, rounded as they will be stored, one after the other, each rounding
-    /// corrected by those that follow. Returns per row the weight of each level for the next sweep: weights / error.
-    fn refit(&mut self, stage: &Stage<'_>) -> Vec<Vec<f64>> {
+    /// Per row the weight of each level of the last group for the next sweep: weights / error. Where the pattern is still to be learned,
+    /// first least squares for it, over all rows.
+    fn weigh(&mut self, stage: &Stage<'_>) -> Vec<Vec<f64>> {
         let p = self.planes();
         let lo = p - stage.q;
-        let mut out = vec![vec![0.0; stage.q]; TILE];
-        let (mut a, mut y) = (Vec::new(), Vec::new());
-        for r in 0..TILE {
-            let gram = |i: usize, k: usize| if k <= i { self.gram[i][k][r] } else { self.gram[k][i][r] };
-            let error = |c: &[f64]| {
-                let mut e = self.xhx[r];
-                for i in 0..c.len() {
-                    e += c[i] * ((0..c.len()).map(|k| gram(i, k) * c[k]).sum::<f64>() - 2.0 * self.dot[i][r]);
-                }
-                e
-            };
+        let gram = |i: usize, k: usize| if k <= i { &self.gram[i][k] } else { &self.gram[k][i] };
+        if stage.learn {
+            // All rows that are there count alike, so that none of the others depend on one that is much larger.
+            let live = |(_, a): &(&f64, &f64)| **a > 0.0;
+            let sum = |x: &[f64]| x.iter().zip(&self.row_scale).filter(live).map(|(x, _)| x).sum::<f64>();
+            let sums: Vec<Vec<f64>> = (0..p).map(|i| (0..p).map(|k| sum(gram(i, k))).collect()).collect();
+            let dots: Vec<f64> = self.dot.iter().map(|dot| sum(dot)).collect();
             for b in lo..p {
                 let m = b + 1;
-                let old: Vec<f64> = (0..m).map(|i| self.coefficients[b][i][r]).collect();
-                let mut c = old.clone();
-                let mean = (0..m).map(|i| gram(i, i)).sum::<f64>() / m as f64;
-                for fixed in 0..m {
-                    // The best change of the coefficients not fixed yet.
-                    let free = m - fixed;
-                    a.clear();
-                    y.clear();
-                    for i in fixed..m {
-                        y.push(self.dot[i][r] - (0..m).map(|k| gram(i, k) * c[k]).sum::<f64>());
-                        for k in fixed..m {
-                            a.push(gram(i, k) + if i == k { 1e-6 * mean } else { 0.0 });
-                        }
-                    }
-                    if mean > 0.0 && solve_symmetric(&mut a[..free * free], &mut y) {
-                        c[fixed..].iter_mut().zip(&y).for_each(|(c, d)| *c += d);
-                    }
-                    c[fixed] = round(&stage.grids[b - lo], fixed, c[fixed], self.row_scale[r]);
+                let pattern = &mut self.pattern[b];
+                // What is added to the diagonal holds back changes, not values: where planes are all alike the products are rounding.
+                let mean = (0..m).map(|i| sums[i][i]).sum::<f64>() / m as f64;
+                let mut a = Vec::with_capacity(m * m);
+                let mut y = Vec::with_capacity(m);
+                for i in 0..m {
+                    y.push(dots[i] - (0..m).map(|k| sums[i][k] * pattern[k]).sum::<f64>());
+                    a.extend((0..m).map(|k| sums[i][k] + if i == k { 1e-3 * mean } else { 0.0 }));
                 }
-                let (before, after) = (error(&old), error(&c));
-                let best = if after <= before {
-                    for i in 0..m {
-                        self.coefficients[b][i][r] = c[i];
-                    }
-                    after
-                } else {
-                    before
-                };
+                if mean > 0.0 && solve_symmetric(&mut a, &mut y) {
+                    pattern.iter_mut().zip(&y).for_each(|(c, d)| *c += d);
+                }
+            }
+        }
+        let mut out = vec![vec![0.0; stage.q]; TILE];
+        for r in 0..TILE {
+            for b in lo..p {
+                let c = &self.pattern[b];
+                let mut error = self.xhx[r];
+                for i in 0..c.len() {
+                    let product = (0..c.len()).map(|k| gram(i, k)[r] * c[k]).sum::<f64>();
+                    error += c[i] * (product - 2.0 * self.dot[i][r]);
+                }
                 // A floor for rows that are exact, or zero.
-                let floor = 1e-9 * self.xhx[r];
-                let e = best.max(floor);
-                out[r][b - lo] = if e > 0.0 { stage.weights[b - lo] * self.xhx[r] / e } else { 1.0 };
+                let error = error.max(1e-9 * self.xhx[r]);
+                out[r][b - lo] = if error > 0.0 { stage.weights[b - lo] * self.xhx[r] / error } else { 1.0 };
             }
         }
         out
@@ -490,7 +429,7 @@ impl<'a> Tile<'a> {
             for s in 0..SUBS {
                 let at = c * SUBS + s;
                 for b in 0..p {
-                    let u = &coefficients[s][b * p..];
+                    let u = &coefficients[b * p..];
                     let value = value(&self.groups, &u[..=b], at);
                     let mut g = [0.0f32; LANES];
                     if !self.xh.is_empty() {
@@ -707,10 +646,6 @@ impl WithSimd for Products<'_> {
             }
         }
     }
-}
-
-fn round(grid: &Grid, i: usize, c: f64, row_scale: f64) -> f64 {
-    if row_scale > 0.0 { grid.round(i, c * row_scale) / row_scale } else { 0.0 }
 }
 
 /// Σ_i u_i σ_i over all planes of the groups that `u` has coefficients for.

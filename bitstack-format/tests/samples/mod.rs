@@ -26,6 +26,7 @@ impl Numbers {
                 codes: (0..n_values).map(|_| self.next() as i8).collect(),
                 scales: (0..n_vectors).map(|_| self.half()).collect(),
             },
+            FactorType::Scales => Values::Scales((0..n_vectors).map(|_| self.half()).collect()),
         }
     }
 }
