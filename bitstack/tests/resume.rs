@@ -163,7 +163,9 @@ fn a_journal_of_something_else_is_refused_with_the_difference() {
     let dir = tempfile::tempdir().unwrap();
     let out = dir.path().join("tiny.bitstack");
     kill(start_until(ordinary(&out), &out, "weight.0001.bitstack"));
-    let before = names(&journal(&out));
+    // A unit that was being written when the process was killed is swept away.
+    let units = || names(&journal(&out)).into_iter().filter(|n| !n.ends_with(".tmp")).collect::<Vec<_>>();
+    let before = units();
 
     let (model, text) = (demo("tiny-llama"), demo("text.txt"));
     let other = |options: &str| command(&model, Some(&text), &out, options).output().unwrap();
@@ -187,7 +189,7 @@ fn a_journal_of_something_else_is_refused_with_the_difference() {
     fails(&changed, 2, &["differs in model.layers.", ".weight: "]);
 
     // Nothing of the journal was lost on the way, and what another run left can be thrown away.
-    assert_eq!(names(&journal(&out)), before);
+    assert_eq!(units(), before);
     let output = command(&model, Some(&text), &out, &format!("{OPTIONS} --restart")).output().unwrap();
     succeeds(&output);
     assert!(!stderr(&output).contains("resuming"), "{}", stderr(&output));
