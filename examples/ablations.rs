@@ -5,7 +5,7 @@
 //! calibration set.
 //!
 //! `cargo run --release -p bitstack-examples --example ablations -- MODEL_DIR --calibration FILE.txt --text FILE.txt -o DIR`
-//! writes DIR/ablations.md and DIR/ablations.svg. About ten minutes on two cores for a model of 15 million parameters.
+//! writes DIR/ablations.md and DIR/ablations.svg, anew after each group.
 
 use bitstack_core::{ActivationStats, Collect, Scales};
 use bitstack_format::BlockSource;
