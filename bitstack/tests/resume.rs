@@ -240,7 +240,7 @@ fn a_run_killed_between_the_output_and_the_end_is_found_complete() {
 #[cfg(target_os = "linux")]
 fn an_interrupted_run_says_how_to_go_on() {
     // A program that is started with interrupts ignored, as a shell starts one in the background, leaves it at that.
-    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
     let ignored = status.lines().find_map(|l| u64::from_str_radix(l.strip_prefix("SigIgn:")?.trim(), 16).ok());
     if ignored.is_some_and(|signals| signals & 0b10 != 0) {
         println!("skipped: interrupts are ignored here");
