@@ -22,12 +22,14 @@ fn stack(args: &Generate, reporter: &Reporter) -> Result<()> {
     let stack = Stack::open(&args.file, reporter)?;
     let bits = stack.bits;
     let (least, most) = (stack.order.minimum_bytes(), stack.order.total_bytes());
-    let reading = Sensors::detect().read();
-    let policy = Policy::new(reading.limit_bytes.unwrap_or(0));
-    let budget = match args.memory {
-        None => most,
-        Some(Memory::Bytes(bytes)) => bytes,
-        Some(Memory::Auto) => policy.first_budget(&reading, least..=most),
+    let (budget, policy) = match args.memory {
+        None => (most, None),
+        Some(Memory::Bytes(bytes)) => (bytes, None),
+        Some(Memory::Auto) => {
+            let reading = Sensors::detect().read();
+            let policy = Policy::new(reading.limit_bytes.unwrap_or(0));
+            (policy.first_budget(&reading, least..=most), Some(policy))
+        }
     };
     stack.plan(budget)?;
     let tokenizer = tokenizer(&stack.file)?;
@@ -37,10 +39,7 @@ fn stack(args: &Generate, reporter: &Reporter) -> Result<()> {
     reporter.finish();
     let elastic = model.elastic();
 
-    let _watcher = match args.memory {
-        Some(Memory::Auto) => Some(Watcher::start(elastic, policy)?),
-        _ => None,
-    };
+    let _watcher = policy.map(|policy| Watcher::start(elastic, policy)).transpose()?;
     // A tenth of the way from the smallest size to the largest for every key.
     let step = ((most - least) / 10).max(1);
     let on_key = |key: u8| {
