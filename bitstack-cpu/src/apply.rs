@@ -20,13 +20,22 @@ const BATCH: usize = 64;
 /// Up to so many tokens the products of each are summed from the bits where only the portable code is left, above W is rebuilt.
 const FEW: usize = 4;
 
-/// What a plane times a vector (a token and a column of the factors) costs from tables and from codes, and, where W is rebuilt, a
-/// plane, a plane and a column of its factors, and a token. Measured on Zen 4: only their ratios matter, and those only roughly.
+/// What a plane times a vector (a token and a column of the factors) costs from tables, and, where W is rebuilt, a plane, a plane and
+/// a column of its factors, and a token. Measured on Zen 4: only their ratios matter, and those only roughly.
 const TABLES_COST: usize = 8;
-const CODES_COST: usize = 33;
 const REBUILT_PLANE_COST: usize = 350;
 const REBUILT_FACTOR_COST: usize = 40;
 const REBUILT_TOKEN_COST: usize = 31;
+
+/// What a plane times a vector costs from codes. For NEON from counts of instructions, not measured: with dotprod as many for a column as
+/// AVX2, without five thirds of that, while rebuilding, in registers half as wide, takes twice as many.
+fn codes_cost(isa: Isa) -> usize {
+    match isa {
+        Isa::NeonDotprod => 17,
+        Isa::Neon => 28,
+        _ => 33,
+    }
+}
 
 /// Whether products cost less from tables or codes than from W rebuilt.
 fn is_cheaper(level: &Level<'_>, tokens: usize, cost: usize) -> bool {
@@ -130,8 +139,8 @@ impl Kernel {
                 && is_cheaper(level, tokens, TABLES_COST)
                 && looked_up(level, x, y, tokens, threads, scratch))
                 || (codes::has(self.isa)
-                    && is_cheaper(level, tokens, CODES_COST)
-                    && encoded(level, x, y, tokens, threads, scratch));
+                    && is_cheaper(level, tokens, codes_cost(self.isa))
+                    && encoded(self.isa, level, x, y, tokens, threads, scratch));
             if !done && tokens <= FEW {
                 summed(level, x, y, tokens, threads, scratch);
             } else if !done {
@@ -410,6 +419,7 @@ fn start(signs: SignView<'_>, row: usize) -> *const u8 {
 
 /// As [`looked_up`], from 16-bit codes of z.
 fn encoded(
+    isa: Isa,
     level: &Level<'_>,
     x: &[f32],
     y: &mut [f32],
@@ -457,7 +467,7 @@ fn encoded(
                     for t in 0..tokens {
                         let vector = (basis * rank + k) * tokens + t;
                         let runs = &runs[vector * n_runs..][..n_runs];
-                        let sums = codes::signed_sums(bits, runs, &lanes[vector], ahead);
+                        let sums = codes::signed_sums(isa, bits, runs, &lanes[vector], ahead);
                         let u = &u[(i * rank + k) * rows + first..(i * rank + k + 1) * rows];
                         for ((y, u), sum) in y[t * rows + first..(t + 1) * rows].iter_mut().zip(u).zip(sums) {
                             *y += u * sum;

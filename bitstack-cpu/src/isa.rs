@@ -1,10 +1,12 @@
 //! Which instructions the running CPU has: the one place it is asked.
 
+#[cfg(target_arch = "aarch64")]
+use std::arch::is_aarch64_feature_detected;
 use std::fmt;
 use std::sync::OnceLock;
 
-/// A set of instructions that the kernels are written for. A higher one includes the lower ones.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+/// A set of instructions that the kernels are written for. Of those of one architecture, a later one includes the earlier.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Isa {
     /// Portable Rust, on every architecture.
     Scalar,
@@ -14,48 +16,68 @@ pub enum Isa {
     Avx512,
     /// AVX-512 with VNNI, GFNI and VBMI as well: Intel since Ice Lake, AMD since Zen 4.
     Avx512Vnni,
+    /// 64-bit ARM with NEON: all but the smallest.
+    Neon,
+    /// NEON with dot products of bytes (the feature `dotprod`): since ARMv8.4, Neoverse N1, Apple M1.
+    NeonDotprod,
 }
 
 impl Isa {
-    /// Every set there is, lowest first, whether or not this CPU has it.
-    pub const ALL: [Self; 4] = [Self::Scalar, Self::Avx2, Self::Avx512, Self::Avx512Vnni];
+    /// Every set there is, whether or not this CPU has it; those of an architecture lowest first.
+    pub const ALL: [Self; 6] =
+        [Self::Scalar, Self::Avx2, Self::Avx512, Self::Avx512Vnni, Self::Neon, Self::NeonDotprod];
 
-    /// The highest set that the running CPU and operating system support. The CPU is asked once.
+    /// The highest set that the running CPU and operating system support.
     pub fn detect() -> Self {
-        static DETECTED: OnceLock<Isa> = OnceLock::new();
-        *DETECTED.get_or_init(|| {
-            #[cfg(target_arch = "x86_64")]
-            {
-                let avx2 = is_x86_feature_detected!("avx2")
-                    && is_x86_feature_detected!("fma")
-                    && is_x86_feature_detected!("f16c");
-                let avx512 = is_x86_feature_detected!("avx512f")
-                    && is_x86_feature_detected!("avx512bw")
-                    && is_x86_feature_detected!("avx512dq")
-                    && is_x86_feature_detected!("avx512vl");
-                let vnni = is_x86_feature_detected!("avx512vnni")
-                    && is_x86_feature_detected!("avx512vbmi")
-                    && is_x86_feature_detected!("gfni");
-                match (avx2, avx512, vnni) {
-                    (true, true, true) => Self::Avx512Vnni,
-                    (true, true, false) => Self::Avx512,
-                    (true, false, _) => Self::Avx2,
-                    (false, ..) => Self::Scalar,
-                }
-            }
-            #[cfg(not(target_arch = "x86_64"))]
-            Self::Scalar
-        })
+        *Self::supported().last().expect("Scalar is always there")
     }
 
     /// The sets that the running CPU has, lowest first. Never empty: [`Isa::Scalar`] is always there.
     pub fn available() -> impl Iterator<Item = Self> {
-        Self::ALL.into_iter().filter(|isa| isa.is_available())
+        Self::supported().iter().copied()
     }
 
     /// Whether the running CPU has this set.
     pub fn is_available(self) -> bool {
-        self <= Self::detect()
+        Self::supported().contains(&self)
+    }
+
+    /// What the CPU says, asked once. Each set is there only if those below it are.
+    fn supported() -> &'static [Self] {
+        type Ask = fn() -> bool;
+        static SUPPORTED: OnceLock<&[Isa]> = OnceLock::new();
+        SUPPORTED.get_or_init(|| {
+            #[cfg(target_arch = "x86_64")]
+            let (sets, is_there): (&[Self], &[Ask]) = (
+                &[Self::Scalar, Self::Avx2, Self::Avx512, Self::Avx512Vnni],
+                &[
+                    || {
+                        is_x86_feature_detected!("avx2")
+                            && is_x86_feature_detected!("fma")
+                            && is_x86_feature_detected!("f16c")
+                    },
+                    || {
+                        is_x86_feature_detected!("avx512f")
+                            && is_x86_feature_detected!("avx512bw")
+                            && is_x86_feature_detected!("avx512dq")
+                            && is_x86_feature_detected!("avx512vl")
+                    },
+                    || {
+                        is_x86_feature_detected!("avx512vnni")
+                            && is_x86_feature_detected!("avx512vbmi")
+                            && is_x86_feature_detected!("gfni")
+                    },
+                ],
+            );
+            #[cfg(target_arch = "aarch64")]
+            let (sets, is_there): (&[Self], &[Ask]) = (
+                &[Self::Scalar, Self::Neon, Self::NeonDotprod],
+                &[|| is_aarch64_feature_detected!("neon"), || is_aarch64_feature_detected!("dotprod")],
+            );
+            #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
+            let (sets, is_there): (&[Self], &[Ask]) = (&[Self::Scalar], &[]);
+            &sets[..1 + is_there.iter().take_while(|is_there| is_there()).count()]
+        })
     }
 }
 
@@ -66,6 +88,8 @@ impl fmt::Display for Isa {
             Self::Avx2 => "avx2",
             Self::Avx512 => "avx512",
             Self::Avx512Vnni => "avx512-vnni",
+            Self::Neon => "neon",
+            Self::NeonDotprod => "neon-dotprod",
         })
     }
 }

@@ -10,6 +10,8 @@ mod avx2;
 mod avx512;
 pub(crate) mod codes;
 pub(crate) mod dense;
+#[cfg(target_arch = "aarch64")]
+mod neon;
 pub(crate) mod scalar;
 pub(crate) mod tables;
 pub(crate) mod tile;

@@ -29,7 +29,7 @@ static ALLOCATOR: Counting = Counting;
 
 #[test]
 fn a_call_allocates_nothing_once_its_buffers_have_grown() {
-    let (rows, cols) = (600, 700);
+    let (rows, cols) = (300, 350);
     let halves = |n: usize| Values::F16((0..n).map(|i| f16::from_f32((i % 7) as f32 - 3.0)).collect());
     let mut stack = WeightStack::new(Shape::new(rows, cols).unwrap());
     for planes in 1..=3 {
@@ -53,11 +53,11 @@ fn a_call_allocates_nothing_once_its_buffers_have_grown() {
                 let mut scratch = Scratch::default();
                 // On a thread of the pool, as a call from outside hands the work over through a queue that allocates now and then.
                 let allocations = pool.install(|| {
-                    for _ in 0..20 {
+                    for _ in 0..10 {
                         kernel.apply(&level, &x, &mut y, threads, &mut scratch).unwrap();
                     }
                     let before = ALLOCATIONS.load(Ordering::Relaxed);
-                    for _ in 0..20 {
+                    for _ in 0..10 {
                         kernel.apply(&level, &x, &mut y, threads, &mut scratch).unwrap();
                     }
                     ALLOCATIONS.load(Ordering::Relaxed) - before

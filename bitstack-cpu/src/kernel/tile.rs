@@ -42,6 +42,9 @@ pub(crate) fn add_plane(isa: Isa, plane: PlaneRow<'_>, w: &mut [f32; COLS]) {
         #[cfg(target_arch = "x86_64")]
         // SAFETY: the only obligation is the target features, and the assertion above says that the CPU has them.
         Isa::Avx2 => unsafe { add_plane_avx2(plane, w) },
+        #[cfg(target_arch = "aarch64")]
+        // SAFETY: the only obligation is the target features, and the assertion above says that the CPU has them.
+        Isa::Neon | Isa::NeonDotprod => unsafe { add_plane_neon(plane, w) },
         _ => add_plane_portable(plane, w),
     }
 }
@@ -102,6 +105,36 @@ fn add_plane_avx2(plane: PlaneRow<'_>, w: &mut [f32; COLS]) {
     }
 }
 
+/// 64 columns at a time, in sixteen registers.
+#[cfg(target_arch = "aarch64")]
+#[target_feature(enable = "neon")]
+fn add_plane_neon(plane: PlaneRow<'_>, w: &mut [f32; COLS]) {
+    use std::arch::aarch64::*;
+    let bit_of_lane: [[u32; 4]; 2] = [[1, 2, 4, 8], [16, 32, 64, 128]];
+    for ((i, bytes), w) in plane.bits.chunks(STRIP / 8).enumerate().zip(w.as_chunks_mut::<STRIP>().0) {
+        let mut m = [vdupq_n_f32(0.0); 16];
+        for k in 0..plane.rank {
+            let u = vdupq_n_f32(plane.u[k * plane.u_stride]);
+            let v: &[f32; STRIP] = plane.v[k * plane.v_stride + STRIP * i..].first_chunk().expect("padded to strips");
+            for (m, v) in m.iter_mut().zip(v.as_chunks::<4>().0) {
+                // SAFETY: the pointer must be valid for reading 16 bytes, at any alignment; it comes from a reference to 4 f32.
+                *m = vfmaq_f32(*m, u, unsafe { vld1q_f32(v.as_ptr()) });
+            }
+        }
+        let bytes = word(bytes).to_le_bytes();
+        for (q, (m, w)) in m.into_iter().zip(w.as_chunks_mut::<4>().0).enumerate() {
+            // SAFETY: the pointer must be valid for reading 16 bytes, at any alignment; it comes from a reference to 4 u32.
+            let bit_of_lane = unsafe { vld1q_u32(bit_of_lane[q % 2].as_ptr()) };
+            let is_one = vtstq_u32(vdupq_n_u32(u32::from(bytes[q / 2])), bit_of_lane);
+            // SAFETY: the pointer must be valid for reading 16 bytes, at any alignment; it comes from a reference to 4 f32.
+            let sum = unsafe { vld1q_f32(w.as_ptr()) };
+            let sum = vaddq_f32(sum, vbslq_f32(is_one, m, vnegq_f32(m)));
+            // SAFETY: the pointer must be valid for writing 16 bytes, at any alignment; it comes from an exclusive reference to 4 f32.
+            unsafe { vst1q_f32(w.as_mut_ptr(), sum) }
+        }
+    }
+}
+
 fn add_plane_portable(plane: PlaneRow<'_>, w: &mut [f32; COLS]) {
     let mut m = [0.0; COLS];
     let n = 8 * plane.bits.len();
@@ -119,7 +152,7 @@ fn add_plane_portable(plane: PlaneRow<'_>, w: &mut [f32; COLS]) {
 }
 
 /// Up to eight bytes, the first lowest.
-#[cfg(target_arch = "x86_64")]
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 #[inline(always)]
 fn word(bytes: &[u8]) -> u64 {
     let mut padded = [0; 8];
@@ -139,6 +172,9 @@ pub(crate) fn multiply(isa: Isa, w: &Tile, x: &[[f32; PANEL]], y: &mut [[f32; PA
         #[cfg(target_arch = "x86_64")]
         // SAFETY: the only obligation is the target features, and the assertion above says that the CPU has them.
         Isa::Avx2 => unsafe { multiply_avx2(w, x, y) },
+        #[cfg(target_arch = "aarch64")]
+        // SAFETY: the only obligation is the target features, and the assertion above says that the CPU has them.
+        Isa::Neon | Isa::NeonDotprod => unsafe { multiply_neon(w, x, y) },
         _ => multiply_portable::<2, 8, false>(w, x, y),
     }
 }
@@ -152,6 +188,12 @@ fn multiply_avx512(w: &Tile, x: &[[f32; PANEL]], y: &mut [[f32; PANEL]; ROWS]) {
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,fma")]
 fn multiply_avx2(w: &Tile, x: &[[f32; PANEL]], y: &mut [[f32; PANEL]; ROWS]) {
+    multiply_portable::<6, 16, true>(w, x, y);
+}
+
+#[cfg(target_arch = "aarch64")]
+#[target_feature(enable = "neon")]
+fn multiply_neon(w: &Tile, x: &[[f32; PANEL]], y: &mut [[f32; PANEL]; ROWS]) {
     multiply_portable::<6, 16, true>(w, x, y);
 }
 
