@@ -3,9 +3,10 @@
 use crate::catalog::{BlockParts, Catalog, FactorParts, Stored};
 use crate::{FormatError, ReadAt};
 use bitstack_core::{BasisRef, BlockLayout, BlockRef, CoefficientsRef, CoreError, SignView, ValuesRef, f16};
+use std::io;
 use std::ops::Range;
 
-/// Read at once and hashed while still in the cache.
+/// Read at once, and hashed while still in the cache.
 const PIECE_BYTES: usize = 256 << 10;
 
 /// Whether bytes are compared with their BLAKE3 hashes as they are read.
@@ -144,6 +145,7 @@ impl Catalog {
         block: usize,
         verify: Verify,
         bytes: &mut [u8],
+        after_piece: &mut dyn FnMut(),
     ) -> Result<(), FormatError> {
         let parts: BlockParts = self.block_parts(weight, block)?;
         let extent = self.block_extent(weight, block)?;
@@ -151,16 +153,18 @@ impl Catalog {
         extent.check_len(bytes).map_err(|source| FormatError::Block { weight: info.name.clone(), block, source })?;
         let start = self.tensors[parts.signs].offset_bytes;
         match verify {
-            Verify::Never => source.read_exact_at(bytes, start).map_err(|source| FormatError::Read {
-                what: format!("block {block} of weight {}", info.name),
-                source,
-            })?,
+            Verify::Never => {
+                read_pieces(source, start, bytes, |_| after_piece()).map_err(|source| FormatError::Read {
+                    what: format!("block {block} of weight {}", info.name),
+                    source,
+                })?;
+            }
             Verify::Always => {
                 for i in parts.tensors() {
                     let tensor = &self.tensors[i];
                     // The length was checked: the ends of its tensors are within the block.
                     let part = (tensor.offset_bytes - start) as usize..(tensor.end_bytes() - start) as usize;
-                    read_verified(source, tensor, &mut bytes[part])?;
+                    read_verified(source, tensor, &mut bytes[part], after_piece)?;
                 }
             }
         }
@@ -169,18 +173,36 @@ impl Catalog {
     }
 }
 
-fn read_verified(source: &(impl ReadAt + ?Sized), tensor: &Stored, bytes: &mut [u8]) -> Result<(), FormatError> {
+fn read_verified(
+    source: &(impl ReadAt + ?Sized),
+    tensor: &Stored,
+    bytes: &mut [u8],
+    after_piece: &mut dyn FnMut(),
+) -> Result<(), FormatError> {
     let mut hasher = blake3::Hasher::new();
-    let mut offset = tensor.offset_bytes;
-    for piece in bytes.chunks_mut(PIECE_BYTES) {
-        source
-            .read_exact_at(piece, offset)
-            .map_err(|source| FormatError::Read { what: format!("tensor {}", tensor.info.name), source })?;
+    let hash = |piece: &[u8]| {
         hasher.update(piece);
-        offset += piece.len() as u64;
-    }
+        after_piece();
+    };
+    read_pieces(source, tensor.offset_bytes, bytes, hash)
+        .map_err(|source| FormatError::Read { what: format!("tensor {}", tensor.info.name), source })?;
     if *hasher.finalize().as_bytes() == tensor.hash {
         return Ok(());
     }
     Err(FormatError::Damaged { name: tensor.info.name.clone() })
+}
+
+/// Fills `bytes` with those from `offset_bytes` on, and shows each piece when it is there.
+fn read_pieces(
+    source: &(impl ReadAt + ?Sized),
+    mut offset_bytes: u64,
+    bytes: &mut [u8],
+    mut seen: impl FnMut(&[u8]),
+) -> io::Result<()> {
+    for piece in bytes.chunks_mut(PIECE_BYTES) {
+        source.read_exact_at(piece, offset_bytes)?;
+        seen(piece);
+        offset_bytes += piece.len() as u64;
+    }
+    Ok(())
 }

@@ -324,7 +324,23 @@ impl<S: ReadAt> StackFile<S> {
         verify: Verify,
         bytes: &mut [u8],
     ) -> Result<(), FormatError> {
-        self.placed(self.catalog.read_block_bytes(&self.source, weight, block, verify, bytes))
+        self.read_block_bytes_by_pieces(weight, block, verify, bytes, &mut || {})
+    }
+
+    /// As [`read_block_bytes`](Self::read_block_bytes), calling `after_piece` each time that at most 256 KiB more have been read (and
+    /// hashed): for those who read beside work that must not wait, and rest now and then.
+    ///
+    /// # Errors
+    /// As [`read_block_bytes`](Self::read_block_bytes).
+    pub fn read_block_bytes_by_pieces(
+        &self,
+        weight: usize,
+        block: usize,
+        verify: Verify,
+        bytes: &mut [u8],
+        after_piece: &mut dyn FnMut(),
+    ) -> Result<(), FormatError> {
+        self.placed(self.catalog.read_block_bytes(&self.source, weight, block, verify, bytes, after_piece))
     }
 
     /// The catalog, offsets being from the start of the file.

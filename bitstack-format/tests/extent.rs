@@ -2,8 +2,9 @@
 
 mod samples;
 
-use bitstack_core::CoreError;
-use bitstack_format::{BlockSource, FormatError, StackFile, Verify};
+use bitstack_core::{CoreError, FactorType, Shape};
+use bitstack_format::{BlockSource, Draft, FormatError, ReadAt, StackFile, Verify};
+use std::sync::{Arc, Mutex};
 
 /// Every block of the sample as (weight, block).
 fn blocks(file: &StackFile<Vec<u8>>) -> Vec<(usize, usize)> {
@@ -100,7 +101,7 @@ fn a_changed_byte_anywhere_in_a_block_is_noticed_with_verification_and_only_with
 fn a_source_that_ends_within_a_block_is_an_error_that_names_it() {
     /// Says that it is whole, and is not.
     struct Shrunk(Vec<u8>, usize);
-    impl bitstack_format::ReadAt for Shrunk {
+    impl ReadAt for Shrunk {
         fn size_bytes(&self) -> std::io::Result<u64> {
             self.0.size_bytes()
         }
@@ -118,5 +119,47 @@ fn a_source_that_ends_within_a_block_is_an_error_that_names_it() {
     ] {
         let error = file.read_block_bytes(0, 3, verify, &mut buffer).unwrap_err();
         assert!(matches!(error, FormatError::Read { .. }) && error.to_string().contains(expected), "{error}");
+    }
+}
+
+#[test]
+fn a_large_block_is_read_by_pieces_with_a_call_after_each() {
+    /// Remembers how many bytes each read wanted.
+    struct Watched(Vec<u8>, Mutex<Vec<usize>>);
+    impl ReadAt for Watched {
+        fn size_bytes(&self) -> std::io::Result<u64> {
+            self.0.size_bytes()
+        }
+        fn read_exact_at(&self, buf: &mut [u8], offset_bytes: u64) -> std::io::Result<()> {
+            self.1.lock().unwrap().push(buf.len());
+            self.0.read_exact_at(buf, offset_bytes)
+        }
+    }
+    // Signs of 280 KiB.
+    let shape = Shape::new(1120, 2048).unwrap();
+    let like = samples::Like { planes: 1, basis: Some(FactorType::F16), coefficients: FactorType::F16 };
+    let block = samples::block(shape, 1, like, &mut samples::Numbers(1));
+    let mut draft = Draft::create_on(Vec::new(), "memory");
+    let w = draft.add_weight("w", shape, 1, "sample").unwrap();
+    draft.push_block(w, block.view()).unwrap();
+    let mut bytes = Vec::new();
+    draft.finish(&[0], &mut bytes, &mut |_, _| {}).unwrap();
+
+    let source = Arc::new(Watched(bytes, Mutex::default()));
+    let file = StackFile::open(source.clone()).unwrap();
+    let extent = file.block_extent(0, 1).unwrap();
+    let rest = extent.len_bytes() - (256 << 10);
+    // With hashes tensor by tensor: signs, basis, coefficients.
+    let hashed = vec![256 << 10, 24 << 10, 2 * 2048, 2 * 1120];
+    for (verify, expected) in [(Verify::Never, vec![256 << 10, rest]), (Verify::Always, hashed)] {
+        source.1.lock().unwrap().clear();
+        let mut buffer = Vec::new();
+        let buffer = at_phase(&mut buffer, extent.len_bytes(), 0);
+        let mut n_reads = Vec::new();
+        let mut after_piece = || n_reads.push(source.1.lock().unwrap().len());
+        file.read_block_bytes_by_pieces(0, 1, verify, buffer, &mut after_piece).unwrap();
+        assert_eq!(*source.1.lock().unwrap(), expected);
+        assert_eq!(n_reads, (1..=expected.len()).collect::<Vec<_>>());
+        assert_eq!(extent.view(buffer).unwrap(), block.view());
     }
 }
