@@ -2,6 +2,7 @@
 
 use crate::RuntimeError;
 use crate::load::Loader;
+use crate::resident::{mapped_bytes, runs};
 use crate::snapshot::{Snapshot, Table, TableWeight};
 use crate::swap::{Goal, Swap, View};
 use bitstack_format::{BlockSource, ReadAt, StackFile, Verify};
@@ -66,7 +67,8 @@ pub struct Status {
     /// Resident bytes of the current snapshot: the unstacked tensors and its blocks, exactly. At most `target_bytes`.
     pub resident_bytes: u64,
     /// What the system has given: the unstacked tensors and the mappings of all blocks that are in memory, in whole pages. Those count
-    /// that only old snapshots hold, and those that are loaded and not yet published.
+    /// that only old snapshots hold, those that are loaded and not yet published, and those that the plan has no room for and that share
+    /// a mapping with one that it has: of at most 32 MiB, and a 64th of the model.
     pub allocated_bytes: u64,
     /// Whether blocks are being loaded.
     pub loading: bool,
@@ -97,7 +99,8 @@ impl<S: ReadAt + Send + Sync + 'static> Elastic<S> {
         for (position, &(weight, _)) in entries.iter().enumerate() {
             weights[weight].positions.push(position);
         }
-        let table = Arc::new(Table { order, entries, weights, live: AtomicUsize::new(0) });
+        let runs = runs(&mapped_bytes(&file, &entries)?, order.n_weights());
+        let table = Arc::new(Table { order, entries, weights, runs, live: AtomicUsize::new(0) });
 
         let first = match options.start {
             Start::Whole => plan.n_blocks,

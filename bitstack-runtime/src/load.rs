@@ -1,13 +1,14 @@
 //! Reading blocks, on more than one thread, and handing them in in order.
 
 use crate::RuntimeError;
-use crate::resident::{Account, Resident};
+use crate::resident::{Account, Resident, Run};
 use crate::snapshot::{Snapshot, Table};
 use crate::swap::{Job, Swap};
 use bitstack_format::{ReadAt, StackFile, Verify};
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
@@ -19,6 +20,8 @@ const PUBLISH_EVERY: Duration = Duration::from_millis(20);
 /// While somebody works on a snapshot, the readers together are at work for about a sixth of the time, and rest this many times as
 /// long: a forward pass on all cores waits for the slowest of them.
 const REST: u32 = 5;
+/// ... each time they have worked this long: short beside a token, long beside the change of threads.
+const WORK: Duration = Duration::from_micros(300);
 /// How much less a loading thread counts than one that computes, as `nice` has it: about a tenth.
 #[cfg(target_os = "linux")]
 const NICE: i32 = 10;
@@ -34,21 +37,28 @@ pub(crate) struct Loader<S> {
     readers: u32,
     /// By position, the blocks that are in memory, if only in old snapshots: none is ever there twice, and to grow back to a size that
     /// somebody still works at costs nothing.
-    alive: Mutex<Vec<Weak<Resident>>>,
+    alive: Mutex<Vec<Weak<Run>>>,
 }
 
 /// How far a job has come.
 struct Progress {
+    /// The first position that nobody reads yet.
+    next: usize,
     /// The length of the last snapshot published.
     published: usize,
     /// Blocks read and not yet published.
-    ready: BTreeMap<usize, Arc<Resident>>,
+    ready: BTreeMap<usize, Resident>,
     /// The first position that failed, and why.
     failed: Option<(usize, RuntimeError)>,
     published_at: Instant,
 }
 
 impl Progress {
+    /// Whether the block of this position is still to be read. What comes before a failure is of use.
+    fn is_wanted(&self, position: usize, swap: &Swap<Snapshot, RuntimeError>) -> bool {
+        self.failed.as_ref().is_none_or(|&(first, _)| position < first) && swap.is_wanted(self.published, position)
+    }
+
     fn publish(&mut self, swap: &Swap<Snapshot, RuntimeError>) {
         let mut items = Vec::new();
         while let Some(block) = self.ready.remove(&(self.published + items.len())) {
@@ -59,6 +69,29 @@ impl Progress {
             self.published += n;
         }
         self.published_at = Instant::now();
+    }
+}
+
+/// Lets a reader rest while somebody computes.
+struct Pace {
+    /// Its [`thread_time`] when it began to work.
+    since: Option<Duration>,
+    /// How many times as long as it worked.
+    rest: u32,
+}
+
+impl Pace {
+    fn after_piece(&mut self, somebody_computes: bool) {
+        if !somebody_computes {
+            self.since = None;
+            return;
+        }
+        let now = thread_time();
+        let worked = now.saturating_sub(*self.since.get_or_insert(now));
+        if worked >= WORK {
+            std::thread::sleep(self.rest * worked);
+            self.since = Some(thread_time());
+        }
     }
 }
 
@@ -74,45 +107,36 @@ impl<S: ReadAt + Send + Sync> Loader<S> {
     /// # Errors
     /// The first block that cannot be loaded; those before it are published.
     pub(crate) fn run(&self, swap: &Swap<Snapshot, RuntimeError>, job: &Job) -> Result<(), RuntimeError> {
-        let next = AtomicUsize::new(job.from);
         let progress = Mutex::new(Progress {
+            next: job.from,
             published: job.from,
             ready: BTreeMap::new(),
             failed: None,
             published_at: Instant::now(),
         });
+        let is_wanted = |position| lock(&progress).is_wanted(position, swap);
         let read = || {
+            let mut pace = Pace { since: None, rest: REST * self.readers };
+            let mut after_piece = || pace.after_piece(swap.is_held() || self.table.live.load(Ordering::Relaxed) > 1);
             loop {
-                let position = next.fetch_add(1, Ordering::Relaxed);
-                if position >= job.to {
-                    break;
-                }
-                let p = lock(&progress);
-                // What comes before a failure is still of use.
-                let failed = p.failed.as_ref().is_some_and(|&(first, _)| first < position);
-                if failed || !swap.is_wanted(p.published, position) {
-                    break;
-                }
-                drop(p);
-                let before = thread_time();
-                let block = self.block(position);
                 let mut p = lock(&progress);
-                match block {
-                    Ok(block) => {
-                        p.ready.insert(position, block);
-                        if p.published_at.elapsed() >= PUBLISH_EVERY {
-                            p.publish(swap);
-                        }
-                    }
-                    Err(error) => {
-                        if p.failed.as_ref().is_none_or(|&(first, _)| position < first) {
-                            p.failed = Some((position, error));
-                        }
-                    }
+                let positions = p.next..job.to.min(self.table.run_end(p.next));
+                if positions.is_empty() || !p.is_wanted(positions.start, swap) {
+                    break;
                 }
+                p.next = positions.end;
                 drop(p);
-                if swap.is_held() || self.table.live.load(Ordering::Relaxed) > 1 {
-                    std::thread::sleep(REST * self.readers * thread_time().saturating_sub(before));
+                let mut blocks = Vec::with_capacity(positions.len());
+                let loaded = self.blocks(positions, is_wanted, &mut after_piece, &mut blocks);
+                let mut p = lock(&progress);
+                p.ready.extend(blocks);
+                if let Err((position, error)) = loaded
+                    && p.failed.as_ref().is_none_or(|&(first, _)| position < first)
+                {
+                    p.failed = Some((position, error));
+                }
+                if p.published_at.elapsed() >= PUBLISH_EVERY {
+                    p.publish(swap);
                 }
             }
         };
@@ -128,26 +152,71 @@ impl<S: ReadAt + Send + Sync> Loader<S> {
         progress.failed.map_or(Ok(()), |(_, error)| Err(error))
     }
 
-    /// The block of a position, from memory if it is there.
-    fn block(&self, position: usize) -> Result<Arc<Resident>, RuntimeError> {
-        if let Some(block) = lock(&self.alive)[position].upgrade() {
-            return Ok(block);
+    /// Adds the blocks of some positions, from memory where they are there, up to the first that is not wanted or fails.
+    fn blocks(
+        &self,
+        positions: Range<usize>,
+        is_wanted: impl Fn(usize) -> bool,
+        after_piece: &mut dyn FnMut(),
+        blocks: &mut Vec<(usize, Resident)>,
+    ) -> Result<(), (usize, RuntimeError)> {
+        let mut next = positions.start;
+        while next < positions.end && is_wanted(next) {
+            let (run, missing) = {
+                let alive = &lock(&self.alive)[next..positions.end];
+                (alive[0].upgrade(), alive.iter().take_while(|run| run.strong_count() == 0).count())
+            };
+            let (run, read) = match run {
+                Some(run) => (Some(run), Ok(())),
+                None => self.read(next..next + missing, &is_wanted, after_piece),
+            };
+            if let Some(run) = run {
+                let end = run.positions().end.min(positions.end);
+                blocks.extend((next..end).map(|position| (position, Resident::new(run.clone(), position))));
+                next = end;
+            }
+            read.map_err(|error| (next, error))?;
         }
-        let (weight, block) = self.table.entries[position];
-        // The source is not ours: if it panics, that is one more way in which it fails.
-        let read = || Resident::read(&self.file, weight, block, self.verify, &self.account);
-        let resident = catch_unwind(AssertUnwindSafe(read))
-            .unwrap_or_else(|panic| Err(self.panicked(position, panic.as_ref())))?;
-        let resident = Arc::new(resident);
-        lock(&self.alive)[position] = Arc::downgrade(&resident);
-        Ok(resident)
+        Ok(())
+    }
+
+    /// Reads blocks that are not in memory into a new mapping, up to the first that is not wanted or fails.
+    fn read(
+        &self,
+        positions: Range<usize>,
+        is_wanted: impl Fn(usize) -> bool,
+        after_piece: &mut dyn FnMut(),
+    ) -> (Option<Arc<Run>>, Result<(), RuntimeError>) {
+        let mut run = match Run::new(&self.file, &self.table, positions.clone(), &self.account) {
+            Ok(run) => run,
+            Err(error) => return (None, Err(error)),
+        };
+        let mut read = Ok(());
+        for position in positions {
+            if !is_wanted(position) {
+                break;
+            }
+            // The source is not ours: if it panics, that is one more way in which it fails.
+            let next = || run.read_next(&self.file, &self.table, self.verify, after_piece);
+            read = catch_unwind(AssertUnwindSafe(next))
+                .unwrap_or_else(|panic| Err(self.panicked(position, panic.as_ref())));
+            if read.is_err() {
+                break;
+            }
+        }
+        if run.positions().is_empty() {
+            return (None, read);
+        }
+        let run = run.finish();
+        lock(&self.alive)[run.positions()].fill(Arc::downgrade(&run));
+        (Some(run), read)
     }
 
     fn panicked(&self, position: usize, panic: &(dyn std::any::Any + Send)) -> RuntimeError {
-        let (weight, block) = self.table.entries[position];
+        let block = self.table.entries[position].1;
         let message = panic.downcast_ref::<&str>().copied().or(panic.downcast_ref::<String>().map(String::as_str));
         let message = message.unwrap_or("without a message").to_owned();
-        RuntimeError::Panicked { weight: self.table.weights[weight].name.clone(), block, message }
+        RuntimeError::Panicked { weight: self.table.name(position), block, message }
     }
 
     /// What the background thread does until the end.
@@ -180,4 +249,37 @@ fn lower_priority() {
     // On Linux `nice` is of the calling thread; elsewhere it would be of the process. To refuse it does no harm.
     #[cfg(target_os = "linux")]
     let _ = rustix::process::nice(NICE);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn work(time: Duration) -> Duration {
+        let start = thread_time();
+        while thread_time() < start + time {
+            std::hint::spin_loop();
+        }
+        thread_time() - start
+    }
+
+    #[test]
+    #[cfg(unix)]
+    fn readers_rest_a_multiple_of_what_they_work_while_somebody_computes() {
+        let mut pace = Pace { since: None, rest: 10 };
+        pace.after_piece(true);
+        for _ in 0..3 {
+            let worked = work(WORK);
+            let start = Instant::now();
+            pace.after_piece(true);
+            assert!(start.elapsed() >= 10 * worked, "{:?} of rest after {worked:?}", start.elapsed());
+        }
+        work(3 * WORK);
+        pace.after_piece(false);
+        assert!(pace.since.is_none());
+        // What was done while nobody computed is nothing to rest for.
+        let start = thread_time();
+        pace.after_piece(true);
+        assert!(pace.since.is_some_and(|since| since >= start));
+    }
 }

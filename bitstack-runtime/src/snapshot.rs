@@ -16,6 +16,8 @@ pub(crate) struct Table {
     /// Per position of the order the weight (from 0) and its block (from 1).
     pub(crate) entries: Vec<(usize, usize)>,
     pub(crate) weights: Vec<TableWeight>,
+    /// The positions at which a run of blocks that share a mapping begins, rising.
+    pub(crate) runs: Vec<usize>,
     /// Snapshots that exist; all but one are held by somebody.
     pub(crate) live: AtomicUsize,
 }
@@ -28,15 +30,29 @@ pub(crate) struct TableWeight {
     pub(crate) positions: Vec<usize>,
 }
 
+impl Table {
+    /// The name of the weight whose block has this position.
+    pub(crate) fn name(&self, position: usize) -> String {
+        self.weights[self.entries[position].0].name.clone()
+    }
+
+    /// The position after the run that this one is in.
+    pub(crate) fn run_end(&self, position: usize) -> usize {
+        let next = self.runs.partition_point(|&start| start <= position);
+        self.runs.get(next).copied().unwrap_or(self.entries.len())
+    }
+}
+
 /// A model at one size: the first blocks of the load order, all in memory, unchanged as long as it is held.
 ///
 /// A forward pass takes one at its start and works on it to its end, whatever happens to the budget meanwhile. Blocks that the budget
-/// has no room for any more leave memory when the last snapshot that holds them is dropped, so do not keep one without need.
+/// has no room for any more leave memory when the last snapshot that holds them (or a neighbour in their mapping) is dropped, so do not
+/// keep one without need.
 #[derive(Debug)]
 pub struct Snapshot {
     table: Arc<Table>,
     /// The first blocks of the load order.
-    blocks: Vec<Arc<Resident>>,
+    blocks: Vec<Resident>,
     levels: Vec<u32>,
 }
 
@@ -47,7 +63,7 @@ impl Snapshot {
         Self::new(table, Vec::new(), levels)
     }
 
-    fn new(table: Arc<Table>, blocks: Vec<Arc<Resident>>, levels: Vec<u32>) -> Self {
+    fn new(table: Arc<Table>, blocks: Vec<Resident>, levels: Vec<u32>) -> Self {
         table.live.fetch_add(1, Ordering::Relaxed);
         Self { table, blocks, levels }
     }
@@ -99,7 +115,7 @@ impl Drop for Snapshot {
 }
 
 impl Prefix for Snapshot {
-    type Item = Arc<Resident>;
+    type Item = Resident;
 
     fn len(&self) -> usize {
         self.blocks.len()
@@ -113,7 +129,7 @@ impl Prefix for Snapshot {
         Self::new(self.table.clone(), self.blocks[..len].to_vec(), levels)
     }
 
-    fn grown(&self, items: Vec<Arc<Resident>>) -> Self {
+    fn grown(&self, items: Vec<Resident>) -> Self {
         let mut levels = self.levels.clone();
         let mut blocks = Vec::with_capacity(self.blocks.len() + items.len());
         blocks.extend_from_slice(&self.blocks);

@@ -168,13 +168,13 @@ fn stalled(pressure: &str) -> Option<Duration> {
 pub fn process_resident_bytes() -> Option<u64> {
     let statm = fs::read_to_string("/proc/self/statm").ok()?;
     let pages: u64 = statm.split_whitespace().nth(1)?.parse().ok()?;
-    pages.checked_mul(page_bytes())
+    pages.checked_mul(page_bytes() as u64)
 }
 
 /// Bytes of a page of memory.
-pub(crate) fn page_bytes() -> u64 {
+pub(crate) fn page_bytes() -> usize {
     #[cfg(unix)]
-    return rustix::param::page_size() as u64;
+    return rustix::param::page_size();
     #[cfg(not(unix))]
     4096
 }

@@ -12,23 +12,25 @@ const TRUSTED: Options = Options { verify: Verify::Never, start: Start::Whole };
 
 #[test]
 fn every_budget_gives_its_plan_and_the_products_of_its_levels() {
-    let bytes = stacks::small();
-    let model = open(bytes.clone(), u64::MAX, Options::default());
-    let order = model.order().clone();
-    let sizes: Vec<u64> = order.cumulative_bytes()[order.n_weights()..].to_vec();
-    // Up and down in steps of every size.
-    let n = sizes.len();
-    let walk = (0..n).chain((0..n).rev()).chain([n - 1, 0, n - 1, n / 2, 0, n / 3]);
-    for i in walk {
-        let plan = model.set_budget(sizes[i]).unwrap();
-        model.wait().unwrap();
-        let snapshot = model.snapshot();
-        assert_eq!(plan, order.plan(sizes[i]).unwrap());
-        assert_eq!((snapshot.levels(), snapshot.resident_bytes()), (&plan.levels[..], sizes[i]));
-        assert_eq!(products_of(&snapshot), products(&bytes, &plan.levels));
-        let status = model.status();
-        assert_eq!((status.budget_bytes, status.target_bytes, status.resident_bytes), (sizes[i], sizes[i], sizes[i]));
-        assert!(!status.loading && status.error.is_none());
+    for bytes in [stacks::small(), stacks::uneven()] {
+        let model = open(bytes.clone(), u64::MAX, Options::default());
+        let order = model.order().clone();
+        let sizes: Vec<u64> = order.cumulative_bytes()[order.n_weights()..].to_vec();
+        // Up and down in steps of every size.
+        let n = sizes.len();
+        let walk = (0..n).chain((0..n).rev()).chain([n - 1, 0, n - 1, n / 2, 0, n / 3]);
+        for i in walk {
+            let plan = model.set_budget(sizes[i]).unwrap();
+            model.wait().unwrap();
+            let snapshot = model.snapshot();
+            assert_eq!(plan, order.plan(sizes[i]).unwrap());
+            assert_eq!((snapshot.levels(), snapshot.resident_bytes()), (&plan.levels[..], sizes[i]));
+            assert_eq!(products_of(&snapshot), products(&bytes, &plan.levels));
+            let status = model.status();
+            let bytes = (status.budget_bytes, status.target_bytes, status.resident_bytes);
+            assert_eq!(bytes, (sizes[i], sizes[i], sizes[i]));
+            assert!(!status.loading && status.error.is_none());
+        }
     }
 }
 
@@ -46,6 +48,40 @@ fn allocated_bytes_are_those_of_the_blocks_in_whole_pages() {
             blocks.map(|(w, b)| (file.block_extent(w, b).unwrap().len_bytes() as u64).next_multiple_of(page)).sum();
         assert_eq!(model.status().allocated_bytes, file.base_bytes() + pages);
     }
+}
+
+#[test]
+fn blocks_that_share_a_mapping_go_with_the_last_of_them_and_come_back_unread_before() {
+    let bytes = stacks::uneven();
+    let source = Arc::new(Gate::new(bytes.clone()));
+    let model = open(source.clone(), u64::MAX, TRUSTED);
+    let order = model.order().clone();
+    let file = StackFile::open(bytes).unwrap();
+    let page = rustix::param::page_size() as u64;
+    let blocks: Vec<u64> = order
+        .iter()
+        .map(|(w, b)| (file.block_extent(w, b + 1).unwrap().len_bytes() as u64).next_multiple_of(page))
+        .collect();
+    let pages = |n: usize| file.base_bytes() + blocks[..n].iter().sum::<u64>();
+    let most_beyond = blocks.iter().sum::<u64>() / 64;
+
+    let whole = (model.status().allocated_bytes, source.reads());
+    assert_eq!(whole.0, pages(order.n_blocks()));
+    let (mut n_shared, mut n_alone) = (0, 0);
+    for n in (order.n_weights()..order.n_blocks()).rev() {
+        model.set_budget(order.cumulative_bytes()[n]).unwrap();
+        let beyond = model.status().allocated_bytes - pages(n);
+        assert!(beyond <= most_beyond, "{beyond} bytes beyond those of {n} blocks");
+        // One more is there already, or is read.
+        let reads = source.reads();
+        model.set_budget(order.cumulative_bytes()[n + 1]).unwrap();
+        model.wait().unwrap();
+        assert_eq!(source.reads() - reads, usize::from(beyond == 0), "{n} blocks");
+        *if beyond > 0 { &mut n_shared } else { &mut n_alone } += 1;
+        model.set_budget(order.cumulative_bytes()[n]).unwrap();
+    }
+    assert!(n_shared > 2 && n_alone > 2, "{n_shared}, {n_alone}");
+    assert_eq!(model.status().allocated_bytes, pages(order.n_weights()), "nothing is beyond the smallest model");
 }
 
 #[test]

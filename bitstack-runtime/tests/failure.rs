@@ -50,9 +50,9 @@ fn check_recovery(model: &Elastic<Arc<Gate>>, bytes: &[u8]) {
 
 #[test]
 fn read_error_stops_the_growth_and_the_next_budget_tries_again() {
-    let bytes = stacks::small();
-    for n in 0..4 {
-        let (source, model) = smallest(&bytes, Verify::Never);
+    let both = [(stacks::small(), 4), (stacks::uneven(), 12)];
+    for (bytes, n) in both.iter().flat_map(|(bytes, most)| (0..*most).map(move |n| (bytes, n))) {
+        let (source, model) = smallest(bytes, Verify::Never);
         source.permit(n, Beyond::Fail);
         model.set_budget(u64::MAX).unwrap();
         let reached = match model.wait() {
@@ -61,10 +61,10 @@ fn read_error_stops_the_growth_and_the_next_budget_tries_again() {
             other => panic!("{other:?}"),
         };
         assert!((4..=4 + n).contains(&reached), "{n} reads passed, {reached} blocks");
-        let error = check(&model, &bytes, reached);
+        let error = check(&model, bytes, reached);
         assert!(error.to_string().contains("the disk is on fire"), "{error}");
         source.permit(usize::MAX, Beyond::Fail);
-        check_recovery(&model, &bytes);
+        check_recovery(&model, bytes);
     }
 }
 

@@ -53,6 +53,11 @@ pub(crate) fn small() -> Vec<u8> {
     stack(&[(24, 40), (17, 33), (8, 64), (5, 7)], 5)
 }
 
+/// As many, of which one is so much larger that several blocks of the others share a mapping.
+pub(crate) fn uneven() -> Vec<u8> {
+    stack(&[(1536, 1024), (17, 33), (8, 64), (5, 7)], 5)
+}
+
 /// The product of every weight at these levels with an input of its own, read from the file block by block: what a snapshot must give.
 pub(crate) fn products(file: &[u8], levels: &[u32]) -> Vec<Vec<f64>> {
     let file = StackFile::open(file).unwrap();
