@@ -50,7 +50,7 @@ pub fn decoding<S: ReadAt + Send + Sync + 'static>(
 ) -> Result<Decoding, LlmError> {
     let snapshot = model.elastic().snapshot();
     let mut text = Text::new(model, tokens)?;
-    let token_seconds = (0..tokens).map(|_| text.token()).collect::<Result<Vec<f64>, _>>()?;
+    let token_seconds = (0..tokens).map(|_| Ok(text.token()?.seconds)).collect::<Result<Vec<f64>, LlmError>>()?;
     Ok(Decoding {
         resident_bytes: snapshot.resident_bytes(),
         cache_bytes: text.cache.len_bytes(),
@@ -60,34 +60,52 @@ pub fn decoding<S: ReadAt + Send + Sync + 'static>(
     })
 }
 
-/// Tokens decoded while the model changes its size, each in seconds.
+/// A token decoded.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Token {
+    /// The time it took.
+    pub seconds: f64,
+    /// Resident weights of the snapshot it was decoded with.
+    pub resident_bytes: u64,
+}
+
+/// Tokens decoded while the model changes its size.
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub struct Resizing {
     /// At the smaller size, with nothing going on.
-    pub small: Vec<f64>,
+    pub small: Vec<Token>,
     /// From the call that raised the budget until all was loaded.
-    pub growing: Vec<f64>,
+    pub growing: Vec<Token>,
     /// At the larger size, with nothing going on.
-    pub large: Vec<f64>,
-    /// From the call that lowered the budget, that call included, until the memory was given back.
-    pub shrinking: Vec<f64>,
+    pub large: Vec<Token>,
+    /// From the call that lowered the budget, that call included in the time of the first, until the memory was given back.
+    pub shrinking: Vec<Token>,
 }
 
 impl Resizing {
-    /// Medians at rest: at the smaller and at the larger size.
-    pub fn median_seconds(&self) -> (f64, f64) {
-        (median(&self.small), median(&self.large))
+    /// Seconds that a token takes at rest with these resident bytes: the medians at the two sizes, and on the line through them.
+    pub fn rest_seconds(&self, resident_bytes: u64) -> f64 {
+        let at = |tokens: &[Token]| {
+            let seconds: Vec<f64> = tokens.iter().map(|token| token.seconds).collect();
+            (tokens.first().map_or(f64::NAN, |token| token.resident_bytes as f64), median(&seconds))
+        };
+        let ((small, seconds_small), (large, seconds_large)) = (at(&self.small), at(&self.large));
+        if small == large {
+            return seconds_small;
+        }
+        seconds_small + (resident_bytes as f64 - small) / (large - small) * (seconds_large - seconds_small)
     }
 
-    /// The slowest token while growing, and while shrinking.
-    pub fn slowest_seconds(&self) -> (f64, f64) {
-        let slowest = |seconds: &[f64]| seconds.iter().copied().fold(0.0, f64::max);
-        (slowest(&self.growing), slowest(&self.shrinking))
+    /// The seconds of each token over those that it would have taken at rest at its size, rising.
+    pub fn of_rest(&self, tokens: &[Token]) -> Vec<f64> {
+        let mut ratios: Vec<f64> = tokens.iter().map(|t| t.seconds / self.rest_seconds(t.resident_bytes)).collect();
+        ratios.sort_unstable_by(f64::total_cmp);
+        ratios
     }
 }
 
-/// Decodes while the budget goes from `low` to `high` bytes and back, `tokens` tokens at each size.
+/// Decodes while the budget goes from `low` to `high` bytes and back, `tokens` tokens (one at least) at each size.
 ///
 /// # Errors
 /// Budgets below the smallest size; a file that cannot be read.
@@ -98,8 +116,9 @@ pub fn resizing<S: ReadAt + Send + Sync + 'static>(
     tokens: usize,
 ) -> Result<Resizing, LlmError> {
     let elastic = model.elastic();
-    let mut text = Text::new(model, 4 * tokens.max(256))?;
-    let at_rest = |text: &mut Text<'_, S>| -> Result<Vec<f64>, LlmError> {
+    // The same positions again and again, so that tokens differ by what is resident only.
+    let mut text = Text::new(model, tokens)?;
+    let at_rest = |text: &mut Text<'_, S>| -> Result<Vec<Token>, LlmError> {
         elastic.wait()?;
         text.token()?;
         (0..tokens).map(|_| text.token()).collect()
@@ -115,9 +134,9 @@ pub fn resizing<S: ReadAt + Send + Sync + 'static>(
     let start = Instant::now();
     elastic.set_budget(low)?;
     let call = start.elapsed().as_secs_f64();
-    let mut shrinking = (0..tokens).map(|_| text.token()).collect::<Result<Vec<f64>, _>>()?;
+    let mut shrinking = (0..tokens).map(|_| text.token()).collect::<Result<Vec<Token>, _>>()?;
     if let Some(first) = shrinking.first_mut() {
-        *first += call;
+        first.seconds += call;
     }
     Ok(Resizing { small, growing, large, shrinking })
 }
@@ -131,13 +150,13 @@ struct Text<'m, S> {
 
 impl<'m, S: ReadAt + Send + Sync + 'static> Text<'m, S> {
     fn new(model: &'m ElasticModel<S>, capacity: usize) -> Result<Self, LlmError> {
-        let capacity = capacity.min(model.config().max_positions);
+        let capacity = capacity.clamp(1, model.config().max_positions);
         let token = 1 % model.config().vocab_size as u32;
         Ok(Self { model, cache: KvCache::new(model.config(), capacity)?, token })
     }
 
-    /// Decodes one token; its seconds.
-    fn token(&mut self) -> Result<f64, LlmError> {
+    /// Decodes one token.
+    fn token(&mut self) -> Result<Token, LlmError> {
         if self.cache.len() == self.cache.capacity() {
             self.cache.truncate(0);
         }
@@ -146,7 +165,7 @@ impl<'m, S: ReadAt + Send + Sync + 'static> Text<'m, S> {
         let mut pass = Pass::new().with_cache(&mut self.cache).with_threads(Threads::Pool);
         let logits = self.model.at(&snapshot)?.forward(&[self.token], &mut pass)?;
         self.token = math::argmax(logits.as_slice().expect("a fresh array")) as u32;
-        Ok(start.elapsed().as_secs_f64())
+        Ok(Token { seconds: start.elapsed().as_secs_f64(), resident_bytes: snapshot.resident_bytes() })
     }
 }
 
@@ -173,4 +192,28 @@ fn read_speed(snapshot: &Snapshot) -> Result<f64, LlmError> {
         bytes as f64 / start.elapsed().as_secs_f64()
     };
     Ok((0..3).map(|_| pass()).fold(0.0, f64::max))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tokens_are_compared_with_those_at_rest_of_their_own_size() {
+        let tokens = |resident_bytes, seconds: &[f64]| -> Vec<Token> {
+            seconds.iter().map(|&seconds| Token { seconds, resident_bytes }).collect()
+        };
+        let mut all = Resizing {
+            small: tokens(100, &[2.0, 1.0, 1.0]),
+            growing: [tokens(100, &[1.5]), tokens(200, &[2.0]), tokens(300, &[3.0])].concat(),
+            large: tokens(300, &[3.0, 3.0, 9.0]),
+            shrinking: tokens(100, &[1.0, 4.0]),
+        };
+        assert_eq!([100, 200, 300].map(|bytes| all.rest_seconds(bytes)), [1.0, 2.0, 3.0]);
+        assert_eq!(all.of_rest(&all.growing), [1.0, 1.0, 1.5]);
+        assert_eq!(all.of_rest(&all.shrinking), [1.0, 4.0]);
+        // A model of one size only.
+        all.large = all.small.clone();
+        assert_eq!(all.of_rest(&all.small), [1.0, 1.0, 2.0]);
+    }
 }

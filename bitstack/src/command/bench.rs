@@ -209,6 +209,30 @@ fn cuda_kernels(_args: &BenchKernels, _reporter: &Reporter) -> Result<()> {
     Err(usage("--device cuda: this build has no CUDA kernels; make one with `cargo install bitstack --features cuda`"))
 }
 
+/// What tokens took while a model rested or changed.
+struct Phase {
+    /// Median and slowest.
+    seconds: (f64, f64),
+    /// The same over what each would have taken at rest at its size: median, nine in ten, slowest.
+    of_rest: [f64; 3],
+}
+
+impl Phase {
+    fn new(all: &measure::Resizing, tokens: &[measure::Token]) -> Self {
+        let at = |sorted: &[f64], share: f64| {
+            let last = sorted.len().saturating_sub(1);
+            sorted.get((last as f64 * share).round() as usize).copied().unwrap_or(f64::NAN)
+        };
+        let mut seconds: Vec<f64> = tokens.iter().map(|t| t.seconds).collect();
+        seconds.sort_unstable_by(f64::total_cmp);
+        let of_rest = all.of_rest(tokens);
+        Self {
+            seconds: (at(&seconds, 0.5), at(&seconds, 1.0)),
+            of_rest: [0.5, 0.9, 1.0].map(|share| at(&of_rest, share)),
+        }
+    }
+}
+
 /// `bitstack bench load`
 pub(crate) fn load(args: &BenchLoad, reporter: &Reporter) -> Result<()> {
     let (path, _scratch) = model_file(args.file.as_deref(), args.shape, args.blocks.into(), reporter)?;
@@ -236,14 +260,20 @@ pub(crate) fn load(args: &BenchLoad, reporter: &Reporter) -> Result<()> {
     let (least, most) = (stack.order.minimum_bytes(), stack.order.total_bytes());
     let model = ElasticModel::open(stack.file, least, Options::default(), reporter)?;
     reporter.finish();
-    let tokens = measure::resizing(&model, least, most, 16)?;
-    let (quiet, slowest) = (tokens.median_seconds(), tokens.slowest_seconds());
+    let tokens = measure::resizing(&model, least, most, 64)?;
+    let growing_seconds = tokens.growing.iter().map(|t| t.seconds).sum::<f64>();
+    let phases = [
+        ("at rest, smallest", "rest_smallest", &tokens.small),
+        ("growing", "growing", &tokens.growing),
+        ("at rest, largest", "rest_largest", &tokens.large),
+        ("shrinking", "shrinking", &tokens.shrinking),
+    ]
+    .map(|(name, key, phase)| (name, key, Phase::new(&tokens, phase)));
 
     if args.json {
         let mut value = json!({
             "machine": machine(), "threads": rayon::current_num_threads(), "rounds": args.rounds,
-            "token_seconds_smallest": quiet.0, "token_seconds_largest": quiet.1,
-            "slowest_token_seconds_growing": slowest.0, "slowest_token_seconds_shrinking": slowest.1,
+            "growing_seconds_while_decoding": growing_seconds,
         });
         for (_, key, operation) in operations {
             if let Some((bytes, seconds, change)) = median(operation) {
@@ -252,6 +282,12 @@ pub(crate) fn load(args: &BenchLoad, reporter: &Reporter) -> Result<()> {
                     "resident_set_change": change,
                 });
             }
+        }
+        for (_, key, p) in phases {
+            value["tokens"][key] = json!({
+                "median_seconds": p.seconds.0, "slowest_seconds": p.seconds.1, "median_of_rest": p.of_rest[0],
+                "nine_in_ten_of_rest": p.of_rest[1], "slowest_of_rest": p.of_rest[2],
+            });
         }
         return print(&format!("{value:#}\n"));
     }
@@ -271,9 +307,15 @@ pub(crate) fn load(args: &BenchLoad, reporter: &Reporter) -> Result<()> {
             rate / yardstick
         );
     }
-    let _ = writeln!(out, "\ntokens, ms          median at rest   slowest while it changes");
-    let _ = writeln!(out, "smallest, growing   {:14.1}   {:24.1}", quiet.0 * 1e3, slowest.0 * 1e3);
-    let _ = writeln!(out, "largest, shrinking  {:14.1}   {:24.1}", quiet.1 * 1e3, slowest.1 * 1e3);
+    let rate = (most - least) as f64 / growing_seconds / 1e9;
+    let _ = writeln!(out, "\ngrowing while tokens are decoded takes {growing_seconds:.2} s, {rate:.2} GB/s");
+    out.push_str("\n                        milliseconds      times the median at rest of the same size\n");
+    out.push_str("tokens               median   slowest      median  nine in ten      slowest\n");
+    for (name, _, p) in phases {
+        let ((median, slowest), [middle, most, worst]) = (p.seconds, p.of_rest);
+        let (median, slowest) = (median * 1e3, slowest * 1e3);
+        let _ = writeln!(out, "{name:17}  {median:8.1}  {slowest:8.1}  {middle:10.2}  {most:11.2}  {worst:11.2}");
+    }
     print(&out)
 }
 
