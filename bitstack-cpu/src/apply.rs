@@ -1,7 +1,7 @@
 //! The product: checks, what is prepared once per call, and the split into blocks of rows.
 
 use crate::kernel::tables::{self, Vector};
-use crate::kernel::{Line, Signs, codes, scalar, tile};
+use crate::kernel::{Line, Signs, amx, codes, scalar, tile};
 use crate::{CpuError, Isa};
 use bitstack_core::{BasisRef, Level, SignView, ValuesRef};
 
@@ -37,14 +37,19 @@ fn codes_cost(isa: Isa) -> usize {
     }
 }
 
-/// Whether products cost less from tables or codes than from W rebuilt.
+/// What a plane times `vectors` vectors costs by tiles, in the same measure. From counts of instructions, not measured: sixteen rows times 64
+/// columns take 8 cycles a vector from tables; 24 by tiles, whatever the vectors, where nothing overlaps, and 3 to 4 a vector.
+fn tiles_cost(vectors: usize) -> usize {
+    vectors.saturating_mul(4).saturating_add(40)
+}
+
+/// Whether products, at `cost` a plane, cost less than W rebuilt.
 fn is_cheaper(level: &Level<'_>, tokens: usize, cost: usize) -> bool {
     let (planes, rank) = (level.planes().len(), level.planes()[0].basis.rank());
-    let products = planes.saturating_mul(rank).saturating_mul(tokens * cost);
     let factors = REBUILT_PLANE_COST.saturating_add(rank.saturating_mul(REBUILT_FACTOR_COST));
     let rebuilt =
         planes.saturating_mul(factors).saturating_add(tokens.next_multiple_of(tile::PANEL) * REBUILT_TOKEN_COST);
-    products <= rebuilt
+    planes.saturating_mul(cost) <= rebuilt
 }
 
 /// Over how many threads a product runs. The result is the same, bit for bit.
@@ -69,6 +74,8 @@ pub struct Scratch {
     /// The tables of z = v ⊙ x: `bases x groups of vectors x passes`, and the value of one step of each vector and pass.
     tables: Vec<Line>,
     scales: Vec<f32>,
+    /// The codes of z for tiles: `bases x passes x groups of vectors`. Their steps are `scales`.
+    tile_codes: Vec<amx::Codes>,
     /// The codes of z: `bases x rank x tokens x runs`, and how each is to be read.
     codes: Vec<codes::Run>,
     lanes: Vec<codes::Lanes>,
@@ -135,11 +142,19 @@ impl Kernel {
         scratch.find_bases(level);
         for (x, y) in x.chunks(BATCH * cols).zip(y.chunks_mut(BATCH * rows)) {
             let tokens = x.len() / cols;
-            let done = (tables::has(self.isa)
-                && is_cheaper(level, tokens, TABLES_COST)
-                && looked_up(level, x, y, tokens, threads, scratch))
+            let vectors = tokens.saturating_mul(level.planes()[0].basis.rank());
+            let (by_tables, by_codes) =
+                (vectors.saturating_mul(TABLES_COST), vectors.saturating_mul(codes_cost(self.isa)));
+            let by_tiles = tiles_cost(vectors);
+            let done = (by_tiles < by_tables && is_cheaper(level, tokens, by_tiles))
+                .then(|| amx::Tiles::of(self.isa))
+                .flatten()
+                .is_some_and(|tiles| tiled(tiles, level, x, y, tokens, threads, scratch))
+                || (tables::has(self.isa)
+                    && is_cheaper(level, tokens, by_tables)
+                    && looked_up(level, x, y, tokens, threads, scratch))
                 || (codes::has(self.isa)
-                    && is_cheaper(level, tokens, codes_cost(self.isa))
+                    && is_cheaper(level, tokens, by_codes)
                     && encoded(self.isa, level, x, y, tokens, threads, scratch));
             if !done && tokens <= FEW {
                 summed(level, x, y, tokens, threads, scratch);
@@ -412,6 +427,74 @@ fn looked_up(
     true
 }
 
+/// As [`looked_up`], by products of tiles.
+fn tiled(
+    tiles: amx::Tiles,
+    level: &Level<'_>,
+    x: &[f32],
+    y: &mut [f32],
+    tokens: usize,
+    threads: Threads,
+    scratch: &mut Scratch,
+) -> bool {
+    let cols = level.shape().cols();
+    let (planes, rank) = (level.planes(), level.planes()[0].basis.rank());
+    let n_vectors = rank * tokens;
+    // Groups of one size, but for the last.
+    let group = n_vectors.div_ceil(n_vectors.div_ceil(amx::VECTORS));
+    let n_groups = n_vectors.div_ceil(group);
+    let passes = cols.div_ceil(amx::PASS_COLS);
+    let n_bases = scratch.plane_of_basis.len();
+    let all_codes = grown(&mut scratch.tile_codes, n_bases * passes * n_groups);
+    let all_scales = grown(&mut scratch.scales, n_bases * passes * n_vectors);
+    let v_row = grown(&mut scratch.v_row, cols);
+    let z_row = grown(&mut scratch.z_row, passes * amx::PASS_COLS);
+    z_row[cols..].fill(0.0);
+    let each_basis = all_codes.chunks_exact_mut(passes * n_groups).zip(all_scales.chunks_exact_mut(passes * n_vectors));
+    for ((codes, scales), &plane) in each_basis.zip(&scratch.plane_of_basis) {
+        for k in 0..rank {
+            widen(planes[plane].basis, k, v_row);
+            for (t, x) in x.chunks_exact(cols).enumerate() {
+                for ((z, v), x) in z_row.iter_mut().zip(&*v_row).zip(x) {
+                    *z = v * x;
+                }
+                let vector = k * tokens + t;
+                for (pass, z) in z_row.as_chunks::<{ amx::PASS_COLS }>().0.iter().enumerate() {
+                    match tiles.encode(z, &mut codes[pass * n_groups + vector / group], vector % group) {
+                        Some(scale) => scales[pass * n_vectors + vector] = scale,
+                        None => return false,
+                    }
+                }
+            }
+        }
+    }
+
+    let (all_codes, all_scales, basis_of_plane) = (&*all_codes, &*all_scales, &scratch.basis_of_plane);
+    let row_bytes = cols.div_ceil(8);
+    let block_rows = (BLOCK_BYTES / (row_bytes * planes.len())).clamp(amx::UNIT_ROWS, MAX_BLOCK_ROWS) / amx::UNIT_ROWS
+        * amx::UNIT_ROWS;
+    for_each_block(level, y, tokens, block_rows, threads, (&mut scratch.y, &mut scratch.u), |block| {
+        let Block { first_row, rows, y, u } = block;
+        let mut tiles = tiles.configure(group);
+        for (pass, first_byte) in (0..row_bytes).step_by(amx::PASS_COLS / 8).enumerate() {
+            let run_bytes = (amx::PASS_COLS / 8).min(row_bytes - first_byte);
+            for (i, (p, &basis)) in planes.iter().zip(basis_of_plane).enumerate() {
+                let at = basis * passes + pass;
+                let (codes, scales) = (&all_codes[at * n_groups..][..n_groups], &all_scales[at * n_vectors..]);
+                let vector = |v: usize| {
+                    let (k, t) = (v / tokens, v % tokens);
+                    Vector { scale: scales[v], u: &u[(i * rank + k) * rows..][..rows], y: t * rows }
+                };
+                // The next block's rows, in the order of memory.
+                let next = start(p.signs, first_row + block_rows).wrapping_add(rows * first_byte);
+                let signs = Signs::new(p.signs, first_row, rows, first_byte, run_bytes);
+                tiles.pass(signs, codes, n_vectors, vector, y, next);
+            }
+        }
+    });
+    true
+}
+
 /// Where a row's signs are, or would be: for prefetching only.
 fn start(signs: SignView<'_>, row: usize) -> *const u8 {
     signs.as_bytes().as_ptr().wrapping_add(row * signs.cols().div_ceil(8))
@@ -586,4 +669,81 @@ fn rebuilt(
             }
         }
     });
+}
+
+#[cfg(test)]
+mod tests {
+    use bitstack_core::{Basis, Block, Coefficients, Shape, SignMatrix, Values, WeightStack, f16};
+    use rand::rngs::StdRng;
+    use rand::{RngExt, SeedableRng};
+
+    use super::*;
+
+    /// Blocks with a basis each, or with that of the first.
+    fn stack(rng: &mut StdRng, rows: usize, cols: usize, rank: usize, blocks: usize) -> WeightStack {
+        let mut halves = |n: usize| Values::F16((0..n).map(|_| f16::from_f32(rng.random_range(-1.0..1.0))).collect());
+        let mut stack = WeightStack::new(Shape::new(rows, cols).unwrap());
+        for number in 0..blocks {
+            let own_basis = number == 0 || rank > 1;
+            let Values::F16(signs) = halves(rows * cols) else { unreachable!("made so") };
+            let signs: Vec<f32> = signs.into_iter().map(f16::to_f32).collect();
+            let block = Block {
+                signs: SignMatrix::from_f32(rows, cols, &signs).unwrap(),
+                basis: own_basis.then(|| Basis::new(rank, cols, halves(rank * cols)).unwrap()),
+                coefficients: Coefficients::new(rows, 1, rank, halves(rows * rank)).unwrap(),
+            };
+            stack.push(block).unwrap();
+        }
+        stack
+    }
+
+    #[test]
+    #[expect(clippy::print_stderr, reason = "says what does not run")]
+    fn products_of_tiles_equal_the_definition_with_and_without_their_instructions() {
+        let mut rng = StdRng::seed_from_u64(1);
+        let mut scratch = Scratch::default();
+        if amx::Tiles::of(Isa::Amx).is_none() {
+            eprintln!("skipped: this CPU has no {}, only plain loops in its place", Isa::Amx);
+        }
+        for (rows, cols, rank, tokens, blocks) in [
+            (1, 1, 1, 1, 1),
+            (15, 7, 1, 2, 2),
+            (16, 8, 2, 8, 1),
+            (17, 65, 3, 5, 2),
+            (31, 511, 1, 16, 3),
+            (32, 512, 16, 1, 2),
+            (33, 513, 16, 2, 2),
+            (65, 1031, 1, 17, 3),
+            (300, 600, 1, 33, 1),
+        ] {
+            let stack = stack(&mut rng, rows, cols, rank, blocks);
+            let level = stack.level(blocks).unwrap();
+            let mut x: Vec<f32> = (0..tokens * cols).map(|_| rng.random_range(-1.0..1.0)).collect();
+            // Some columns of one token far above the rest.
+            x[..cols].iter_mut().step_by(200).for_each(|x| *x *= 50.0);
+            let expected: Vec<f64> = x.chunks(cols).flat_map(|x| level.matvec(x).unwrap()).collect();
+            scratch.find_bases(&level);
+            for tiles in [Some(amx::Tiles::Plain), amx::Tiles::of(Isa::Amx)].into_iter().flatten() {
+                let what = format!("{rows} x {cols}, rank {rank}, {tokens} tokens, {tiles:?}");
+                let mut y = vec![f32::NAN; tokens * rows];
+                assert!(tiled(tiles, &level, &x, &mut y, tokens, Threads::One, &mut scratch), "{what}");
+                // Codes are within half of 1/32639 of the largest |z| of 512 columns; of a token's |v x| <= 50 or 1, times |u| <= 1, at random signs:
+                // the errors of sqrt(blocks · rank · cols) of them add up, here to six times their deviation.
+                for (t, (y, expected)) in y.chunks(rows).zip(expected.chunks(rows)).enumerate() {
+                    let largest = if t == 0 { 50.0 } else { 1.0 };
+                    let deviation = largest / 32639.0 / 12.0f64.sqrt() * ((blocks * rank * cols) as f64).sqrt();
+                    for (y, expected) in y.iter().zip(expected) {
+                        let error = (f64::from(*y) - expected).abs();
+                        assert!(error <= 6.0 * deviation + 1e-5, "{what}, token {t}: {y}, not {expected}");
+                    }
+                }
+                let mut pooled = vec![f32::NAN; tokens * rows];
+                assert!(tiled(tiles, &level, &x, &mut pooled, tokens, Threads::Pool, &mut scratch), "{what}");
+                assert!(y.iter().zip(&pooled).all(|(a, b)| a.to_bits() == b.to_bits()), "{what}: pool");
+                let last = std::mem::replace(&mut x[cols - 1], f32::NAN);
+                assert!(!tiled(tiles, &level, &x, &mut pooled, tokens, Threads::One, &mut scratch), "{what}: NaN");
+                x[cols - 1] = last;
+            }
+        }
+    }
 }

@@ -16,6 +16,9 @@ pub enum Isa {
     Avx512,
     /// AVX-512 with VNNI, GFNI and VBMI as well: Intel since Ice Lake, AMD since Zen 4.
     Avx512Vnni,
+    /// That, with AMX tiles and products of bytes: Intel Xeon since Sapphire Rapids. Only on Linux, where the process asks for permission
+    /// when the CPU is asked, and only if a product made with it, once, comes out as it should.
+    Amx,
     /// 64-bit ARM with NEON: all but the smallest.
     Neon,
     /// NEON with dot products of bytes (the feature `dotprod`): since ARMv8.4, Neoverse N1, Apple M1.
@@ -24,8 +27,8 @@ pub enum Isa {
 
 impl Isa {
     /// Every set there is, whether or not this CPU has it; those of an architecture lowest first.
-    pub const ALL: [Self; 6] =
-        [Self::Scalar, Self::Avx2, Self::Avx512, Self::Avx512Vnni, Self::Neon, Self::NeonDotprod];
+    pub const ALL: [Self; 7] =
+        [Self::Scalar, Self::Avx2, Self::Avx512, Self::Avx512Vnni, Self::Amx, Self::Neon, Self::NeonDotprod];
 
     /// The highest set that the running CPU and operating system support.
     pub fn detect() -> Self {
@@ -49,7 +52,7 @@ impl Isa {
         SUPPORTED.get_or_init(|| {
             #[cfg(target_arch = "x86_64")]
             let (sets, is_there): (&[Self], &[Ask]) = (
-                &[Self::Scalar, Self::Avx2, Self::Avx512, Self::Avx512Vnni],
+                &[Self::Scalar, Self::Avx2, Self::Avx512, Self::Avx512Vnni, Self::Amx],
                 &[
                     || {
                         is_x86_feature_detected!("avx2")
@@ -67,6 +70,7 @@ impl Isa {
                             && is_x86_feature_detected!("avx512vbmi")
                             && is_x86_feature_detected!("gfni")
                     },
+                    crate::kernel::amx::is_usable,
                 ],
             );
             #[cfg(target_arch = "aarch64")]
@@ -88,6 +92,7 @@ impl fmt::Display for Isa {
             Self::Avx2 => "avx2",
             Self::Avx512 => "avx512",
             Self::Avx512Vnni => "avx512-vnni",
+            Self::Amx => "amx",
             Self::Neon => "neon",
             Self::NeonDotprod => "neon-dotprod",
         })

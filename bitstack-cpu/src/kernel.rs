@@ -4,6 +4,7 @@ use std::marker::PhantomData;
 
 use bitstack_core::SignView;
 
+pub(crate) mod amx;
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
@@ -51,6 +52,13 @@ impl<'a> Signs<'a> {
         assert!(run_bytes <= row_bytes && first_byte <= row_bytes - run_bytes, "columns of a sign matrix");
         let start = matrix.as_bytes().as_ptr().wrapping_add(first_row * row_bytes + first_byte);
         Self { start, row_bytes, rows, run_bytes, matrix: PhantomData }
+    }
+
+    /// The run of row `row`.
+    fn run(self, row: usize) -> &'a [u8] {
+        assert!(row < self.rows);
+        // SAFETY: the run must be valid for reading for `'a`: it is in the matrix, which is borrowed for `'a`, as the row exists.
+        unsafe { std::slice::from_raw_parts(self.pointer(row), self.run_bytes) }
     }
 
     /// Where the run of row `row` begins; within the matrix if there is such a row.

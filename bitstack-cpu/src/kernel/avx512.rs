@@ -139,7 +139,7 @@ fn tile_sums<const V: usize>(
 /// 64 bytes of each of 16 rows from byte `first_byte` of the pass; zero beyond its end, the last row repeated beyond `rows`.
 #[target_feature(enable = "avx512f,avx512bw")]
 #[inline]
-fn load_rows(signs: Signs<'_>, first_row: usize, rows: usize, first_byte: usize) -> [__m512i; 16] {
+pub(super) fn load_rows(signs: Signs<'_>, first_row: usize, rows: usize, first_byte: usize) -> [__m512i; 16] {
     let n = signs.run_bytes.saturating_sub(first_byte).min(64);
     assert!(rows > 0 && first_row + rows <= signs.rows);
     let mut loaded = [_mm512_setzero_si512(); 16];
@@ -165,7 +165,7 @@ fn load_rows(signs: Signs<'_>, first_row: usize, rows: usize, first_byte: usize)
 /// The transpose of 16 x 16 dwords.
 #[target_feature(enable = "avx512f")]
 #[inline]
-fn transposed(rows: [__m512i; 16]) -> [__m512i; 16] {
+pub(super) fn transposed(rows: [__m512i; 16]) -> [__m512i; 16] {
     // Loops over arrays, not `from_fn`: its closure is not always inlined, and each call then goes through memory.
     let zero = _mm512_setzero_si512();
     let (mut pairs, mut fours, mut lines) = ([zero; 16], [zero; 16], [zero; 16]);
@@ -196,7 +196,7 @@ fn transposed(rows: [__m512i; 16]) -> [__m512i; 16] {
 #[target_feature(enable = "avx512f")]
 #[inline]
 #[allow(unused_unsafe, reason = "the intrinsic is unsafe up to some Rust version")]
-fn prefetch(at: *const u8) {
+pub(super) fn prefetch(at: *const u8) {
     // SAFETY: a prefetch of any address is allowed; it never faults.
     unsafe { _mm_prefetch::<_MM_HINT_T1>(at.cast()) }
 }

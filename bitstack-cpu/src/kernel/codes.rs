@@ -82,7 +82,7 @@ pub(crate) fn signed_sums(isa: Isa, rows: [&[u8]; ROWS], runs: &[Run], lanes: &L
     let sums = match isa {
         #[cfg(target_arch = "x86_64")]
         // SAFETY: the only obligation is the target features, and the assertion above holds only if the CPU has them.
-        Isa::Avx2 | Isa::Avx512 | Isa::Avx512Vnni => unsafe { avx2::sums(rows, runs, ahead) },
+        Isa::Avx2 | Isa::Avx512 | Isa::Avx512Vnni | Isa::Amx => unsafe { avx2::sums(rows, runs, ahead) },
         #[cfg(target_arch = "aarch64")]
         // SAFETY: the only obligation is the target features, and the assertion above holds only if the CPU has them.
         Isa::Neon => unsafe { neon::sums(rows, runs) },

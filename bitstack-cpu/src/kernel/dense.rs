@@ -76,7 +76,7 @@ fn matvec(isa: Isa, w: &[u16], x: &[f32], y: &mut [f32]) {
     match isa {
         #[cfg(target_arch = "x86_64")]
         // SAFETY: the only obligation is the target features, and `Product::new` has asserted that the CPU has them.
-        Isa::Avx512 | Isa::Avx512Vnni => unsafe { matvec_avx512(w, x, y) },
+        Isa::Avx512 | Isa::Avx512Vnni | Isa::Amx => unsafe { matvec_avx512(w, x, y) },
         #[cfg(target_arch = "x86_64")]
         // SAFETY: the only obligation is the target features, and `Product::new` has asserted that the CPU has them.
         Isa::Avx2 => unsafe { matvec_avx2(w, x, y) },

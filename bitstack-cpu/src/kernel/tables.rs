@@ -23,7 +23,7 @@ pub(crate) fn table_lines(cols: usize, vectors: usize) -> usize {
 
 /// Whether there are kernels for `isa` here.
 pub(crate) fn has(isa: Isa) -> bool {
-    cfg!(target_arch = "x86_64") && isa == Isa::Avx512Vnni && isa.is_available()
+    matches!(isa, Isa::Avx512Vnni | Isa::Amx) && isa.is_available()
 }
 
 /// Makes the tables of one pass for vector `vector` of `vectors`, and returns the value of one step. `None` when the sums cannot be

@@ -38,7 +38,7 @@ pub(crate) fn add_plane(isa: Isa, plane: PlaneRow<'_>, w: &mut [f32; COLS]) {
     match isa {
         #[cfg(target_arch = "x86_64")]
         // SAFETY: the only obligation is the target features, and the assertion above says that the CPU has them.
-        Isa::Avx512 | Isa::Avx512Vnni => unsafe { add_plane_avx512(plane, w) },
+        Isa::Avx512 | Isa::Avx512Vnni | Isa::Amx => unsafe { add_plane_avx512(plane, w) },
         #[cfg(target_arch = "x86_64")]
         // SAFETY: the only obligation is the target features, and the assertion above says that the CPU has them.
         Isa::Avx2 => unsafe { add_plane_avx2(plane, w) },
@@ -168,7 +168,7 @@ pub(crate) fn multiply(isa: Isa, w: &Tile, x: &[[f32; PANEL]], y: &mut [[f32; PA
     match isa {
         #[cfg(target_arch = "x86_64")]
         // SAFETY: the only obligation is the target features, and the assertion above says that the CPU has them.
-        Isa::Avx512 | Isa::Avx512Vnni => unsafe { multiply_avx512(w, x, y) },
+        Isa::Avx512 | Isa::Avx512Vnni | Isa::Amx => unsafe { multiply_avx512(w, x, y) },
         #[cfg(target_arch = "x86_64")]
         // SAFETY: the only obligation is the target features, and the assertion above says that the CPU has them.
         Isa::Avx2 => unsafe { multiply_avx2(w, x, y) },
