@@ -35,7 +35,7 @@ mod shape;
 mod stack;
 mod stats;
 
-pub use bitstack_pack::{SignMatrix, SignView};
+pub use bitstack_pack::{SignLayout, SignMatrix, SignView, to_strips};
 pub use block::{Basis, BasisRef, Block, BlockRef, Coefficients, CoefficientsRef, FactorType, Values, ValuesRef};
 pub use error::CoreError;
 pub use half::f16;

@@ -1,15 +1,12 @@
 //! The product: checks, what is prepared once per call, and the split into blocks of rows.
 
-use crate::kernel::tables::{self, Vector};
-use crate::kernel::{Line, Signs, amx, codes, scalar, tile};
+use crate::kernel::tables::{self, Ahead, Part, Vector};
+use crate::kernel::{Line, amx, codes, scalar, tile};
 use crate::{CpuError, Isa};
-use bitstack_core::{BasisRef, Level, SignView, ValuesRef};
+use bitstack_core::{BasisRef, Level, Plane, SignLayout, ValuesRef};
 
 /// At most so many rows are a task. Their product is kept as `tokens x rows` until all are done, so that tasks write apart from each other.
 const MAX_BLOCK_ROWS: usize = 256;
-
-/// Bytes of signs of a task over tables. While they are read from the second-level cache those of the next task are brought there.
-const BLOCK_BYTES: usize = 128 << 10;
 
 /// Rows that are prefetched ahead where rows are read in turn.
 const AHEAD_ROWS: usize = 32;
@@ -111,6 +108,11 @@ impl Kernel {
     /// The instructions used.
     pub fn isa(self) -> Isa {
         self.isa
+    }
+
+    /// The layout of signs that these kernels read fastest. Any other works as well.
+    pub fn layout(self) -> SignLayout {
+        if tables::has(self.isa) { SignLayout::Strips } else { SignLayout::Rows }
     }
 
     /// y = x W_bᵀ, from the packed signs: W_b is never in memory.
@@ -343,7 +345,7 @@ fn looked_up(
 ) -> bool {
     let cols = level.shape().cols();
     let (planes, rank) = (level.planes(), level.planes()[0].basis.rank());
-    let padded = cols.next_multiple_of(tables::CHUNK_COLS);
+    let padded = cols.next_multiple_of(tables::LINE_COLS);
     let n_vectors = rank * tokens;
     let (basis_lines, basis_scales) = groups(n_vectors).fold((0, 0), |(lines, scales), (_, n)| {
         (lines + tables::table_lines(padded, n), scales + padded.div_ceil(tables::pass_cols(n)) * n)
@@ -390,18 +392,18 @@ fn looked_up(
     }
 
     let (all_tables, all_scales, basis_of_plane) = (&*all_tables, &*all_scales, &scratch.basis_of_plane);
-    let row_bytes = cols.div_ceil(8);
-    let block_rows = (BLOCK_BYTES / (row_bytes * planes.len())).clamp(16, MAX_BLOCK_ROWS) / 16 * 16;
+    let n_lines = padded / tables::LINE_COLS;
+    let block_rows = rows_of_block(n_bases, planes.len());
     for_each_block(level, y, tokens, block_rows, threads, (&mut scratch.y, &mut scratch.u), |block| {
         let Block { first_row, rows, y, u } = block;
-        let (mut first_line, mut first_scale) = (0, 0);
+        let (mut first_table, mut first_scale) = (0, 0);
         for (first, n) in groups(n_vectors) {
-            let pass_bytes = tables::pass_cols(n) / 8;
-            for first_byte in (0..row_bytes).step_by(pass_bytes) {
-                let run_bytes = pass_bytes.min(row_bytes - first_byte);
-                let lines = tables::table_lines((8 * run_bytes).next_multiple_of(tables::CHUNK_COLS), n);
+            let pass_lines = tables::pass_cols(n) / tables::LINE_COLS;
+            for first_line in (0..n_lines).step_by(pass_lines) {
+                let lines = first_line..n_lines.min(first_line + pass_lines);
+                let n_tables = tables::table_lines(lines.len() * tables::LINE_COLS, n);
                 for (i, (p, &basis)) in planes.iter().zip(basis_of_plane).enumerate() {
-                    let tables = &all_tables[basis * basis_lines + first_line..][..lines];
+                    let tables = &all_tables[basis * basis_lines + first_table..][..n_tables];
                     let scales = &all_scales[basis * basis_scales + first_scale..][..n];
                     let mut vectors = [Vector { scale: 0.0, u: &u[..rows], y: 0 }; 4];
                     for (j, (v, &scale)) in vectors.iter_mut().zip(scales).enumerate() {
@@ -411,15 +413,11 @@ fn looked_up(
                             *v = Vector { scale, u: &u[(i * rank + k) * rows..][..rows], y: t * rows };
                         }
                     }
-                    // The first group brings the next block's rows, in the order of memory; the others find their signs in the cache.
-                    let next = match first {
-                        0 => start(p.signs, first_row + block_rows).wrapping_add(rows * first_byte),
-                        _ => start(p.signs, first_row),
-                    };
-                    let signs = Signs::new(p.signs, first_row, rows, first_byte, run_bytes);
-                    tables::pass(signs, tables, &vectors[..n], y, next);
+                    let part = Part { signs: p.signs, rows: first_row..first_row + rows, lines: lines.clone() };
+                    let ahead = after(planes, i, &part, n_lines, first_row + block_rows);
+                    tables::pass(&part, tables, &vectors[..n], y, ahead);
                 }
-                first_line += lines;
+                first_table += n_tables;
                 first_scale += n;
             }
         }
@@ -470,14 +468,13 @@ fn tiled(
     }
 
     let (all_codes, all_scales, basis_of_plane) = (&*all_codes, &*all_scales, &scratch.basis_of_plane);
-    let row_bytes = cols.div_ceil(8);
-    let block_rows = (BLOCK_BYTES / (row_bytes * planes.len())).clamp(amx::UNIT_ROWS, MAX_BLOCK_ROWS) / amx::UNIT_ROWS
-        * amx::UNIT_ROWS;
+    let n_lines = cols.div_ceil(tables::LINE_COLS);
+    let block_rows = rows_of_block(n_bases, planes.len());
     for_each_block(level, y, tokens, block_rows, threads, (&mut scratch.y, &mut scratch.u), |block| {
         let Block { first_row, rows, y, u } = block;
         let mut tiles = tiles.configure(group);
-        for (pass, first_byte) in (0..row_bytes).step_by(amx::PASS_COLS / 8).enumerate() {
-            let run_bytes = (amx::PASS_COLS / 8).min(row_bytes - first_byte);
+        for (pass, first_line) in (0..n_lines).step_by(amx::PASS_LINES).enumerate() {
+            let lines = first_line..n_lines.min(first_line + amx::PASS_LINES);
             for (i, (p, &basis)) in planes.iter().zip(basis_of_plane).enumerate() {
                 let at = basis * passes + pass;
                 let (codes, scales) = (&all_codes[at * n_groups..][..n_groups], &all_scales[at * n_vectors..]);
@@ -485,19 +482,27 @@ fn tiled(
                     let (k, t) = (v / tokens, v % tokens);
                     Vector { scale: scales[v], u: &u[(i * rank + k) * rows..][..rows], y: t * rows }
                 };
-                // The next block's rows, in the order of memory.
-                let next = start(p.signs, first_row + block_rows).wrapping_add(rows * first_byte);
-                let signs = Signs::new(p.signs, first_row, rows, first_byte, run_bytes);
-                tiles.pass(signs, codes, n_vectors, vector, y, next);
+                let part = Part { signs: p.signs, rows: first_row..first_row + rows, lines: lines.clone() };
+                let ahead = after(planes, i, &part, n_lines, first_row + block_rows);
+                tiles.pass(&part, codes, n_vectors, vector, y, ahead);
             }
         }
     });
     true
 }
 
-/// Where a row's signs are, or would be: for prefetching only.
-fn start(signs: SignView<'_>, row: usize) -> *const u8 {
-    signs.as_bytes().as_ptr().wrapping_add(row * signs.cols().div_ceil(8))
+/// Rows of a task. What z was made into comes into the first-level cache once for all planes of a task that share a basis.
+fn rows_of_block(n_bases: usize, n_planes: usize) -> usize {
+    (MAX_BLOCK_ROWS * n_bases / n_planes).next_multiple_of(tables::GROUP_ROWS).min(MAX_BLOCK_ROWS)
+}
+
+/// What comes after a part of plane `i`: that of the next plane, the next lines, or the next task.
+fn after(planes: &[Plane<'_>], i: usize, part: &Part<'_>, n_lines: usize, next_row: usize) -> Ahead {
+    match planes.get(i + 1) {
+        Some(next) => Ahead::new(next.signs, part.rows.start, part.lines.start),
+        None if part.lines.end < n_lines => Ahead::new(planes[0].signs, part.rows.start, part.lines.end),
+        None => Ahead::new(planes[0].signs, next_row, 0),
+    }
 }
 
 /// As [`looked_up`], from 16-bit codes of z.
@@ -544,8 +549,11 @@ fn encoded(
         for (i, (p, &basis)) in planes.iter().zip(basis_of_plane).enumerate() {
             for first in (0..rows).step_by(codes::ROWS) {
                 // Beyond the last row, the last again.
-                let bits = std::array::from_fn(|r| p.signs.row(first_row + (first + r).min(rows - 1)));
-                let ahead = start(p.signs, first_row + first + AHEAD_ROWS);
+                let bits: [_; codes::ROWS] =
+                    std::array::from_fn(|r| p.signs.row(first_row + (first + r).min(rows - 1)));
+                let bits = bits.each_ref().map(|bits| &**bits);
+                let ahead = (first_row + first + AHEAD_ROWS) * p.signs.cols().div_ceil(8);
+                let ahead = p.signs.as_bytes().as_ptr().wrapping_add(ahead);
                 for k in 0..rank {
                     for t in 0..tokens {
                         let vector = (basis * rank + k) * tokens + t;
@@ -592,7 +600,7 @@ fn summed(level: &Level<'_>, x: &[f32], y: &mut [f32], tokens: usize, threads: T
                 for (k, z) in z.chunks_exact(tokens * padded).enumerate() {
                     let u = u[(i * rank + k) * rows + r];
                     for (t, z) in z.chunks_exact(padded).enumerate() {
-                        y[t * rows + r] += u * scalar::signed_sum(bits, z);
+                        y[t * rows + r] += u * scalar::signed_sum(&bits, z);
                     }
                 }
             }
@@ -646,8 +654,11 @@ fn rebuilt(
                 for (r, w) in (first_r..).zip(&mut w[..tile_rows]) {
                     w.fill(0.0);
                     for (i, (p, &basis)) in planes.iter().zip(basis_of_plane).enumerate() {
+                        let mut bits = [0; tile::COLS / 8];
+                        let bits = &mut bits[..n.div_ceil(8)];
+                        p.signs.copy_row(first_row + r, first_col / 8, bits);
                         let plane = tile::PlaneRow {
-                            bits: &p.signs.row(first_row + r)[first_col / 8..][..n.div_ceil(8)],
+                            bits,
                             u: &u[i * rank * rows + r..],
                             u_stride: rows,
                             v: &v[basis * rank * v_stride + first_col..],

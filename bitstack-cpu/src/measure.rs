@@ -7,7 +7,8 @@ use std::hint::black_box;
 use std::time::{Duration, Instant};
 
 use bitstack_core::{
-    Basis, BasisRef, BlockRef, Coefficients, CoefficientsRef, CoreError, Level, Shape, SignView, Values, f16,
+    Basis, BasisRef, BlockRef, Coefficients, CoefficientsRef, CoreError, Level, Shape, SignLayout, SignView, Values,
+    f16,
 };
 use memmap2::MmapMut;
 use rayon::prelude::*;
@@ -113,7 +114,8 @@ impl Pool {
         let factors = Factors::new(case)?;
         let mut weights = Vec::new();
         for planes in self.signs.chunks_exact(plane_bytes * case.level) {
-            weights.push(factors.level(shape, planes.chunks_exact(plane_bytes))?);
+            // Random signs are as random in any layout.
+            weights.push(factors.level(shape, kernel.layout(), planes.chunks_exact(plane_bytes))?);
         }
         if weights.is_empty() || self.dense.len() < 2 * shape.n_elems() {
             return Ok(None);
@@ -198,9 +200,14 @@ impl Factors {
         })
     }
 
-    fn level<'a>(&'a self, shape: Shape, planes: impl Iterator<Item = &'a [u8]>) -> Result<Level<'a>, CoreError> {
+    fn level<'a>(
+        &'a self,
+        shape: Shape,
+        layout: SignLayout,
+        planes: impl Iterator<Item = &'a [u8]>,
+    ) -> Result<Level<'a>, CoreError> {
         let blocks = planes.zip(&self.coefficients).enumerate().map(|(i, (plane, coefficients))| {
-            let signs = SignView::new(shape.rows(), shape.cols(), plane)
+            let signs = SignView::with_layout(shape.rows(), shape.cols(), layout, plane)
                 .map_err(|source| CoreError::Signs { shape, source })?;
             let basis: Option<BasisRef<'_>> = self.bases.get(i).map(Basis::view);
             let coefficients: CoefficientsRef<'_> = coefficients.view();

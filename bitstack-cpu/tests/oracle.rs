@@ -1,6 +1,9 @@
 //! Every kernel against the definition in f64, over awkward shapes and every kind of stack.
 
-use bitstack_core::{Basis, Block, Coefficients, Level, Shape, SignMatrix, Values, WeightStack, f16};
+use bitstack_core::{
+    Basis, Block, BlockRef, Coefficients, Level, Shape, SignLayout, SignMatrix, SignView, Values, WeightStack, f16,
+    to_strips,
+};
 use bitstack_cpu::{CpuError, Isa, Kernel, Scratch, Threads};
 use proptest::prelude::*;
 use rand::rngs::StdRng;
@@ -66,8 +69,31 @@ fn magnitude(level: &Level<'_>, x: &[f32]) -> f64 {
     sum
 }
 
-/// Applies every kernel on one thread and on the pool, and compares with the definition.
+/// The signs of each block in strips.
+fn in_strips(stack: &WeightStack) -> Vec<Vec<u8>> {
+    let (rows, cols) = (stack.shape().rows(), stack.shape().cols());
+    let arranged = |block: &Block| {
+        let mut bytes = block.signs.as_bytes().to_vec();
+        to_strips(rows, cols, &mut bytes).unwrap();
+        bytes
+    };
+    stack.blocks().iter().map(arranged).collect()
+}
+
+/// The stack at a level, with other bytes for its signs.
+fn level_in_strips<'a>(stack: &'a WeightStack, strips: &'a [Vec<u8>], level: usize) -> Level<'a> {
+    let (rows, cols) = (stack.shape().rows(), stack.shape().cols());
+    let blocks = stack.blocks().iter().zip(strips).take(level).map(|(block, bytes)| BlockRef {
+        signs: SignView::with_layout(rows, cols, SignLayout::Strips, bytes).unwrap(),
+        ..block.view()
+    });
+    Level::new(stack.shape(), blocks).unwrap()
+}
+
+/// Applies every kernel on one thread and on the pool, to signs in every layout, and compares with the definition.
 fn check(stack: &WeightStack, level: usize, x: &[f32], tolerance: f64, what: &str) {
+    let strips = in_strips(stack);
+    let in_strips = level_in_strips(stack, &strips, level);
     let level = stack.level(level).unwrap();
     let (rows, cols) = (level.shape().rows(), level.shape().cols());
     let tokens = x.len() / cols;
@@ -83,6 +109,11 @@ fn check(stack: &WeightStack, level: usize, x: &[f32], tolerance: f64, what: &st
         let mut pooled = vec![f32::NAN; tokens * rows];
         kernel.apply(&level, x, &mut pooled, Threads::Pool, &mut scratch).unwrap();
         assert!(y.iter().zip(&pooled).all(|(a, b)| a.to_bits() == b.to_bits()), "{isa}, {tokens} tokens, {what}: pool");
+        kernel.apply(&in_strips, x, &mut pooled, Threads::Pool, &mut scratch).unwrap();
+        assert!(
+            y.iter().zip(&pooled).all(|(a, b)| a.to_bits() == b.to_bits()),
+            "{isa}, {tokens} tokens, {what}: strips"
+        );
     }
 }
 

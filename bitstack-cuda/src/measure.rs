@@ -319,7 +319,7 @@ fn relative_error(shape: Shape, blocks: &[Block], x: &[f16], y: &[f32]) -> f64 {
 /// The block of some rows of a weight; f16 factors.
 fn rows_of(block: BlockRef<'_>, rows: &[usize]) -> Block {
     let (signs, u) = (block.signs, block.coefficients);
-    let bits = rows.iter().flat_map(|&r| signs.row(r).iter().copied()).collect();
+    let bits = rows.iter().flat_map(|&r| signs.row(r).into_owned()).collect();
     let (planes, rank) = (u.planes(), u.rank());
     let values =
         rows.iter().flat_map(|&r| (0..planes * rank).map(move |i| f16::from_f32(u.get(r, i / rank, i % rank))));

@@ -256,7 +256,7 @@ impl Draft {
         let (rows, cols) = (shape.rows(), shape.cols());
         let part = |part| part_name(weight, number, part);
         let signs = TensorInfo::new(part(SIGNS), Dtype::U8, vec![rows, row_bytes(cols)])?;
-        let signs = self.append(signs, block.signs.as_bytes())?;
+        let signs = self.append(signs, &block.signs.as_rows())?;
         let basis = match block.basis {
             Some(v) => Some(self.append_factor(part(BASIS), vec![rank, cols], vec![rank], v.values())?),
             None => None,

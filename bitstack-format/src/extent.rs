@@ -2,7 +2,9 @@
 
 use crate::catalog::{BlockParts, Catalog, FactorParts, Stored};
 use crate::{FormatError, ReadAt};
-use bitstack_core::{BasisRef, BlockLayout, BlockRef, CoefficientsRef, CoreError, SignView, ValuesRef, f16};
+use bitstack_core::{
+    BasisRef, BlockLayout, BlockRef, CoefficientsRef, CoreError, SignLayout, SignView, ValuesRef, f16, to_strips,
+};
 use std::io;
 use std::ops::Range;
 
@@ -57,9 +59,32 @@ impl BlockExtent {
     /// [`CoreError::Mismatch`] when there are not [`len_bytes`](Self::len_bytes) of them or they do not begin at an even address;
     /// [`CoreError::Signs`] and [`CoreError::NotFinite`] for values that no block may have.
     pub fn view<'a>(&self, bytes: &'a [u8]) -> Result<BlockRef<'a>, CoreError> {
+        self.view_in(SignLayout::Rows, bytes)
+    }
+
+    /// Rearranges the signs among bytes that [`StackFile::read_block_bytes`](crate::StackFile::read_block_bytes) has read, for
+    /// [`view_in`](Self::view_in) the same layout.
+    ///
+    /// # Errors
+    /// [`CoreError::Mismatch`] when there are not [`len_bytes`](Self::len_bytes) of them.
+    pub fn arrange(&self, layout: SignLayout, bytes: &mut [u8]) -> Result<(), CoreError> {
+        self.check_len(bytes)?;
+        let shape = self.layout.shape;
+        match layout {
+            SignLayout::Rows => Ok(()),
+            SignLayout::Strips => to_strips(shape.rows(), shape.cols(), &mut bytes[self.signs.clone()])
+                .map_err(|source| CoreError::Signs { shape, source }),
+        }
+    }
+
+    /// As [`view`](Self::view), of bytes whose signs are in another layout.
+    ///
+    /// # Errors
+    /// As [`view`](Self::view).
+    pub fn view_in<'a>(&self, layout: SignLayout, bytes: &'a [u8]) -> Result<BlockRef<'a>, CoreError> {
         self.check_len(bytes)?;
         let BlockLayout { shape, rank, planes, .. } = self.layout;
-        let signs = SignView::new(shape.rows(), shape.cols(), &bytes[self.signs.clone()])
+        let signs = SignView::with_layout(shape.rows(), shape.cols(), layout, &bytes[self.signs.clone()])
             .map_err(|source| CoreError::Signs { shape, source })?;
         let basis = match &self.basis {
             Some(basis) => Some(BasisRef::new(rank, shape.cols(), basis.view(bytes)?)?),

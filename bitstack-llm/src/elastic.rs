@@ -48,7 +48,8 @@ enum Place {
 }
 
 impl<S: ReadAt + Send + Sync + 'static> ElasticModel<S> {
-    /// Opens a model with what fits in `budget_bytes`.
+    /// Opens a model with what fits in `budget_bytes`. Whatever [`Options::signs`] says, the signs are laid out for the best kernels of
+    /// this CPU.
     ///
     /// # Errors
     /// Malformed config, weights that are missing or have another shape than the config says, damaged blocks, a budget below the
@@ -78,8 +79,9 @@ impl<S: ReadAt + Send + Sync + 'static> ElasticModel<S> {
             return Err(LlmError::StrayWeight { name: file.weights()[w].name.clone() });
         }
         let frame = Frame::new(config, |spec| stack::vector(&file, spec))?;
-        let elastic = Elastic::open(file, budget_bytes, options)?;
-        let model = Self { elastic, frame: Arc::new(frame), places, kernel: Kernel::detect() };
+        let kernel = Kernel::detect();
+        let elastic = Elastic::open(file, budget_bytes, Options { signs: kernel.layout(), ..options })?;
+        let model = Self { elastic, frame: Arc::new(frame), places, kernel };
         // Shapes are checked here, so that no later pass can fail on them.
         model.at(&model.elastic.snapshot())?;
         Ok(model)

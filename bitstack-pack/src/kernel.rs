@@ -4,7 +4,7 @@
 //! all lengths; the kernels restate them with `debug_assert!` and take slices apart only with safe, bounded iterators,
 //! so a wrong length would be a wrong result and never an access out of bounds.
 
-use crate::Level;
+use crate::{LINE_BYTES, Level};
 
 #[cfg(target_arch = "x86_64")]
 mod avx2;
@@ -46,4 +46,19 @@ dispatch! {
 
     /// Flips the sign bit of each value whose bit is 0.
     fn apply(bytes: &[u8], values: &mut [f32]);
+}
+
+/// Gathers lines from 16 rows, each `row_bytes` after the one before: line `i` is bytes `4i..4i + 4` of every row, which are there.
+///
+/// # Panics
+/// If this CPU does not have `level`.
+pub(crate) fn lines(level: Level, rows: &[u8], row_bytes: usize, lines: &mut [[u8; LINE_BYTES]]) {
+    assert!(level.is_available(), "this CPU has no {level} instructions");
+    match level {
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: the only obligation is `#[target_feature(enable = "avx512f")]`; the assertion above holds only if `Level::detect` has
+        // found AVX-512F on this CPU.
+        Level::Avx512 => unsafe { avx512::lines(rows, row_bytes, lines) },
+        _ => scalar::lines(rows, row_bytes, lines),
+    }
 }

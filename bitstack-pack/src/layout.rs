@@ -17,6 +17,37 @@ pub enum BitOrder {
 /// register's mask.
 pub const BIT_ORDER: BitOrder = BitOrder::LeastSignificantFirst;
 
+/// Rows that lie together in [`SignLayout::Strips`].
+pub const STRIP_ROWS: usize = 16;
+
+/// Bytes that lie together in [`SignLayout::Strips`].
+pub(crate) const UNIT_BYTES: usize = 4;
+
+/// 4 bytes of each row of a strip: 16 rows x 32 columns.
+pub const LINE_BYTES: usize = STRIP_ROWS * UNIT_BYTES;
+
+/// How the bytes of a packed matrix are arranged. Both take the same number of them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+pub enum SignLayout {
+    /// Row after row.
+    #[default]
+    Rows,
+    /// In strips of [`STRIP_ROWS`] rows, the last of as many as are left. A strip begins with the first 4 bytes of each of its rows; then
+    /// come the next 4 bytes of each, and so on to those that are left at the end of each row, fewer than 4 maybe.
+    ///
+    /// For kernels that keep rows in the lanes of a register. It is made in memory, by [`to_strips`](crate::to_strips).
+    Strips,
+}
+
+/// Where byte `byte` of row `row` is in a strip of `rows` rows of `row_bytes` bytes, and how many bytes of the row follow there, itself
+/// included.
+pub(crate) const fn place_in_strip(rows: usize, row_bytes: usize, row: usize, byte: usize) -> (usize, usize) {
+    let unit = byte - byte % UNIT_BYTES;
+    let left = row_bytes - unit;
+    let width = if left < UNIT_BYTES { left } else { UNIT_BYTES };
+    (rows * unit + row * width + byte % UNIT_BYTES, width - byte % UNIT_BYTES)
+}
+
 /// Bytes of one packed row: rows are padded to whole bytes.
 pub const fn row_bytes(cols: usize) -> usize {
     cols.div_ceil(8)

@@ -14,9 +14,9 @@ mod matrix;
 mod reference;
 
 pub use error::PackError;
-pub use layout::{BIT_ORDER, BitOrder, packed_len, row_bytes};
+pub use layout::{BIT_ORDER, BitOrder, LINE_BYTES, STRIP_ROWS, SignLayout, packed_len, row_bytes};
 pub use level::Level;
-pub use matrix::{SignMatrix, SignView, pack_into};
+pub use matrix::{SignMatrix, SignView, pack_into, to_strips};
 
 #[doc(hidden)]
-pub use matrix::pack_into_at;
+pub use matrix::{pack_into_at, to_strips_at};

@@ -48,15 +48,15 @@ impl SignMatrix {
 impl SignView<'_> {
     /// Converts to the flat layout of the published implementation; see [`SignMatrix::from_reference_bytes`].
     pub fn to_reference_bytes(self) -> Vec<u8> {
-        let (rows, cols) = (self.rows(), self.cols());
+        let (rows, cols, bytes) = (self.rows(), self.cols(), self.as_rows());
         if cols.is_multiple_of(8) {
-            return self.as_bytes().iter().map(|byte| byte.reverse_bits()).collect();
+            return bytes.iter().map(|byte| byte.reverse_bits()).collect();
         }
         // `rows * cols` bits, without forming that product: it may exceed `usize` where the bytes do not.
         let len = rows / 8 * cols + (rows % 8 * (cols / 8) + (rows % 8 * (cols % 8)).div_ceil(8));
         let mut flat = vec![0; len];
         let (mut first, mut shift) = (0, 0);
-        for row in self.as_bytes().chunks_exact(row_bytes(cols)) {
+        for row in bytes.chunks_exact(row_bytes(cols)) {
             for (byte, at) in row.iter().zip(first..) {
                 let [high, low] = (u16::from(byte.reverse_bits()) << 8 >> shift).to_be_bytes();
                 flat[at] |= high;

@@ -230,11 +230,11 @@ mod properties {
             for row in 0..rows {
                 let mut oracle: BitVec<u8, Lsb0> = values[row * cols..][..cols].iter().map(|&v| is_plus(v)).collect();
                 oracle.set_uninitialized(false);
-                prop_assert_eq!(signs.view().row(row), oracle.as_raw_slice());
-                let bits = &BitSlice::<u8, Lsb0>::from_slice(signs.view().row(row))[..cols];
+                prop_assert_eq!(&*signs.view().row(row), oracle.as_raw_slice());
+                let bits = &BitSlice::<u8, Lsb0>::from_slice(oracle.as_raw_slice())[..cols];
                 prop_assert!(bits.iter().by_vals().eq((0..cols).map(|c| signs.view().get(row, c) == 1.0)));
                 #[cfg(feature = "bitvec")]
-                prop_assert_eq!(signs.view().row_bits(row), bits);
+                prop_assert_eq!(&*signs.view().row_bits(row), bits);
             }
         }
 

@@ -5,6 +5,7 @@ use crate::load::Loader;
 use crate::resident::{mapped_bytes, runs};
 use crate::snapshot::{Snapshot, Table, TableWeight};
 use crate::swap::{Goal, Swap, View};
+use bitstack_core::SignLayout;
 use bitstack_format::{BlockSource, ReadAt, StackFile, Verify};
 use bitstack_sort::{LoadOrder, Plan, Sizes};
 use std::sync::Arc;
@@ -19,6 +20,8 @@ pub struct Options {
     pub verify: Verify,
     /// When [`Elastic::open`] returns.
     pub start: Start,
+    /// How the signs lie in memory: as the kernels that will read them like it best.
+    pub signs: SignLayout,
 }
 
 /// When [`Elastic::open`] returns.
@@ -107,7 +110,7 @@ impl<S: ReadAt + Send + Sync + 'static> Elastic<S> {
             Start::Smallest => table.weights.len(),
         };
         let swap = Arc::new(Swap::new(Arc::new(Snapshot::empty(table.clone())), Goal { len: first, budget_bytes }));
-        let loader = Arc::new(Loader::new(file, table, options.verify));
+        let loader = Arc::new(Loader::new(file, table, options.verify, options.signs));
         if let Some(job) = swap.job() {
             loader.run(&swap, &job)?;
         }

@@ -4,6 +4,7 @@ use crate::RuntimeError;
 use crate::resident::{Account, Resident, Run};
 use crate::snapshot::{Snapshot, Table};
 use crate::swap::{Job, Swap};
+use bitstack_core::SignLayout;
 use bitstack_format::{ReadAt, StackFile, Verify};
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -33,6 +34,7 @@ pub(crate) struct Loader<S> {
     pub(crate) table: Arc<Table>,
     pub(crate) account: Arc<Account>,
     verify: Verify,
+    signs: SignLayout,
     /// Threads that read, the one with the job included.
     readers: u32,
     /// By position, the blocks that are in memory, if only in old snapshots: none is ever there twice, and to grow back to a size that
@@ -96,10 +98,10 @@ impl Pace {
 }
 
 impl<S: ReadAt + Send + Sync> Loader<S> {
-    pub(crate) fn new(file: StackFile<S>, table: Arc<Table>, verify: Verify) -> Self {
+    pub(crate) fn new(file: StackFile<S>, table: Arc<Table>, verify: Verify, signs: SignLayout) -> Self {
         let alive = Mutex::new(table.entries.iter().map(|_| Weak::new()).collect());
         let cores = std::thread::available_parallelism().map_or(1, |n| u32::try_from(n.get()).unwrap_or(u32::MAX));
-        Self { file, table, account: Arc::new(Account::new()), verify, readers: cores.min(MAX_READERS), alive }
+        Self { file, table, account: Arc::new(Account::new()), verify, signs, readers: cores.min(MAX_READERS), alive }
     }
 
     /// Loads the blocks of a job, as far as they stay wanted, and publishes them as they come.
@@ -187,7 +189,7 @@ impl<S: ReadAt + Send + Sync> Loader<S> {
         is_wanted: impl Fn(usize) -> bool,
         after_piece: &mut dyn FnMut(),
     ) -> (Option<Arc<Run>>, Result<(), RuntimeError>) {
-        let mut run = match Run::new(&self.file, &self.table, positions.clone(), &self.account) {
+        let mut run = match Run::new(&self.file, &self.table, positions.clone(), self.signs, &self.account) {
             Ok(run) => run,
             Err(error) => return (None, Err(error)),
         };

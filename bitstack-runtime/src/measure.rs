@@ -5,7 +5,7 @@
 //! read. Before anything is timed the file is read once and the model grown once: the first puts the file in the page cache, the second
 //! makes the host of a virtual machine supply the memory, which it may do ten times slower than memory is cleared.
 
-use crate::{Elastic, Options, RuntimeError, Start, Verify, load_order, process_resident_bytes};
+use crate::{Elastic, Options, RuntimeError, Verify, load_order, process_resident_bytes};
 use bitstack_format::{FormatError, StackFile};
 use std::fs::File;
 use std::io::{self, Read};
@@ -75,7 +75,7 @@ pub fn load(path: impl AsRef<Path>, rounds: usize) -> Result<Vec<Row>, RuntimeEr
 fn grow_and_shrink(path: &Path, verify: Verify) -> Result<[Row; 2], RuntimeError> {
     let file = StackFile::open_path(path).map_err(|source| RuntimeError::File { source: Arc::new(source) })?;
     let minimum_bytes = load_order(&file)?.minimum_bytes();
-    let model = Elastic::open(file, minimum_bytes, Options { verify, start: Start::Whole })?;
+    let model = Elastic::open(file, minimum_bytes, Options { verify, ..Options::default() })?;
     let bytes = model.order().total_bytes() - minimum_bytes;
     let grow = timed(Operation::Grow(verify), bytes, || {
         model.set_budget(u64::MAX)?;

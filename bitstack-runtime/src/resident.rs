@@ -3,7 +3,7 @@
 use crate::RuntimeError;
 use crate::snapshot::Table;
 use crate::system::page_bytes;
-use bitstack_core::{BlockRef, CoreError};
+use bitstack_core::{BlockRef, CoreError, SignLayout};
 use bitstack_format::{BlockExtent, BlockSource, FormatError, ReadAt, StackFile, Verify};
 use memmap2::MmapMut;
 use std::io;
@@ -113,6 +113,7 @@ impl Drop for Entry {
 /// It is filled block by block by one thread, and never changes once it is shared.
 #[derive(Debug)]
 pub(crate) struct Run {
+    signs: SignLayout,
     map: MmapMut,
     /// Where its first block is in the mapping. Pages around the blocks are never touched, and so never there.
     start: usize,
@@ -134,6 +135,7 @@ impl Run {
         file: &StackFile<S>,
         table: &Table,
         positions: Range<usize>,
+        signs: SignLayout,
         account: &Arc<Account>,
     ) -> Result<Self, RuntimeError> {
         let first = positions.start;
@@ -161,10 +163,10 @@ impl Run {
             bytes: bytes as u64,
             source: Arc::new(source),
         })?;
-        Ok(Self { map, start, first, blocks, n_read: 0, entry: Entry::new(account, bytes) })
+        Ok(Self { signs, map, start, first, blocks, n_read: 0, entry: Entry::new(account, bytes) })
     }
 
-    /// Reads the next block, and checks its values; `after_piece` is called after each piece of it.
+    /// Reads the next block, checks its values and arranges its signs; `after_piece` is called after each piece of it.
     pub(crate) fn read_next<S: ReadAt>(
         &mut self,
         file: &StackFile<S>,
@@ -175,10 +177,13 @@ impl Run {
         let position = self.first + self.n_read;
         let (weight, block) = table.entries[position];
         let wrong = |source| RuntimeError::Block { weight: table.name(position), block, source: Arc::new(source) };
+        let unusable = |source| wrong(FormatError::Block { weight: table.name(position), block, source });
         let place = self.place(self.n_read);
-        file.read_block_bytes_by_pieces(weight, block, verify, &mut self.map[place], after_piece).map_err(wrong)?;
-        self.view(self.n_read)
-            .map_err(|source| wrong(FormatError::Block { weight: table.name(position), block, source }))?;
+        let (extent, bytes) = (&self.blocks[self.n_read].0, &mut self.map[place]);
+        file.read_block_bytes_by_pieces(weight, block, verify, bytes, after_piece).map_err(wrong)?;
+        extent.view(bytes).map_err(unusable)?;
+        extent.arrange(self.signs, bytes).map_err(unusable)?;
+        after_piece();
         self.n_read += 1;
         Ok(())
     }
@@ -208,7 +213,7 @@ impl Run {
     }
 
     fn view(&self, i: usize) -> Result<BlockRef<'_>, CoreError> {
-        self.blocks[i].0.view(&self.map[self.place(i)])
+        self.blocks[i].0.view_in(self.signs, &self.map[self.place(i)])
     }
 }
 

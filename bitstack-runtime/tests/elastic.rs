@@ -2,18 +2,24 @@
 
 mod stacks;
 
+use bitstack_core::SignLayout;
 use bitstack_format::{BlockSource, StackFile};
 use bitstack_runtime::{Elastic, Options, Policy, RuntimeError, Start, Verify, Watcher};
 use stacks::{Beyond, Gate, open, products, products_of};
 use std::sync::Arc;
 use std::time::Duration;
 
-const TRUSTED: Options = Options { verify: Verify::Never, start: Start::Whole };
+const TRUSTED: Options = Options { verify: Verify::Never, start: Start::Whole, signs: SignLayout::Rows };
 
 #[test]
-fn every_budget_gives_its_plan_and_the_products_of_its_levels() {
-    for bytes in [stacks::small(), stacks::uneven()] {
-        let model = open(bytes.clone(), u64::MAX, Options::default());
+fn every_budget_gives_its_plan_and_the_products_of_its_levels_in_every_layout() {
+    for (bytes, signs) in [
+        (stacks::small(), SignLayout::Rows),
+        (stacks::small(), SignLayout::Strips),
+        (stacks::uneven(), SignLayout::Rows),
+        (stacks::uneven(), SignLayout::Strips),
+    ] {
+        let model = open(bytes.clone(), u64::MAX, Options { signs, ..Options::default() });
         let order = model.order().clone();
         let sizes: Vec<u64> = order.cumulative_bytes()[order.n_weights()..].to_vec();
         // Up and down in steps of every size.
@@ -26,6 +32,7 @@ fn every_budget_gives_its_plan_and_the_products_of_its_levels() {
             assert_eq!(plan, order.plan(sizes[i]).unwrap());
             assert_eq!((snapshot.levels(), snapshot.resident_bytes()), (&plan.levels[..], sizes[i]));
             assert_eq!(products_of(&snapshot), products(&bytes, &plan.levels));
+            assert!(snapshot.level(0).unwrap().planes().iter().all(|p| p.signs.layout() == signs));
             let status = model.status();
             let bytes = (status.budget_bytes, status.target_bytes, status.resident_bytes);
             assert_eq!(bytes, (sizes[i], sizes[i], sizes[i]));
@@ -143,7 +150,7 @@ fn smallest_start_returns_with_the_first_blocks_and_grows_in_the_background() {
     let source = Arc::new(Gate::new(bytes.clone()));
     let file = StackFile::open(source.clone()).unwrap();
     source.permit(file.weights().len(), Beyond::Wait); // one read for each block
-    let options = Options { verify: Verify::Never, start: Start::Smallest };
+    let options = Options { start: Start::Smallest, ..TRUSTED };
     let model = Elastic::open(file, u64::MAX, options).unwrap();
     assert_eq!(model.snapshot().levels(), [1; 4]);
     assert_eq!(products_of(&model.snapshot()), products(&bytes, &[1; 4]));

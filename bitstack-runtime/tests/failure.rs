@@ -10,7 +10,7 @@ use std::sync::Arc;
 /// A model at its smallest size, ready to grow.
 fn smallest(bytes: &[u8], verify: Verify) -> (Arc<Gate>, Elastic<Arc<Gate>>) {
     let source = Arc::new(Gate::new(bytes.to_vec()));
-    let model = open(source.clone(), u64::MAX, Options { verify, start: Start::Whole });
+    let model = open(source.clone(), u64::MAX, Options { verify, ..Options::default() });
     model.set_budget(model.order().minimum_bytes()).unwrap();
     (source, model)
 }
@@ -134,7 +134,11 @@ fn opening_fails_with_the_block_that_it_needs_and_starts_with_those_that_it_has(
     let mut bytes = stacks::small();
     *bytes.last_mut().unwrap() ^= 1;
     let open = |start, budget_bytes| {
-        Elastic::open(StackFile::open(bytes.clone()).unwrap(), budget_bytes, Options { verify: Verify::Always, start })
+        Elastic::open(
+            StackFile::open(bytes.clone()).unwrap(),
+            budget_bytes,
+            Options { verify: Verify::Always, start, ..Options::default() },
+        )
     };
     let error = open(Start::Whole, u64::MAX).unwrap_err();
     assert!(matches!(&error, RuntimeError::Block { block: 5, weight, .. } if weight == "layers.3.weight"), "{error}");

@@ -2,8 +2,9 @@
 
 mod stacks;
 
+use bitstack_core::SignLayout;
 use bitstack_runtime::measure::{self, Operation};
-use bitstack_runtime::{Options, Start, Verify};
+use bitstack_runtime::{Options, Verify};
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 use stacks::{open, products, products_of};
@@ -13,7 +14,11 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 fn results_are_those_of_some_level_whatever_two_threads_do_to_the_budget() {
     const CHANGES: usize = 10_000;
     let bytes = stacks::small();
-    let model = open(bytes.clone(), u64::MAX, Options { verify: Verify::Always, start: Start::Whole });
+    let model = open(
+        bytes.clone(),
+        u64::MAX,
+        Options { verify: Verify::Always, signs: SignLayout::Strips, ..Options::default() },
+    );
     let order = model.order().clone();
     let expected: Vec<_> = (order.n_weights()..=order.n_blocks())
         .map(|n| order.plan_of_len(n).unwrap())

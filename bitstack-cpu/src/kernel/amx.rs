@@ -16,17 +16,24 @@
 use std::arch::{asm, x86_64::*};
 use std::marker::PhantomData;
 
-use super::Signs;
 #[cfg(target_arch = "x86_64")]
 use super::avx512;
-use super::tables::Vector;
+use super::tables::{Ahead, LINE_COLS, LINE_ROWS, Part, Vector};
 use crate::Isa;
 
 /// Columns of a pass.
 pub(crate) const PASS_COLS: usize = 512;
 
+/// Lines of signs of a pass.
+pub(crate) const PASS_LINES: usize = PASS_COLS / LINE_COLS;
+
 /// Rows of a unit.
-pub(crate) const UNIT_ROWS: usize = 32;
+const UNIT_ROWS: usize = 2 * LINE_ROWS;
+
+/// The signs of sixteen rows in a pass: in line q bytes 4q..4q + 4 of each row.
+#[derive(Clone, Copy)]
+#[repr(C, align(64))]
+struct Lines([[u8; 64]; PASS_LINES]);
 
 /// The most vectors in a tile.
 pub(crate) const VECTORS: usize = 16;
@@ -142,22 +149,28 @@ pub(crate) struct Configured {
 }
 
 impl Configured {
-    /// One pass over a plane: `y[v][r] += u[v][r] · scale[v] · Σ ± z[v]` over the columns of the pass and the rows of `signs`, for all of
-    /// `n_vectors` vectors, in groups whose codes are `codes`. From `next` on, as many bytes as it reads are brought into the
-    /// second-level cache.
+    /// One pass over a plane: `y[v][r] += u[v][r] · scale[v] · Σ ± z[v]` over the rows and columns of `part`, for all of `n_vectors` vectors, in
+    /// groups whose codes are `codes`. As many bytes from `ahead` are brought into the second-level cache.
     pub(crate) fn pass<'u>(
         &mut self,
-        signs: Signs<'_>,
+        part: &Part<'_>,
         codes: &[Codes],
         n_vectors: usize,
         vector: impl Fn(usize) -> Vector<'u>,
         y: &mut [f32],
-        next: *const u8,
+        ahead: Ahead,
     ) {
-        assert!(signs.run_bytes <= PASS_COLS / 8 && codes.len() == n_vectors.div_ceil(self.vectors));
-        for first_row in (0..signs.rows).step_by(UNIT_ROWS) {
-            let rows = UNIT_ROWS.min(signs.rows - first_row);
-            self.unpack(signs, first_row, rows, next.wrapping_add(first_row * PASS_COLS / 8));
+        assert!(part.rows.start.is_multiple_of(LINE_ROWS) && part.rows.end <= part.signs.rows());
+        assert!(part.lines.len() <= PASS_LINES && codes.len() == n_vectors.div_ceil(self.vectors));
+        let mut lines = Lines([[0; 64]; PASS_LINES]);
+        for first_row in (0..part.rows.len()).step_by(UNIT_ROWS) {
+            let rows = UNIT_ROWS.min(part.rows.len() - first_row);
+            // Sixteen rows that are not there at all keep what they had.
+            for half in 0..rows.div_ceil(LINE_ROWS) {
+                let strip = first_row / LINE_ROWS + half;
+                part.signs.copy_lines(part.rows.start / LINE_ROWS + strip, part.lines.start, &mut lines.0);
+                self.unpack(half, &lines, ahead.strip(strip), ahead.line_bytes);
+            }
             for (codes, first) in codes.iter().zip((0..n_vectors).step_by(self.vectors)) {
                 self.multiply(codes);
                 for i in 0..self.vectors.min(n_vectors - first) {
@@ -168,15 +181,16 @@ impl Configured {
         }
     }
 
-    /// The signs of up to 32 rows, as bytes. Sixteen rows that are not there at all keep what they had.
-    fn unpack(&mut self, signs: Signs<'_>, first_row: usize, rows: usize, next: *const u8) {
+    /// The signs of one half of a unit, as bytes. From `at` on one byte every `step` is prefetched.
+    fn unpack(&mut self, half: usize, lines: &Lines, at: *const u8, step: usize) {
+        let tiles = &mut self.unit.0[half];
         match self.tiles {
             #[cfg(target_arch = "x86_64")]
             // SAFETY: the only obligation is the target features, of which there is proof.
-            Tiles::Amx(Proof(())) => unsafe { unpack_avx512(signs, first_row, rows, next, &mut self.unit) },
+            Tiles::Amx(Proof(())) => unsafe { unpack_avx512(lines, at, step, tiles) },
             Tiles::Plain => {
-                let _ = next; // for the prefetching instruction only
-                unpack(signs, first_row, rows, &mut self.unit);
+                let _ = (at, step); // for the prefetching instruction only
+                unpack(lines, tiles);
             }
         }
     }
@@ -272,13 +286,11 @@ fn encode_with(
     Some(largest / LARGEST)
 }
 
-fn unpack(signs: Signs<'_>, first_row: usize, rows: usize, unit: &mut Unit) {
-    for (n, half) in (0..rows).map(|n| (n % 16, n / 16)) {
-        let bytes = signs.run(first_row + 16 * half + n);
-        for i in 0..PASS_COLS / 8 {
-            let byte = bytes.get(i).copied().unwrap_or(0);
-            for (j, tile) in unit.0[half].iter_mut().enumerate() {
-                tile.0[i / 4][4 * n + i % 4] = if byte >> j & 1 == 1 { 1 } else { -1 };
+fn unpack(lines: &Lines, tiles: &mut [Tile; PHASES]) {
+    for (q, line) in lines.0.iter().enumerate() {
+        for (i, byte) in line.iter().enumerate() {
+            for (j, tile) in tiles.iter_mut().enumerate() {
+                tile.0[q][i] = if byte >> j & 1 == 1 { 1 } else { -1 };
             }
         }
     }
@@ -286,21 +298,17 @@ fn unpack(signs: Signs<'_>, first_row: usize, rows: usize, unit: &mut Unit) {
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f,avx512bw,gfni")]
-fn unpack_avx512(signs: Signs<'_>, first_row: usize, rows: usize, next: *const u8, unit: &mut Unit) {
-    for (half, tiles) in unit.0.iter_mut().enumerate().take(rows.div_ceil(16)) {
-        let lines = avx512::load_rows(signs, first_row + 16 * half, 16.min(rows - 16 * half), 0);
-        let lines = avx512::transposed(lines);
-        for (j, tile) in tiles.iter_mut().enumerate() {
-            // Bit 0 is set, and bits 1 to 7 are bit j inverted: 1 or -1.
-            let matrix = _mm512_set1_epi64(0x0001_0101_0101_0101 << j);
-            for (q, row) in tile.0.iter_mut().enumerate() {
-                let bytes = _mm512_gf2p8affine_epi64_epi8::<0xff>(lines[q], matrix);
-                // SAFETY: the pointer must be valid for writing 64 bytes, at any alignment; it comes from an exclusive reference to them.
-                unsafe { _mm512_storeu_si512(row.as_mut_ptr().cast(), bytes) }
-            }
-            for line in 0..2 {
-                avx512::prefetch(next.wrapping_add(64 * (16 * half + 2 * j + line)));
-            }
+fn unpack_avx512(lines: &Lines, at: *const u8, step: usize, tiles: &mut [Tile; PHASES]) {
+    for (j, tile) in tiles.iter_mut().enumerate() {
+        // Bit 0 is set, and bits 1 to 7 are bit j inverted: 1 or -1.
+        let matrix = _mm512_set1_epi64(0x0001_0101_0101_0101 << j);
+        for (row, line) in tile.0.iter_mut().zip(&lines.0) {
+            let bytes = _mm512_gf2p8affine_epi64_epi8::<0xff>(avx512::load_bytes(line), matrix);
+            // SAFETY: the pointer must be valid for writing 64 bytes, at any alignment; it comes from an exclusive reference to them.
+            unsafe { _mm512_storeu_si512(row.as_mut_ptr().cast(), bytes) }
+        }
+        for line in 0..2 {
+            avx512::prefetch(at.wrapping_add(step * (2 * j + line)));
         }
     }
 }
@@ -513,19 +521,17 @@ unsafe fn self_check() -> bool {
         state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
         (state >> 24) as u8
     };
-    let bytes: Vec<u8> = (0..UNIT_ROWS * PASS_COLS / 8).map(|_| byte()).collect();
-    let signs = bitstack_core::SignView::new(UNIT_ROWS, PASS_COLS, &bytes).expect("of the right length");
-    let signs = Signs::new(signs, 0, UNIT_ROWS, 0, PASS_COLS / 8);
+    let halves: [Lines; 2] = std::array::from_fn(|_| Lines([[0; 64]; PASS_LINES].map(|line| line.map(|_| byte()))));
     let mut codes = Codes::default();
     for tile in codes.high.iter_mut().chain(&mut codes.low) {
         *tile = Tile(std::array::from_fn(|_| std::array::from_fn(|_| byte() as i8)));
     }
     [VECTORS, 5].into_iter().all(|vectors| {
         let mut plain = Tiles::Plain.configure(vectors);
-        plain.unpack(signs, 0, UNIT_ROWS, std::ptr::null());
+        halves.iter().enumerate().for_each(|(half, lines)| plain.unpack(half, lines, std::ptr::null(), 0));
         plain.multiply(&codes);
         let mut amx = Tiles::Amx(Proof(())).configure(vectors);
-        amx.unpack(signs, 0, UNIT_ROWS, std::ptr::null());
+        halves.iter().enumerate().for_each(|(half, lines)| amx.unpack(half, lines, std::ptr::null(), 0));
         amx.multiply(&codes);
         let sums = |c: &Configured| c.products.0.map(|p| p.map(|s| s.0));
         amx.unit.0.iter().flatten().zip(plain.unit.0.iter().flatten()).all(|(a, b)| a.0 == b.0)
@@ -576,27 +582,13 @@ mod tests {
             return;
         }
         let mut random = random(2);
-        for (rows, run_bytes) in [(32, 64), (31, 64), (17, 3), (16, 63), (1, 1)] {
-            let bytes: Vec<u8> = (0..rows * run_bytes).map(|_| random() as u8).collect();
-            let signs = bitstack_core::SignView::new(rows, 8 * run_bytes, &bytes).unwrap();
-            let signs = Signs::new(signs, 0, rows, 0, run_bytes);
-            let zero = Unit([[Tile([[0; 64]; 16]); PHASES]; 2]);
-            let (mut plain, mut vectors) = (zero, zero);
-            unpack(signs, 0, rows, &mut plain);
-            // SAFETY: the only obligation is the target features, which the CPU has, as asked above.
-            unsafe { unpack_avx512(signs, 0, rows, std::ptr::null(), &mut vectors) };
-            for (n, j) in (0..rows).flat_map(|n| (0..PHASES).map(move |j| (n, j))) {
-                for i in 0..PASS_COLS / 8 {
-                    let at = |unit: &Unit| unit.0[n / 16][j].0[i / 4][4 * (n % 16) + i % 4];
-                    assert_eq!(
-                        at(&vectors),
-                        at(&plain),
-                        "{rows} rows, {run_bytes} bytes: row {n}, column {}",
-                        8 * i + j
-                    );
-                }
-            }
-        }
+        let lines = Lines([[0; 64]; PASS_LINES].map(|line| line.map(|_| random() as u8)));
+        let zero = [Tile([[0; 64]; 16]); PHASES];
+        let (mut plain, mut vectors) = (zero, zero);
+        unpack(&lines, &mut plain);
+        // SAFETY: the only obligation is the target features, which the CPU has, as asked above.
+        unsafe { unpack_avx512(&lines, std::ptr::null(), 0, &mut vectors) };
+        assert_eq!(vectors.map(|tile| tile.0), plain.map(|tile| tile.0));
         let z: [f32; PASS_COLS] = std::array::from_fn(|_| random() as f32 - 8_388_608.0);
         let (mut plain, mut vectors) = (Codes::default(), Codes::default());
         // SAFETY: the only obligation is the target features, which the CPU has, as asked above.

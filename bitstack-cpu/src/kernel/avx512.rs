@@ -11,12 +11,19 @@
 //! second-level cache, spread evenly over the loop: sixteen in a row cost a third of the speed.
 
 use std::arch::x86_64::*;
+use std::ptr;
 
-use super::tables::Vector;
-use super::{Line, Signs};
+use bitstack_core::SignView;
 
-/// Sixteen lines.
-const LINES: usize = 16;
+use super::Line;
+use super::tables::{Ahead, LINE_ROWS, Part, Vector};
+
+/// Lines that are put together at once: 64 bytes of each row.
+const CHUNK: usize = 16;
+
+/// Aligned, as otherwise every store would go to two lines of the cache.
+#[repr(align(64))]
+struct Buffer([[u8; 64]; CHUNK]);
 
 /// The largest sum in a table, 127 · 256 + 127.
 const LARGEST: f32 = 32639.0;
@@ -64,133 +71,126 @@ pub(super) fn build(z: &[f32], tables: &mut [Line], vector: usize, vectors: usiz
     Some(largest / LARGEST)
 }
 
-/// See [`super::tables::pass`].
+/// See [`super::tables::pass`]. `R` strips are done together.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni")]
-pub(super) fn pass<const V: usize>(
-    signs: Signs<'_>,
+pub(super) fn pass<const V: usize, const R: usize>(
+    part: &Part<'_>,
     tables: &[Line],
     vectors: &[Vector<'_>; V],
     y: &mut [f32],
-    next: *const u8,
+    ahead: Ahead,
 ) {
-    let tile_bytes = 16 * signs.run_bytes.next_multiple_of(64);
-    for (tile, first_row) in (0..signs.rows).step_by(16).enumerate() {
-        let rows = (signs.rows - first_row).min(16);
-        let prefetched = next.wrapping_add(tile * tile_bytes);
-        let sums = tile_sums::<V>(signs, first_row, rows, tables, prefetched);
-        let lanes = lanes(rows);
-        for (vector, sums) in vectors.iter().zip(sums) {
-            let scaled = _mm512_mul_ps(_mm512_cvtepi32_ps(sums), _mm512_set1_ps(vector.scale));
-            let u = load_some(&vector.u[first_row..], lanes, rows);
-            let y = &mut y[vector.y + first_row..];
-            let sum = _mm512_fmadd_ps(u, scaled, load_some(y, lanes, rows));
-            store_some(y, sum, lanes, rows);
+    let Part { signs, rows, lines } = part;
+    let (first_strip, n_strips) = (rows.start / LINE_ROWS, rows.len().div_ceil(LINE_ROWS));
+    let mut buffer = Buffer([[0; 64]; CHUNK]);
+    for first in (0..n_strips).step_by(R) {
+        let mut sums = [[[_mm512_setzero_si512(); 2]; V]; R];
+        // Loops over arrays, not `map`: its closure is not inlined.
+        let (mut strips, mut at, mut direct) = ([0; R], [ptr::null(); R], [&[][..]; R]);
+        let mut n_direct = lines.len();
+        for r in 0..R {
+            // Beyond the last strip, the last again: of no use, and not stored.
+            let strip = (first + r).min(n_strips - 1);
+            (strips[r], at[r]) = (first_strip + strip, ahead.strip(strip));
+            direct[r] = signs.strip_lines(strips[r]).and_then(|all| all.get(lines.start..)).unwrap_or(&[]);
+            n_direct = n_direct.min(direct[r].len());
         }
-    }
-}
-
-/// Σ ± over the columns of a pass, in steps, for up to 16 rows; lanes beyond them repeat the last row.
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni")]
-#[inline]
-fn tile_sums<const V: usize>(
-    signs: Signs<'_>,
-    first_row: usize,
-    rows: usize,
-    tables: &[Line],
-    prefetched: *const u8,
-) -> [__m512i; V] {
-    let ones = _mm512_set1_epi8(1);
-    let nibble = _mm512_set1_epi8(15);
-    let byte_of_dword = _mm512_set1_epi32(0x3020_1000);
-    let mut high = [[_mm512_setzero_si512(); V]; 2];
-    let mut low = [[_mm512_setzero_si512(); V]; 2];
-    for (chunk, tables) in tables.chunks_exact(4 * V * LINES).enumerate() {
-        let lines = transposed(load_rows(signs, first_row, rows, 64 * chunk));
-        let prefetched = prefetched.wrapping_add(64 * LINES * chunk);
-        // A loop that is not unrolled, over lines on the stack: unrolled, the compiler mixes the lines, which spills registers and
-        // bunches the prefetches.
-        for i in 0..LINES {
-            prefetch(prefetched.wrapping_add(64 * i));
-            let tables = &tables[4 * V * i..][..4 * V];
-            let mut index = lines[i];
-            for n in 0..2 {
-                // (index & nibble) | byte_of_dword
-                let groups = _mm512_ternarylogic_epi32::<0b1110_1010>(index, nibble, byte_of_dword);
-                for v in 0..V {
-                    let sums = _mm512_permutexvar_epi8(groups, load_line(&tables[(n * V + v) * 2]));
-                    high[n][v] = _mm512_dpbusd_epi32(high[n][v], ones, sums);
-                    let sums = _mm512_permutexvar_epi8(groups, load_line(&tables[(n * V + v) * 2 + 1]));
-                    low[n][v] = _mm512_dpbusd_epi32(low[n][v], ones, sums);
-                }
-                index = _mm512_srli_epi16::<4>(index);
+        for r in 0..R {
+            direct[r] = &direct[r][..n_direct];
+        }
+        let (direct_tables, other_tables) = tables.split_at(4 * V * n_direct);
+        add_lines(direct, direct_tables, at, ahead.line_bytes, &mut sums);
+        if n_direct < lines.len() {
+            // One strip after the other: the rows of more, often a power of two apart, push the tables out of the first-level cache.
+            for r in 0..R {
+                let mut sums_of_one = [sums[r]];
+                let others = Others { signs: *signs, strip: strips[r], first_line: lines.start + n_direct };
+                add_other_lines(others, other_tables, at[r], ahead, &mut buffer, &mut sums_of_one);
+                [sums[r]] = sums_of_one;
+            }
+        }
+        for (sums, first_row) in sums.iter().zip((LINE_ROWS * first..rows.len()).step_by(LINE_ROWS)) {
+            let n = LINE_ROWS.min(rows.len() - first_row);
+            let lanes = lanes(n);
+            for (vector, &[high, low]) in vectors.iter().zip(sums) {
+                // At most 512 groups of four columns of at most 32639 steps each: within 2^24.
+                let sum = _mm512_add_epi32(_mm512_slli_epi32::<8>(high), low);
+                let scaled = _mm512_mul_ps(_mm512_cvtepi32_ps(sum), _mm512_set1_ps(vector.scale));
+                let u = load_some(&vector.u[first_row..], lanes, n);
+                let y = &mut y[vector.y + first_row..];
+                let sum = _mm512_fmadd_ps(u, scaled, load_some(y, lanes, n));
+                store_some(y, sum, lanes, n);
             }
         }
     }
-    // At most 512 groups of four columns of at most 32639 steps each: within 2^24.
-    let mut sums = [_mm512_setzero_si512(); V];
-    for v in 0..V {
-        let high = _mm512_add_epi32(high[0][v], high[1][v]);
-        let low = _mm512_add_epi32(low[0][v], low[1][v]);
-        sums[v] = _mm512_add_epi32(_mm512_slli_epi32::<8>(high), low);
-    }
-    sums
 }
 
-/// 64 bytes of each of 16 rows from byte `first_byte` of the pass; zero beyond its end, the last row repeated beyond `rows`.
-#[target_feature(enable = "avx512f,avx512bw")]
+/// Lines of a strip from one on, which are not as they are needed.
+struct Others<'a> {
+    signs: SignView<'a>,
+    strip: usize,
+    first_line: usize,
+}
+
+/// As [`add_lines`], for lines that are put together in a buffer, a chunk at a time.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni")]
+fn add_other_lines<const V: usize>(
+    mut others: Others<'_>,
+    tables: &[Line],
+    mut at: *const u8,
+    ahead: Ahead,
+    Buffer(buffer): &mut Buffer,
+    sums: &mut [[[__m512i; 2]; V]; 1],
+) {
+    for tables in tables.chunks(4 * V * CHUNK) {
+        let lines = &mut buffer[..tables.len() / (4 * V)];
+        others.signs.copy_lines(others.strip, others.first_line, lines);
+        others.first_line += CHUNK;
+        add_lines([lines], tables, [at], ahead.line_bytes, sums);
+        at = at.wrapping_add(ahead.chunk_bytes);
+    }
+}
+
+/// Adds the high and the low bytes of Σ ±, in steps, over as many lines of `R` strips as there are tables for. From each `at` on one byte every
+/// `step` is prefetched.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni")]
 #[inline]
-pub(super) fn load_rows(signs: Signs<'_>, first_row: usize, rows: usize, first_byte: usize) -> [__m512i; 16] {
-    let n = signs.run_bytes.saturating_sub(first_byte).min(64);
-    assert!(rows > 0 && first_row + rows <= signs.rows);
-    let mut loaded = [_mm512_setzero_si512(); 16];
-    if n == 64 && rows == 16 {
-        let start = signs.pointer(first_row).wrapping_add(first_byte);
-        for (i, loaded) in loaded.iter_mut().enumerate() {
-            // SAFETY: the pointer must be valid for reading 64 bytes, at any alignment: they are bytes `first_byte..first_byte + 64` of the
-            // run of row `first_row + i`; it exists by the assertion above, and `Signs` keeps it within the matrix.
-            *loaded = unsafe { _mm512_loadu_si512(start.wrapping_add(i * signs.row_bytes).cast()) };
+fn add_lines<const V: usize, const R: usize>(
+    lines: [&[[u8; 64]]; R],
+    tables: &[Line],
+    at: [*const u8; R],
+    step: usize,
+    sums: &mut [[[__m512i; 2]; V]; R],
+) {
+    let ones = _mm512_set1_epi8(1);
+    let nibble = _mm512_set1_epi8(15);
+    let byte_of_dword = _mm512_set1_epi32(0x3020_1000);
+    let n = lines[0].len();
+    assert!(lines.iter().all(|lines| lines.len() == n));
+    let mut local = *sums;
+    for (i, tables) in tables.chunks_exact(4 * V).enumerate().take(n) {
+        let mut groups = [[_mm512_setzero_si512(); R]; 2];
+        for r in 0..R {
+            prefetch(at[r].wrapping_add(step * i));
+            let line = load_bytes(&lines[r][i]);
+            // (line & nibble) | byte_of_dword
+            groups[0][r] = _mm512_ternarylogic_epi32::<0b1110_1010>(line, nibble, byte_of_dword);
+            let line = _mm512_srli_epi16::<4>(line);
+            groups[1][r] = _mm512_ternarylogic_epi32::<0b1110_1010>(line, nibble, byte_of_dword);
         }
-        return loaded;
+        for v in 0..V {
+            for n in 0..2 {
+                for byte in 0..2 {
+                    let table = load_line(&tables[(n * V + v) * 2 + byte]);
+                    for r in 0..R {
+                        let found = _mm512_permutexvar_epi8(groups[n][r], table);
+                        local[r][v][byte] = _mm512_dpbusd_epi32(local[r][v][byte], ones, found);
+                    }
+                }
+            }
+        }
     }
-    let mask = if n == 64 { !0 } else { (1 << n) - 1 };
-    for (i, loaded) in loaded.iter_mut().enumerate() {
-        let start = signs.pointer(first_row + i.min(rows - 1)).wrapping_add(first_byte);
-        // SAFETY: the pointer must be valid for reading the bytes in the mask, at any alignment: they are bytes `first_byte..first_byte + n` of
-        // the run of a row that exists by the assertion above, and `Signs` keeps it within the matrix.
-        *loaded = unsafe { _mm512_maskz_loadu_epi8(mask, start.cast()) };
-    }
-    loaded
-}
-
-/// The transpose of 16 x 16 dwords.
-#[target_feature(enable = "avx512f")]
-#[inline]
-pub(super) fn transposed(rows: [__m512i; 16]) -> [__m512i; 16] {
-    // Loops over arrays, not `from_fn`: its closure is not always inlined, and each call then goes through memory.
-    let zero = _mm512_setzero_si512();
-    let (mut pairs, mut fours, mut lines) = ([zero; 16], [zero; 16], [zero; 16]);
-    for i in 0..8 {
-        pairs[2 * i] = _mm512_unpacklo_epi32(rows[2 * i], rows[2 * i + 1]);
-        pairs[2 * i + 1] = _mm512_unpackhi_epi32(rows[2 * i], rows[2 * i + 1]);
-    }
-    // `fours[4i + j]` has, in its 128-bit lane q, column 4q + j of rows 4i..4i + 4.
-    for i in 0..4 {
-        let [a, b, c, d] = [pairs[4 * i], pairs[4 * i + 1], pairs[4 * i + 2], pairs[4 * i + 3]];
-        fours[4 * i] = _mm512_unpacklo_epi64(a, c);
-        fours[4 * i + 1] = _mm512_unpackhi_epi64(a, c);
-        fours[4 * i + 2] = _mm512_unpacklo_epi64(b, d);
-        fours[4 * i + 3] = _mm512_unpackhi_epi64(b, d);
-    }
-    for j in 0..4 {
-        let [a, b, c, d] = [fours[j], fours[4 + j], fours[8 + j], fours[12 + j]];
-        let (ab_even, ab_odd) = (_mm512_shuffle_i32x4::<0x88>(a, b), _mm512_shuffle_i32x4::<0xdd>(a, b));
-        let (cd_even, cd_odd) = (_mm512_shuffle_i32x4::<0x88>(c, d), _mm512_shuffle_i32x4::<0xdd>(c, d));
-        lines[j] = _mm512_shuffle_i32x4::<0x88>(ab_even, cd_even);
-        lines[4 + j] = _mm512_shuffle_i32x4::<0x88>(ab_odd, cd_odd);
-        lines[8 + j] = _mm512_shuffle_i32x4::<0xdd>(ab_even, cd_even);
-        lines[12 + j] = _mm512_shuffle_i32x4::<0xdd>(ab_odd, cd_odd);
-    }
-    lines
+    *sums = local;
 }
 
 #[target_feature(enable = "avx512f")]
@@ -212,6 +212,13 @@ fn lanes(n: usize) -> __mmask16 {
 fn load(values: &[f32; 16]) -> __m512 {
     // SAFETY: the pointer must be valid for reading 64 bytes, at any alignment; it comes from a reference to 16 f32.
     unsafe { _mm512_loadu_ps(values.as_ptr()) }
+}
+
+#[target_feature(enable = "avx512f")]
+#[inline]
+pub(super) fn load_bytes(bytes: &[u8; 64]) -> __m512i {
+    // SAFETY: the pointer must be valid for reading 64 bytes, at any alignment; it comes from a reference to them.
+    unsafe { _mm512_loadu_si512(bytes.as_ptr().cast()) }
 }
 
 #[target_feature(enable = "avx512f")]

@@ -1,12 +1,22 @@
 //! Products by tables of the sums of four columns, behind a safe interface: AVX-512 with VBMI and VNNI only.
 
+use std::ops::Range;
+
+use bitstack_core::{SignLayout, SignView};
+
+use super::Line;
 #[cfg(target_arch = "x86_64")]
 use super::avx512;
-use super::{Line, Signs};
 use crate::Isa;
 
-/// Columns are padded to a multiple of this: a register of signs of one row.
-pub(crate) const CHUNK_COLS: usize = 512;
+/// Columns of a line of signs; tables are padded to a multiple of this.
+pub(crate) const LINE_COLS: usize = 32;
+
+/// Rows of a line of signs.
+pub(crate) const LINE_ROWS: usize = 16;
+
+/// Rows that are done together at most: work on fewer costs as much.
+pub(crate) const GROUP_ROWS: usize = 4 * LINE_ROWS;
 
 /// Columns of a pass over one vector; 1/V of it over V vectors. Its tables take 16 KiB, half of a small first-level cache.
 const PASS_COLS: usize = 2048;
@@ -18,7 +28,7 @@ pub(crate) fn pass_cols(vectors: usize) -> usize {
 
 /// Table registers of `cols` columns of `vectors` vectors: per 32 columns two nibbles, and per vector high and low bytes.
 pub(crate) fn table_lines(cols: usize, vectors: usize) -> usize {
-    cols / 32 * 4 * vectors
+    cols / LINE_COLS * 4 * vectors
 }
 
 /// Whether there are kernels for `isa` here.
@@ -48,19 +58,65 @@ pub(crate) struct Vector<'a> {
     pub(crate) y: usize,
 }
 
-/// One pass over a plane: `y[v][r] += u[v][r] · scale[v] · Σ ± z[v]` over the columns of the pass and the rows of `signs`. From
-/// `next` on, as many bytes as it reads are brought into the second-level cache.
-pub(crate) fn pass(signs: Signs<'_>, tables: &[Line], vectors: &[Vector<'_>], y: &mut [f32], next: *const u8) {
+/// Where the signs of a pass over some rows of a plane are, for prefetching only.
+#[derive(Clone, Copy)]
+pub(crate) struct Ahead {
+    start: *const u8,
+    strip_bytes: usize,
+    /// From line to line, and from sixteen lines to sixteen lines.
+    pub(super) line_bytes: usize,
+    pub(super) chunk_bytes: usize,
+}
+
+impl Ahead {
+    /// Of `rows..` and the columns from `32 * first_line` on. Rows need not exist.
+    pub(crate) fn new(signs: SignView<'_>, first_row: usize, first_line: usize) -> Self {
+        let row_bytes = signs.cols().div_ceil(8);
+        let start = signs.as_bytes().as_ptr().wrapping_add(first_row * row_bytes);
+        let strip_bytes = LINE_ROWS * row_bytes;
+        match signs.layout() {
+            SignLayout::Rows => {
+                let start = start.wrapping_add(LINE_COLS / 8 * first_line);
+                Self { start, strip_bytes, line_bytes: row_bytes, chunk_bytes: 64 }
+            }
+            SignLayout::Strips => {
+                Self { start: start.wrapping_add(64 * first_line), strip_bytes, line_bytes: 64, chunk_bytes: 16 * 64 }
+            }
+        }
+    }
+
+    /// Where strip `strip` of the pass begins.
+    #[inline]
+    pub(super) fn strip(self, strip: usize) -> *const u8 {
+        self.start.wrapping_add(strip * self.strip_bytes)
+    }
+}
+
+/// The rows and columns of one pass over a plane: all of `rows`, which begin with a strip, and lines `lines` of 32 columns.
+pub(crate) struct Part<'a> {
+    pub(crate) signs: SignView<'a>,
+    pub(crate) rows: Range<usize>,
+    pub(crate) lines: Range<usize>,
+}
+
+/// One pass over a plane: `y[v][r] += u[v][r] · scale[v] · Σ ± z[v]` over the rows and columns of `part`. As many bytes from `ahead` are
+/// brought into the second-level cache.
+pub(crate) fn pass(part: &Part<'_>, tables: &[Line], vectors: &[Vector<'_>], y: &mut [f32], ahead: Ahead) {
     assert!(has(Isa::Avx512Vnni));
-    assert!(vectors.iter().all(|v| v.u.len() == signs.rows && v.y <= y.len() && signs.rows <= y.len() - v.y));
-    let cols = (8 * signs.run_bytes).next_multiple_of(CHUNK_COLS);
+    let rows = part.rows.len();
+    assert!(part.rows.start.is_multiple_of(LINE_ROWS) && part.rows.end <= part.signs.rows());
+    assert!(vectors.iter().all(|v| v.u.len() == rows && v.y <= y.len() && rows <= y.len() - v.y));
+    let cols = part.lines.len() * LINE_COLS;
     assert!(cols <= pass_cols(vectors.len()) && tables.len() == table_lines(cols, vectors.len()));
     #[cfg(target_arch = "x86_64")]
     macro_rules! of {
         ($($n:literal)*) => {
             match vectors.len() {
-                // SAFETY: the only obligation is the target features, and the assertion above holds only if the CPU has them.
-                $($n => unsafe { avx512::pass::<$n>(signs, tables, vectors.first_chunk().expect("of this length"), y, next) },)*
+                $($n => {
+                    let vectors = vectors.first_chunk().expect("of this length");
+                    // SAFETY: the only obligation is the target features, and the assertion above holds only if the CPU has them.
+                    unsafe { avx512::pass::<$n, { GROUP_ROWS / LINE_ROWS / $n }>(part, tables, vectors, y, ahead) }
+                },)*
                 n => unreachable!("a pass over {n} vectors"),
             }
         };
@@ -68,5 +124,5 @@ pub(crate) fn pass(signs: Signs<'_>, tables: &[Line], vectors: &[Vector<'_>], y:
     #[cfg(target_arch = "x86_64")]
     of!(1 2 4);
     #[cfg(not(target_arch = "x86_64"))]
-    unreachable!("no CPU of this architecture has AVX-512: {next:?}");
+    unreachable!("no CPU of this architecture has AVX-512: {:?}", ahead.strip(0));
 }

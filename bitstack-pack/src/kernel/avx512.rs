@@ -2,12 +2,16 @@
 //!
 //! - pack: compare with zero, the result is the bits;
 //! - unpack: blend -1.0 and +1.0 by the bits;
-//! - apply: exclusive-or with the sign bit in the lanes whose bit is 0.
+//! - apply: exclusive-or with the sign bit in the lanes whose bit is 0;
+//! - lines: 64 bytes of each of 16 rows are transposed as 16 x 16 words of 4 bytes.
 //!
 //! The main loops take 64 values and one `u64` of bits, so that the bits are loaded and stored eight bytes at a time. What
 //! is left is done 16 at a time, the last of them with masked loads and stores.
 
 use std::arch::x86_64::*;
+
+use super::scalar;
+use crate::layout::{LINE_BYTES, UNIT_BYTES};
 
 #[target_feature(enable = "avx512f")]
 pub(super) fn pack(bytes: &mut [u8], values: &[f32]) {
@@ -73,6 +77,60 @@ fn flipped(values: __m512, bits: __mmask16) -> __m512 {
     _mm512_castsi512_ps(_mm512_mask_xor_epi32(values, !bits, values, _mm512_set1_epi32(i32::MIN)))
 }
 
+#[target_feature(enable = "avx512f")]
+pub(super) fn lines(rows: &[u8], row_bytes: usize, lines: &mut [[u8; LINE_BYTES]]) {
+    let (blocks, rest) = lines.as_chunks_mut::<16>();
+    // One check for all loads: sixteen for each block take as long as the loads.
+    let n = 64 * blocks.len();
+    assert!(row_bytes.checked_mul(15).and_then(|last| last.checked_add(n)).is_some_and(|len| len <= rows.len()));
+    for (i, block) in blocks.iter_mut().enumerate() {
+        let mut loaded = [_mm512_setzero_si512(); 16];
+        for (row, loaded) in loaded.iter_mut().enumerate() {
+            let at = rows.as_ptr().wrapping_add(row * row_bytes + 64 * i);
+            // SAFETY: the pointer must be valid for reading 64 bytes, at any alignment; they are among the first `n` from byte
+            // `row * row_bytes` of `rows` on, which exist by the assertion above, as `row` is at most 15.
+            *loaded = unsafe { _mm512_loadu_si512(at.cast()) };
+        }
+        for (line, words) in block.iter_mut().zip(transposed(loaded)) {
+            store_bytes(line, words);
+        }
+    }
+    if !rest.is_empty() {
+        scalar::lines(&rows[UNIT_BYTES * 16 * blocks.len()..], row_bytes, rest);
+    }
+}
+
+/// The transpose of 16 x 16 words of 4 bytes.
+#[target_feature(enable = "avx512f")]
+#[inline]
+fn transposed(rows: [__m512i; 16]) -> [__m512i; 16] {
+    // Loops over arrays, not `from_fn`: its closure is not always inlined, and each call then goes through memory.
+    let zero = _mm512_setzero_si512();
+    let (mut pairs, mut fours, mut columns) = ([zero; 16], [zero; 16], [zero; 16]);
+    for i in 0..8 {
+        pairs[2 * i] = _mm512_unpacklo_epi32(rows[2 * i], rows[2 * i + 1]);
+        pairs[2 * i + 1] = _mm512_unpackhi_epi32(rows[2 * i], rows[2 * i + 1]);
+    }
+    // `fours[4i + j]` has, in its 128-bit lane q, column 4q + j of rows 4i..4i + 4.
+    for i in 0..4 {
+        let [a, b, c, d] = [pairs[4 * i], pairs[4 * i + 1], pairs[4 * i + 2], pairs[4 * i + 3]];
+        fours[4 * i] = _mm512_unpacklo_epi64(a, c);
+        fours[4 * i + 1] = _mm512_unpackhi_epi64(a, c);
+        fours[4 * i + 2] = _mm512_unpacklo_epi64(b, d);
+        fours[4 * i + 3] = _mm512_unpackhi_epi64(b, d);
+    }
+    for j in 0..4 {
+        let [a, b, c, d] = [fours[j], fours[4 + j], fours[8 + j], fours[12 + j]];
+        let (ab_even, ab_odd) = (_mm512_shuffle_i32x4::<0x88>(a, b), _mm512_shuffle_i32x4::<0xdd>(a, b));
+        let (cd_even, cd_odd) = (_mm512_shuffle_i32x4::<0x88>(c, d), _mm512_shuffle_i32x4::<0xdd>(c, d));
+        columns[j] = _mm512_shuffle_i32x4::<0x88>(ab_even, cd_even);
+        columns[4 + j] = _mm512_shuffle_i32x4::<0x88>(ab_odd, cd_odd);
+        columns[8 + j] = _mm512_shuffle_i32x4::<0xdd>(ab_even, cd_even);
+        columns[12 + j] = _mm512_shuffle_i32x4::<0xdd>(ab_odd, cd_odd);
+    }
+    columns
+}
+
 /// The bits of one or two bytes, the first lowest.
 fn mask(pair: &[u8]) -> __mmask16 {
     pair.iter().rev().fold(0, |bits, &byte| bits << 8 | __mmask16::from(byte))
@@ -95,6 +153,13 @@ fn store(values: &mut [f32; 16], vector: __m512) {
     // SAFETY: the pointer must be valid for writing 64 bytes, at any alignment; it comes from an exclusive reference to
     // 16 f32, for which every bit pattern is a value.
     unsafe { _mm512_storeu_ps(values.as_mut_ptr(), vector) }
+}
+
+#[target_feature(enable = "avx512f")]
+#[inline]
+fn store_bytes(bytes: &mut [u8; 64], register: __m512i) {
+    // SAFETY: the pointer must be valid for writing 64 bytes, at any alignment; it comes from an exclusive reference to them.
+    unsafe { _mm512_storeu_si512(bytes.as_mut_ptr().cast(), register) }
 }
 
 /// Loads up to 16 values; the lanes beyond them are zero.

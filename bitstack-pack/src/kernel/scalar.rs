@@ -3,6 +3,8 @@
 //! The inner loops run over exactly eight values, so that the compiler unrolls them and uses what vectors the target has
 //! by default.
 
+use crate::layout::{LINE_BYTES, UNIT_BYTES};
+
 const SIGN: u32 = 1 << 31;
 
 pub(super) fn pack(bytes: &mut [u8], values: &[f32]) {
@@ -47,6 +49,14 @@ fn map(bytes: &[u8], values: &mut [f32], f: impl Fn(f32, u32) -> f32) {
     if let Some(&byte) = bytes.get(eights.len()) {
         for (j, value) in rest.iter_mut().enumerate() {
             *value = f(*value, if byte & 1 << j == 0 { SIGN } else { 0 });
+        }
+    }
+}
+
+pub(super) fn lines(rows: &[u8], row_bytes: usize, lines: &mut [[u8; LINE_BYTES]]) {
+    for (i, line) in lines.iter_mut().enumerate() {
+        for (row, unit) in line.as_chunks_mut::<UNIT_BYTES>().0.iter_mut().enumerate() {
+            unit.copy_from_slice(&rows[row * row_bytes + UNIT_BYTES * i..][..UNIT_BYTES]);
         }
     }
 }
