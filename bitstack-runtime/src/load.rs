@@ -15,11 +15,11 @@ use std::time::{Duration, Instant};
 
 /// The most threads that read. Even when everything is in the page cache one of them is busy, with clearing new pages and copying, so
 /// that more add to the speed until memory has no more to give.
-const MAX_READERS: u32 = 4;
+const MAX_READERS: usize = 4;
 /// A snapshot is published when the last one is this old, so that a growing model is soon of use, and when a job ends.
 const PUBLISH_EVERY: Duration = Duration::from_millis(20);
-/// While somebody works on a snapshot, the readers together are at work for about a sixth of the time, and rest this many times as
-/// long: a forward pass on all cores waits for the slowest of them.
+/// While somebody works on a snapshot, the readers rest this many times as long as they work: a forward pass on all cores waits for the
+/// slowest of them.
 const REST: u32 = 5;
 /// ... each time they have worked this long: short beside a token, long beside the change of threads.
 const WORK: Duration = Duration::from_micros(300);
@@ -36,7 +36,7 @@ pub(crate) struct Loader<S> {
     verify: Verify,
     signs: SignLayout,
     /// Threads that read, the one with the job included.
-    readers: u32,
+    readers: usize,
     /// By position, the blocks that are in memory, if only in old snapshots: none is ever there twice, and to grow back to a size that
     /// somebody still works at costs nothing.
     alive: Mutex<Vec<Weak<Run>>>,
@@ -75,14 +75,15 @@ impl Progress {
 }
 
 /// Lets a reader rest while somebody computes.
-struct Pace {
+struct Pace<'a> {
+    /// Held by the reader that rests. The next one that is to rest waits for it, so that one works at a time, while another rests: two at
+    /// once would hold up a pass on two cores.
+    resting: &'a Mutex<()>,
     /// Its [`thread_time`] when it began to work.
     since: Option<Duration>,
-    /// How many times as long as it worked.
-    rest: u32,
 }
 
-impl Pace {
+impl Pace<'_> {
     fn after_piece(&mut self, somebody_computes: bool) {
         if !somebody_computes {
             self.since = None;
@@ -91,7 +92,8 @@ impl Pace {
         let now = thread_time();
         let worked = now.saturating_sub(*self.since.get_or_insert(now));
         if worked >= WORK {
-            std::thread::sleep(self.rest * worked);
+            let _resting = lock(self.resting);
+            std::thread::sleep(REST * worked);
             self.since = Some(thread_time());
         }
     }
@@ -100,7 +102,7 @@ impl Pace {
 impl<S: ReadAt + Send + Sync> Loader<S> {
     pub(crate) fn new(file: StackFile<S>, table: Arc<Table>, verify: Verify, signs: SignLayout) -> Self {
         let alive = Mutex::new(table.entries.iter().map(|_| Weak::new()).collect());
-        let cores = std::thread::available_parallelism().map_or(1, |n| u32::try_from(n.get()).unwrap_or(u32::MAX));
+        let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
         Self { file, table, account: Arc::new(Account::new()), verify, signs, readers: cores.min(MAX_READERS), alive }
     }
 
@@ -116,9 +118,10 @@ impl<S: ReadAt + Send + Sync> Loader<S> {
             failed: None,
             published_at: Instant::now(),
         });
+        let resting = Mutex::new(());
         let is_wanted = |position| lock(&progress).is_wanted(position, swap);
         let read = || {
-            let mut pace = Pace { since: None, rest: REST * self.readers };
+            let mut pace = Pace { resting: &resting, since: None };
             let mut after_piece = || pace.after_piece(swap.is_held() || self.table.live.load(Ordering::Relaxed) > 1);
             loop {
                 let mut p = lock(&progress);
@@ -143,7 +146,7 @@ impl<S: ReadAt + Send + Sync> Loader<S> {
             }
         };
         std::thread::scope(|scope| {
-            for _ in 1..(self.readers as usize).min(job.to - job.from) {
+            for _ in 1..self.readers.min(job.to - job.from) {
                 // Without a thread more it takes longer.
                 let _ = std::thread::Builder::new().name("bitstack-read".to_owned()).spawn_scoped(scope, read);
             }
@@ -268,13 +271,14 @@ mod tests {
     #[test]
     #[cfg(unix)]
     fn readers_rest_a_multiple_of_what_they_work_while_somebody_computes() {
-        let mut pace = Pace { since: None, rest: 10 };
+        let resting = Mutex::new(());
+        let mut pace = Pace { resting: &resting, since: None };
         pace.after_piece(true);
         for _ in 0..3 {
             let worked = work(WORK);
             let start = Instant::now();
             pace.after_piece(true);
-            assert!(start.elapsed() >= 10 * worked, "{:?} of rest after {worked:?}", start.elapsed());
+            assert!(start.elapsed() >= REST * worked, "{:?} of rest after {worked:?}", start.elapsed());
         }
         work(3 * WORK);
         pace.after_piece(false);
@@ -283,5 +287,27 @@ mod tests {
         let start = thread_time();
         pace.after_piece(true);
         assert!(pace.since.is_some_and(|since| since >= start));
+    }
+
+    #[test]
+    #[cfg(unix)]
+    fn readers_together_work_no_more_than_one_would() {
+        const READERS: u32 = 3;
+        const ROUNDS: u32 = 8;
+        let resting = Mutex::new(());
+        let start = Instant::now();
+        std::thread::scope(|scope| {
+            for _ in 0..READERS {
+                scope.spawn(|| {
+                    let mut pace = Pace { resting: &resting, since: None };
+                    pace.after_piece(true);
+                    for _ in 0..ROUNDS {
+                        work(WORK);
+                        pace.after_piece(true);
+                    }
+                });
+            }
+        });
+        assert!(start.elapsed() >= READERS * ROUNDS * REST * WORK, "{:?}", start.elapsed());
     }
 }
