@@ -6,6 +6,7 @@
 //! makes the host of a virtual machine supply the memory, which it may do ten times slower than memory is cleared.
 
 use crate::{Elastic, Options, RuntimeError, Verify, load_order, process_resident_bytes};
+use bitstack_core::SignLayout;
 use bitstack_format::{FormatError, StackFile};
 use std::fs::File;
 use std::io::{self, Read};
@@ -49,12 +50,12 @@ impl Row {
     }
 }
 
-/// Reads, grows and shrinks the model of a file `rounds` times in turn, growing without and with hashes. Takes memory for the whole
-/// model. The rows come in the order in which they were measured.
+/// Reads, grows and shrinks the model of a file `rounds` times in turn, growing without and with hashes, into this
+/// layout of signs. Takes memory for the whole model. The rows come in the order in which they were measured.
 ///
 /// # Errors
 /// A file that cannot be opened or read; whatever growing fails with.
-pub fn load(path: impl AsRef<Path>, rounds: usize) -> Result<Vec<Row>, RuntimeError> {
+pub fn load(path: impl AsRef<Path>, signs: SignLayout, rounds: usize) -> Result<Vec<Row>, RuntimeError> {
     let path = path.as_ref();
     let mut rows = Vec::new();
     for round in 0..=rounds {
@@ -62,20 +63,20 @@ pub fn load(path: impl AsRef<Path>, rounds: usize) -> Result<Vec<Row>, RuntimeEr
             let source = FormatError::File { operation: "read", path: path.to_owned(), source };
             RuntimeError::File { source: Arc::new(source) }
         })?);
-        rows.extend(grow_and_shrink(path, Verify::Never)?);
+        rows.extend(grow_and_shrink(path, signs, Verify::Never)?);
         if round == 0 {
             rows.clear();
         } else {
-            rows.extend(grow_and_shrink(path, Verify::Always)?);
+            rows.extend(grow_and_shrink(path, signs, Verify::Always)?);
         }
     }
     Ok(rows)
 }
 
-fn grow_and_shrink(path: &Path, verify: Verify) -> Result<[Row; 2], RuntimeError> {
+fn grow_and_shrink(path: &Path, signs: SignLayout, verify: Verify) -> Result<[Row; 2], RuntimeError> {
     let file = StackFile::open_path(path).map_err(|source| RuntimeError::File { source: Arc::new(source) })?;
     let minimum_bytes = load_order(&file)?.minimum_bytes();
-    let model = Elastic::open(file, minimum_bytes, Options { verify, ..Options::default() })?;
+    let model = Elastic::open(file, minimum_bytes, Options { verify, signs, ..Options::default() })?;
     let bytes = model.order().total_bytes() - minimum_bytes;
     let grow = timed(Operation::Grow(verify), bytes, || {
         model.set_budget(u64::MAX)?;

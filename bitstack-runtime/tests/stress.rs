@@ -92,7 +92,7 @@ fn memory_of_dropped_blocks_goes_back_to_the_system() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("model.bitstack");
     std::fs::write(&path, stacks::stack(&[(2048, 4096); 4], 8)).unwrap();
-    let rows = measure::load(&path, 2).unwrap();
+    let rows = measure::load(&path, SignLayout::Strips, 2).unwrap();
     let operations: Vec<_> = rows.iter().map(|row| row.operation).collect();
     let (never, always) = (Operation::Grow(Verify::Never), Operation::Grow(Verify::Always));
     let round = [Operation::Read, never, Operation::Shrink, always, Operation::Shrink];

@@ -7,7 +7,7 @@ use super::progress::Reporter;
 use super::{print, size, usage};
 use anyhow::{Context, Result};
 use bitstack_cpu::measure::{Case, Pool};
-use bitstack_cpu::{Isa, Threads};
+use bitstack_cpu::{Isa, Kernel, Threads};
 use bitstack_decomp::{DecomposeOptions, Svd, blocks};
 use bitstack_format::Existing;
 use bitstack_llm::{ElasticModel, Progress, measure, synthetic};
@@ -236,10 +236,12 @@ impl Phase {
 /// `bitstack bench load`
 pub(crate) fn load(args: &BenchLoad, reporter: &Reporter) -> Result<()> {
     let (path, _scratch) = model_file(args.file.as_deref(), args.shape, args.blocks.into(), reporter)?;
+    // As the model that follows has it.
+    let layout = Kernel::detect().layout();
     reporter.stage("load (rounds)", args.rounds.into());
     let mut rows = Vec::new();
     for _ in 0..args.rounds {
-        rows.extend(bitstack_runtime::measure::load(&path, 1)?);
+        rows.extend(bitstack_runtime::measure::load(&path, layout, 1)?);
         reporter.advance(1);
     }
     let median = |operation: Operation| -> Option<(u64, f64, Option<i64>)> {
