@@ -24,8 +24,6 @@ pub(crate) const FACTOR_DTYPES: &[Dtype] = &[Dtype::F16, Dtype::I8];
 pub(crate) const MAX_NAME_BYTES: usize = 1024;
 /// The longest name of a companion file, in bytes.
 pub(crate) const MAX_FILE_NAME_BYTES: usize = 255;
-/// The most dimensions of an unstacked tensor.
-pub(crate) const MAX_DIMS: usize = 8;
 const COPY_BYTES: u64 = 1 << 20;
 
 /// How the blocks of a weight are stored.

@@ -1,7 +1,8 @@
 use crate::catalog::{
-    BASE_DTYPES, BASIS, BlockParts, COEFFICIENTS, Catalog, FILE_PREFIX, FactorParts, MAX_DIMS, SCALE_SUFFIX, SIGNS,
-    Stored, check_file_name, check_model_name, check_name, check_weight_name, part_name,
+    BASE_DTYPES, BASIS, BlockParts, COEFFICIENTS, Catalog, FILE_PREFIX, FactorParts, SCALE_SUFFIX, SIGNS, Stored,
+    check_file_name, check_model_name, check_name, check_weight_name, part_name,
 };
+use crate::hostile::MAX_DIMS;
 use crate::tensor::wrong;
 use crate::write::write_stack;
 use crate::{BlockKind, BlockSource, Dtype, FormatError, ReadAt, StackFile, Tensor, TensorInfo, WeightInfo, WriteAt};

@@ -1,9 +1,10 @@
 //! The header as text: constants, reading it from JSON, writing it. What the tensors mean is checked in `read.rs`.
 
-use crate::catalog::{MAX_DIMS, METADATA_KEY, check_name};
+use crate::catalog::{METADATA_KEY, check_name};
+use crate::hostile::{Dims, printable};
 use crate::tensor::wrong;
 use crate::{BlockKind, Dtype, FormatError, TensorInfo, WeightInfo};
-use serde::de::{Deserialize, Deserializer, Error as _, IgnoredAny, MapAccess, SeqAccess, Visitor};
+use serde::de::{Deserialize, Deserializer, Error as _, IgnoredAny, MapAccess, Visitor};
 use serde::{Deserialize as DeriveDeserialize, Serialize};
 use std::borrow::Cow;
 use std::collections::BTreeMap;
@@ -189,11 +190,6 @@ pub(crate) fn build<'a>(
     Ok(bytes)
 }
 
-/// Text from a file, fit for an error message: short, and without characters that a terminal obeys.
-pub(crate) fn printable(text: &str) -> String {
-    text.chars().map(|c| if c.is_control() { '\u{fffd}' } else { c }).take(200).collect()
-}
-
 fn json<T: Serialize + ?Sized>(value: &T) -> String {
     serde_json::to_string(value).expect("strings and numbers have a JSON form")
 }
@@ -242,41 +238,6 @@ impl RawTensor<'_> {
             return Err(wrong(&name, "shape", format!("{:?}", self.shape.as_slice()), "addressable"));
         };
         TensorInfo::new(name, dtype, shape)
-    }
-}
-
-/// A shape of at most [`MAX_DIMS`] dimensions: a long list of ones would make memory out of little text.
-struct Dims {
-    dims: [u64; MAX_DIMS],
-    n: usize,
-}
-
-impl Dims {
-    fn as_slice(&self) -> &[u64] {
-        &self.dims[..self.n]
-    }
-}
-
-impl<'de> Deserialize<'de> for Dims {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct DimsVisitor;
-        impl<'de> Visitor<'de> for DimsVisitor {
-            type Value = Dims;
-
-            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                write!(f, "a shape of at most {MAX_DIMS} dimensions")
-            }
-
-            fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Dims, A::Error> {
-                let mut dims = Dims { dims: [0; MAX_DIMS], n: 0 };
-                while let Some(dim) = seq.next_element()? {
-                    *dims.dims.get_mut(dims.n).ok_or_else(|| A::Error::invalid_length(dims.n + 1, &self))? = dim;
-                    dims.n += 1;
-                }
-                Ok(dims)
-            }
-        }
-        deserializer.deserialize_seq(DimsVisitor)
     }
 }
 
@@ -345,6 +306,7 @@ mod tests {
         BASE_DTYPES, BASIS, COEFFICIENTS, FACTOR_DTYPES, FILE_PREFIX, MAX_FILE_NAME_BYTES, MAX_NAME_BYTES, PAD_PREFIX,
         SCALE_SUFFIX, SIGNS,
     };
+    use crate::hostile::MAX_DIMS;
 
     /// The second column of a table of FORMAT.md, found by the first.
     fn documented(row: &str) -> &'static str {

@@ -8,6 +8,7 @@ mod draft;
 mod error;
 mod extent;
 mod header;
+pub mod hostile;
 mod order;
 mod read;
 mod source;

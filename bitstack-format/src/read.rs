@@ -6,8 +6,8 @@ use crate::catalog::{
 };
 use crate::header::{
     AFTER_VERSION, HASH_DIGITS, HASH_OFFSET, Header, HeaderTensor, LENGTH_BYTES, MAGIC, WeightRecord, header_hash,
-    printable,
 };
+use crate::hostile::printable;
 use crate::tensor::wrong;
 use crate::write::{alignment, pad_bytes, pad_name, write_stack};
 use crate::{

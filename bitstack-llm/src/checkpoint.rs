@@ -15,9 +15,10 @@ use ndarray::Array2;
 use safetensors::Dtype;
 use serde::Deserialize;
 
-use crate::header::{self, HeaderTensor, printable};
+use crate::header::{self, HeaderTensor};
 use crate::linear::Elements;
 use crate::{Dense, LlmError, ModelConfig, VectorSpec, WeightSpec};
+use bitstack_format::hostile::printable;
 
 /// What a checkpoint may make its reader use.
 ///

@@ -3,7 +3,7 @@
 use serde_json::{Map, Value};
 
 use crate::LlmError;
-use crate::header::printable;
+use bitstack_format::hostile::printable;
 
 const SUPPORTED: &str = "LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM and Qwen3ForCausalLM";
 

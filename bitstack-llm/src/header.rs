@@ -3,15 +3,11 @@
 //! The format's own crate reads a header in memory tens of times its size and takes the last of two tensors of one name; this takes a small multiple,
 //! and refuses them. Otherwise the rules are the same: tensors one after another without a gap, as long as shape and type say.
 
+use bitstack_format::hostile::{Dims, printable};
 use safetensors::Dtype;
-use serde::de::{Deserialize, Deserializer, Error as _, IgnoredAny, MapAccess, SeqAccess, Visitor};
+use serde::de::{Deserialize, Deserializer, IgnoredAny, MapAccess, Visitor};
 use std::collections::HashSet;
 use std::fmt;
-
-/// The most dimensions of a tensor. Weights have two.
-const MAX_DIMS: usize = 8;
-/// Of names in error messages.
-const MAX_SHOWN: usize = 200;
 
 /// A tensor of a header.
 #[derive(Debug)]
@@ -35,7 +31,7 @@ pub(crate) fn parse(text: &[u8], data_bytes: u64) -> Result<Vec<HeaderTensor>, S
     let mut tensors = Vec::with_capacity(raw.len());
     let mut expected = 0;
     for (name, RawTensor { dtype, shape, data_offsets: (begin, end) }) in raw {
-        let dims = &shape.dims[..shape.n];
+        let dims = shape.as_slice();
         let wrong = |what: &str| Err(format!("tensor {}: {what}", printable(&name)));
         if begin != expected || end < begin {
             return wrong(&format!("data_offsets are [{begin}, {end}]; the tensor before it ends at {expected}"));
@@ -59,11 +55,6 @@ pub(crate) fn parse(text: &[u8], data_bytes: u64) -> Result<Vec<HeaderTensor>, S
     Ok(tensors)
 }
 
-/// Text from a file, fit for an error message: short, and without characters that a terminal obeys.
-pub(crate) fn printable(text: &str) -> String {
-    text.chars().map(|c| if c.is_control() { char::REPLACEMENT_CHARACTER } else { c }).take(MAX_SHOWN).collect()
-}
-
 /// Names and tensors in the order of the text.
 struct Raw(Vec<(String, RawTensor)>);
 
@@ -72,36 +63,6 @@ struct RawTensor {
     dtype: Dtype,
     shape: Dims,
     data_offsets: (u64, u64),
-}
-
-/// A shape of at most [`MAX_DIMS`] dimensions: a long list of ones would make memory out of little text.
-#[derive(Default)]
-struct Dims {
-    dims: [u64; MAX_DIMS],
-    n: usize,
-}
-
-impl<'de> Deserialize<'de> for Dims {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct DimsVisitor;
-        impl<'de> Visitor<'de> for DimsVisitor {
-            type Value = Dims;
-
-            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                write!(f, "a shape of at most {MAX_DIMS} dimensions")
-            }
-
-            fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Dims, A::Error> {
-                let mut dims = Dims::default();
-                while let Some(dim) = seq.next_element()? {
-                    *dims.dims.get_mut(dims.n).ok_or_else(|| A::Error::invalid_length(dims.n + 1, &self))? = dim;
-                    dims.n += 1;
-                }
-                Ok(dims)
-            }
-        }
-        deserializer.deserialize_seq(DimsVisitor)
-    }
 }
 
 impl<'de> Deserialize<'de> for Raw {

@@ -1,0 +1,52 @@
+//! What every reader of safetensors headers from strangers needs; the model runner reads other such files by the same rules.
+
+use serde::de::{Deserialize, Deserializer, Error as _, SeqAccess, Visitor};
+use std::fmt;
+
+/// The most dimensions of a tensor. Weights have two.
+pub const MAX_DIMS: usize = 8;
+
+/// Of text in error messages, in characters.
+const MAX_SHOWN: usize = 200;
+
+/// Text from a file, fit for an error message: short, and without characters that a terminal obeys.
+pub fn printable(text: &str) -> String {
+    text.chars().map(|c| if c.is_control() { char::REPLACEMENT_CHARACTER } else { c }).take(MAX_SHOWN).collect()
+}
+
+/// A shape of at most [`MAX_DIMS`] dimensions: a long list of ones would make memory out of little text.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Dims {
+    dims: [u64; MAX_DIMS],
+    n: usize,
+}
+
+impl Dims {
+    /// The dimensions, outermost first.
+    pub fn as_slice(&self) -> &[u64] {
+        &self.dims[..self.n]
+    }
+}
+
+impl<'de> Deserialize<'de> for Dims {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct DimsVisitor;
+        impl<'de> Visitor<'de> for DimsVisitor {
+            type Value = Dims;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                write!(f, "a shape of at most {MAX_DIMS} dimensions")
+            }
+
+            fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Dims, A::Error> {
+                let mut dims = Dims::default();
+                while let Some(dim) = seq.next_element()? {
+                    *dims.dims.get_mut(dims.n).ok_or_else(|| A::Error::invalid_length(dims.n + 1, &self))? = dim;
+                    dims.n += 1;
+                }
+                Ok(dims)
+            }
+        }
+        deserializer.deserialize_seq(DimsVisitor)
+    }
+}
