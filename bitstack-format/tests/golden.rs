@@ -16,7 +16,7 @@ struct Golden {
     make: fn() -> Vec<u8>,
 }
 
-const GOLDEN: [Golden; 4] = [
+const GOLDEN: [Golden; 5] = [
     // Two weights with every kind of block, unstacked tensors, companion files, provenance.
     Golden {
         name: "v1.bitstack",
@@ -41,6 +41,15 @@ const GOLDEN: [Golden; 4] = [
         bytes_blake3: "eeca41301ed4aacf7f15fda256cdaff7c873eb053b76f744acda413c18fb5200",
         contents_blake3: "f150381cc2419d1da2d0a6bb03b2fc6c6225b3b5c2a1eee78b02f6fc102c5c2f",
         make: refitted,
+    },
+    // Coefficients that are scales alone, of the codes of the first block, as nested codes make them now: refitted, additive, with bases of
+    // their own, at rank 1 and 2.
+    Golden {
+        name: "v1-scales.bitstack",
+        bytes: include_bytes!("golden/v1-scales.bitstack"),
+        bytes_blake3: "2015c7b1088d1406179f73f0a74d4b557ce3db3f5c48461145e36b420cdb0c9c",
+        contents_blake3: "ae90a8cc4f24bcaf8efa786d3c2e1f2b96cfcd2d0ead9e7622e92c4d9e17d1d3",
+        make: scales,
     },
     // The first, cut in the middle of its last block.
     Golden {
@@ -72,6 +81,28 @@ fn refitted() -> Vec<u8> {
     }
     let mut bytes = Vec::new();
     draft.finish(&[0, 1, 1, 1, 0, 1, 0, 1, 1, 0, 0, 0, 1, 1, 0, 0], &mut bytes, &mut |_, _| {}).unwrap();
+    bytes
+}
+
+fn scales() -> Vec<u8> {
+    let mut draft = Draft::create_on(Vec::new(), "memory");
+    let mut numbers = Numbers(6);
+    for (name, rows, cols, rank) in [("refitted", 6, 70, 1), ("mixed", 5, 9, 2)] {
+        let shape = Shape::new(rows, cols).unwrap();
+        let w = draft.add_weight(name, shape, rank, "nested").unwrap();
+        for number in 1..=4 {
+            let like = match (rank, number) {
+                (_, 1) => Like { planes: 1, basis: Some(FactorType::I8), coefficients: FactorType::I8 },
+                (1, _) => Like { planes: number, basis: None, coefficients: FactorType::Scales },
+                (_, 2) => Like { planes: 1, basis: None, coefficients: FactorType::Scales },
+                (_, 3) => Like { planes: 3, basis: None, coefficients: FactorType::F16 },
+                (_, _) => Like { planes: 1, basis: Some(FactorType::F16), coefficients: FactorType::Scales },
+            };
+            draft.push_block(w, samples::block(shape, rank, like, &mut numbers).view()).unwrap();
+        }
+    }
+    let mut bytes = Vec::new();
+    draft.finish(&[0, 1, 0, 1, 1, 0, 0, 1], &mut bytes, &mut |_, _| {}).unwrap();
     bytes
 }
 
