@@ -158,6 +158,7 @@ mod tests {
     }
 
     #[test]
+    #[cfg_attr(miri, ignore = "a million products, minutes under Miri")]
     fn a_gram_matrix_of_several_panels_and_tiles_is_whole_and_symmetric() {
         let x = Array2::from_shape_fn((7, PANEL + 70), |(t, c)| ((t * 5 + c * 3) % 11) as f32 - 5.0);
         let mut stats = ActivationStats::new(x.ncols(), Collect::Gram);

@@ -88,6 +88,8 @@ fn first(blocks: &[BlockRef<'_>], r: usize, k: usize) -> f64 {
 }
 
 proptest! {
+    #![proptest_config(ProptestConfig::with_cases(if cfg!(miri) { 4 } else { 256 }))]
+
     #[test]
     fn every_level_of_every_kind_of_stack_is_its_definition(
         rows in 1usize..7, cols in 1usize..20, rank in 1usize..4, seed: u64,

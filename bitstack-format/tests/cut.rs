@@ -31,7 +31,7 @@ fn a_file_cut_at_any_byte_opens_with_its_whole_blocks_or_says_what_it_needs() {
     assert_eq!(ends.last(), Some(&bytes.len()));
     let data = samples::data_offset(&bytes);
     let smallest = ends[samples::weights().len() - 1];
-    for cut in 0..=bytes.len() {
+    for cut in (0..=bytes.len()).step_by(if cfg!(miri) { 499 } else { 1 }) {
         let result = StackFile::open(&bytes[..cut]);
         if cut < data {
             let expected = if cut < 8 { 8 } else { data as u64 };

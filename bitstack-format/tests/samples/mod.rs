@@ -118,7 +118,7 @@ pub(crate) fn fill(draft: &mut Draft, attempt: &mut dyn FnMut(&mut Draft, Step<'
 
 /// The sample as a draft.
 pub(crate) fn draft() -> Draft {
-    let mut draft = Draft::create_in(std::env::temp_dir()).unwrap();
+    let mut draft = Draft::create_on(Vec::new(), "memory");
     fill(&mut draft, &mut |draft, step| step(draft));
     draft
 }
