@@ -64,7 +64,7 @@ pub enum Scaling {
 /// By what the blocks of the model are ordered.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Ordering {
-    /// Fall of the predicted divergence per byte; one model run per weight.
+    /// Fall of the predicted divergence per byte; two model runs per weight.
     #[default]
     Gain,
     /// The paper's: level by level, by measured perplexity; one model run per block.
@@ -126,8 +126,9 @@ pub struct Compressed {
 /// Compresses a checkpoint.
 ///
 /// `text` is for calibration (first half) and for choosing an order (second half); without it the model writes its own. Blocks go to a
-/// scratch file in the directory `scratch`; a [`Journal`](crate::Journal) keeps them instead, and can go on after a kill. While calibrating and decomposing, one layer is in memory at a time; the orders other than
-/// `Random` run the whole model.
+/// scratch file in the directory `scratch`; a [`Journal`](crate::Journal) keeps them instead, and can go on after a kill.
+///
+/// One layer is in memory at a time, but for text of the model's own, which all of the model writes.
 ///
 /// # Errors
 /// What can be wrong with the checkpoint, the text or the options; failures to write the scratch file.

@@ -492,7 +492,7 @@ impl<L: LinearOp> Decoder<L> {
     }
 }
 
-fn check_operator(operator: &impl LinearOp, spec: &WeightSpec) -> Result<(), LlmError> {
+pub(crate) fn check_operator(operator: &impl LinearOp, spec: &WeightSpec) -> Result<(), LlmError> {
     if (operator.rows(), operator.cols()) == (spec.rows, spec.cols) {
         return Ok(());
     }

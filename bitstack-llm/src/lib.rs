@@ -20,6 +20,7 @@ mod progress;
 mod reference;
 pub mod sample;
 pub mod stack;
+mod stream;
 pub mod synthetic;
 pub mod text;
 mod tokenizer;

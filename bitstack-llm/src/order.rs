@@ -1,9 +1,10 @@
 //! In which order blocks are loaded: what one block more, or one weight less well kept, does to the whole model.
 
-use crate::eval::Scores;
+use crate::eval::score_hidden;
 use crate::journal::Units;
-use crate::stack::{StackModel, rebuild};
-use crate::{Checkpoint, Decoder, Dense, LlmError, Pass, Progress};
+use crate::stack::{self, rebuild};
+use crate::stream::{Slot, Streamed, run_layer};
+use crate::{Checkpoint, Decoder, Frame, LlmError, Progress};
 use bitstack_format::BlockSource;
 use ndarray::Array2;
 use rayon::prelude::*;
@@ -36,26 +37,26 @@ pub(crate) fn divergence_curves<S: BlockSource + Sync + ?Sized>(
     units: &Units,
     progress: &dyn Progress,
 ) -> Result<Vec<Vec<f64>>, LlmError> {
-    progress.stage("load (weights)", checkpoint.config().weights().len() as u64);
-    let load = |_, spec: &crate::WeightSpec| {
-        progress.advance(1);
-        Ok::<_, LlmError>(Arc::new(checkpoint.weight(spec)?))
-    };
-    let original = Decoder::new(checkpoint.config().clone(), load, |spec| checkpoint.vector(spec))?;
-    let finals = in_windows(windows, |w| original.hidden(&w[..w.len() - 1], &mut Pass::new()))?;
+    let frame = Frame::new::<LlmError>(checkpoint.config().clone(), |spec| checkpoint.vector(spec))?;
+    let frame = Arc::new(frame);
+    let mut original = Streamed::new(Arc::clone(&frame), |_, spec| checkpoint.weight(spec))?;
+    let finals = finals(&mut original, windows)?;
+    // It stays in memory: every run is compared with what it says.
+    original.load(original.decoder().head_index())?;
     progress.stage("sensitivity (runs)", (LOCKSTEP * errors.len()) as u64);
-    let divergence = |window: usize, decoder: &_, hidden: &_| {
-        let scores = score(decoder, hidden, windows[window], Some((&original, &finals[window])))?;
+    let divergence = |window: usize, decoder: &Decoder<Slot>, hidden: &Array2<f32>| {
+        let reference = Some((original.decoder(), finals[window].view()));
+        let scores = score_hidden(decoder, hidden.view(), reference, &windows[window][1..])?;
         Ok(scores.kl / scores.tokens as f64)
     };
     // nats per unit of error; 0 for a weight whose error does not change.
     let per_error = |nats: f64, error: f64| if error > 0.0 { (nats / error).max(0.0) } else { 0.0 };
 
     let probes: Vec<u32> = errors.iter().map(|e| PROBE_LEVEL.min(e.len() as u32)).collect();
-    let mut decoder = original.clone();
-    let alone = |w: usize| rebuild(source, w, probes[w]).map(Some);
+    let mut model = Streamed::new(frame, |_, spec| checkpoint.weight(spec))?;
+    let levels: Vec<Option<u32>> = probes.iter().copied().map(Some).collect();
     let runs = Runs::new("runs.alone", units);
-    let found = try_each(&mut decoder, source, windows, alone, divergence, runs, progress)?;
+    let found = try_each(&mut model, source, windows, &levels, divergence, runs, progress)?;
     let alone: Vec<f64> =
         found.iter().zip(&probes).zip(errors).map(|((nats, p), e)| per_error(*nats, e[*p as usize - 1])).collect();
 
@@ -63,14 +64,17 @@ pub(crate) fn divergence_curves<S: BlockSource + Sync + ?Sized>(
         errors.iter().zip(&alone).map(|(e, a)| e.windows(2).map(|step| a * (step[0] - step[1])).collect()).collect();
     for level in 1..LOCKSTEP as u32 {
         let levels: Vec<u32> = errors.iter().map(|e| level.min(e.len() as u32)).collect();
-        let mut decoder = StackModel::open(source, &levels, &())?.into_decoder();
-        let base = in_windows(windows, |w| decoder.hidden(&w[..w.len() - 1], &mut Pass::new()))?;
-        let base = (0..windows.len()).map(|i| divergence(i, &decoder, &base[i])).sum::<Result<f64, LlmError>>()?;
+        let mut model = Streamed::new(stack::frame(source)?, |_, spec| stack::weight_at(source, spec, &levels))?;
+        let hidden = self::finals(&mut model, windows)?;
+        let head = model.decoder().head_index();
+        let base = model.with(head..head + 1, |model| {
+            (0..windows.len()).map(|i| divergence(i, model.decoder(), &hidden[i])).sum::<Result<f64, LlmError>>()
+        })?;
         let base = base / windows.len() as f64;
         let step = level as usize;
-        let next = |w: usize| (step < errors[w].len()).then(|| rebuild(source, w, level + 1)).transpose();
+        let next: Vec<Option<u32>> = errors.iter().map(|e| (step < e.len()).then_some(level + 1)).collect();
         let runs = Runs::new(&format!("runs.level.{level:03}"), units);
-        let found = try_each(&mut decoder, source, windows, next, divergence, runs, progress)?;
+        let found = try_each(&mut model, source, windows, &next, divergence, runs, progress)?;
         let measured: Vec<(usize, f64)> = found
             .into_iter()
             .enumerate()
@@ -121,20 +125,14 @@ pub(crate) fn perplexities<S: BlockSource + Sync + ?Sized>(
     progress.stage("perplexity (runs)", n_blocks.iter().map(|n| u64::from(n - 1)).sum());
     for level in 1..most {
         let levels: Vec<u32> = n_blocks.iter().map(|n| level.min(*n)).collect();
-        let mut decoder = StackModel::open(source, &levels, &())?.into_decoder();
+        let mut model = Streamed::new(stack::frame(source)?, |_, spec| stack::weight_at(source, spec, &levels))?;
+        let next: Vec<Option<u32>> = n_blocks.iter().map(|n| (level < *n).then_some(level + 1)).collect();
+        let loss = |window: usize, decoder: &Decoder<Slot>, hidden: &Array2<f32>| {
+            let scores = score_hidden(decoder, hidden.view(), None::<(&Decoder<Slot>, _)>, &windows[window][1..])?;
+            Ok(scores.loss / scores.tokens as f64)
+        };
         let runs = Runs::new(&format!("runs.block.{level:03}"), units);
-        let found = try_each(
-            &mut decoder,
-            source,
-            windows,
-            |w| if level < n_blocks[w] { rebuild(source, w, level + 1).map(Some) } else { Ok(None) },
-            |window, decoder, hidden| {
-                let scores = score(decoder, hidden, windows[window], None)?;
-                Ok(scores.loss / scores.tokens as f64)
-            },
-            runs,
-            progress,
-        )?;
+        let found = try_each(&mut model, source, windows, &next, loss, runs, progress)?;
         for (w, loss) in found.into_iter().enumerate().filter(|(w, _)| level < n_blocks[*w]) {
             scores[w].push(loss.exp());
         }
@@ -142,68 +140,100 @@ pub(crate) fn perplexities<S: BlockSource + Sync + ?Sized>(
     Ok(scores)
 }
 
-/// Puts, one after another, a replacement in the place of each stacked weight and measures the model: the mean over windows of
-/// `measure(window, decoder, final hidden states)`, NaN where there is no replacement.
+/// Takes one stacked weight after another to the level `levels[w]` and measures the model: the mean over windows of
+/// `measure(window, decoder, final hidden states)`, NaN where there is no level.
 ///
-/// Only what comes after the replaced weight is run again: the weights are gone through in forward order, and the hidden states in front
-/// of the present layer kept. That saves half of the work, and changes no result.
+/// Only what comes after the weight is run again: the weights are gone through in forward order, and the hidden states in front of the
+/// present layer kept. That saves half of the work, and changes no result. The models that differ in a weight of the same layer go through
+/// the layers behind it together, so that each of those is loaded once for all of them: in memory there are the weights of one layer, or
+/// the head, and for each of these models the hidden states of the windows.
 fn try_each<S: BlockSource + ?Sized>(
-    decoder: &mut Decoder<Arc<Dense>>,
+    model: &mut Streamed<'_>,
     source: &S,
     windows: &[&[u32]],
-    replacement: impl Fn(usize) -> Result<Option<Dense>, LlmError>,
-    measure: impl Fn(usize, &Decoder<Arc<Dense>>, &Array2<f32>) -> Result<f64, LlmError> + Sync,
+    levels: &[Option<u32>],
+    measure: impl Fn(usize, &Decoder<Slot>, &Array2<f32>) -> Result<f64, LlmError> + Sync,
     mut runs: Runs<'_>,
     progress: &dyn Progress,
 ) -> Result<Vec<f64>, LlmError> {
-    let specs = decoder.config().weights();
-    let n_layers = decoder.config().n_layers;
-    let mut found = runs.finished(source.weights().len())?;
+    let config = model.decoder().config();
+    let (specs, n_layers, head) = (config.weights(), config.n_layers, model.decoder().head_index());
+    let mut found = runs.finished(levels.len())?;
     progress.advance(found.iter().filter(|f| !f.is_nan()).count() as u64);
-    let mut states: Option<Vec<Array2<f32>>> = None;
-    let mut at_layer = 0;
-    for (index, spec) in specs.iter().enumerate() {
-        let Some(weight) = source.weight_index(&spec.name) else { continue };
-        if !found[weight].is_nan() {
-            continue;
+    // What is to be measured, in forward order: index in the model, index in the source, level.
+    let trials = specs.iter().enumerate().filter_map(|(index, spec)| {
+        let weight = source.weight_index(&spec.name)?;
+        Some((index, weight, levels[weight].filter(|_| found[weight].is_nan())?))
+    });
+    let trials: Vec<(usize, usize, u32)> = trials.collect();
+    if trials.is_empty() {
+        return Ok(found);
+    }
+    let inputs = inputs(windows);
+    let (mut front, mut at) = (model.embed(&inputs)?, 0);
+    // Embedding, each layer, head.
+    let place = |index: usize| (index > 0, specs[index].layer);
+    for group in trials.chunk_by(|a, b| place(a.0) == place(b.0)) {
+        // Of every trial, the windows.
+        let mut hidden: Vec<Array2<f32>> = Vec::with_capacity(group.len() * windows.len());
+        match place(group[0].0) {
+            (false, _) => {
+                model.put(0, Some(rebuild(source, group[0].1, group[0].2)?))?;
+                hidden = inputs.iter().map(|w| model.decoder().embed(w)).collect::<Result<_, _>>()?;
+                model.put(0, None)?;
+                model.run(0..n_layers, &mut hidden)?;
+            }
+            (true, Some(layer)) => {
+                model.run(at..layer, &mut front)?;
+                model.with(model.layer_weights(layer), |model| {
+                    for &(index, weight, level) in group {
+                        let own = model.put(index, Some(rebuild(source, weight, level)?))?;
+                        let first = hidden.len();
+                        hidden.extend_from_slice(&front);
+                        run_layer(model.decoder(), layer, &mut hidden[first..])?;
+                        model.put(index, own)?;
+                    }
+                    run_layer(model.decoder(), layer, &mut front)
+                })?;
+                at = layer + 1;
+                model.run(at..n_layers, &mut hidden)?;
+            }
+            (true, None) => {
+                model.run(at..n_layers, &mut front)?;
+                at = n_layers;
+                hidden.extend_from_slice(&front);
+            }
         }
-        let Some(other) = replacement(weight)? else { continue };
-        // States in front of the layer of this weight, of the embedding's (none), or of the head.
-        let from = match (index, spec.layer) {
-            (0, _) => None,
-            (_, Some(layer)) => Some(layer),
-            (_, None) => Some(n_layers),
-        };
-        if let Some(from) = from {
-            let mut here = match states.take() {
-                Some(states) => states,
-                None => in_windows(windows, |w| decoder.embed(&w[..w.len() - 1]))?,
-            };
-            here.par_iter_mut().with_max_len(1).try_for_each(|h| advance(decoder, h, at_layer..from))?;
-            at_layer = from;
-            states = Some(here);
-        }
-        let kept = decoder.replace(index, Arc::new(other))?;
-        let run = &*decoder;
-        let values = (0..windows.len())
-            .into_par_iter()
-            .with_max_len(1)
-            .map(|i| {
-                let mut hidden = match &states {
-                    Some(states) => states[i].clone(),
-                    None => run.embed(&windows[i][..windows[i].len() - 1])?,
-                };
-                advance(run, &mut hidden, from.unwrap_or(0)..n_layers)?;
-                measure(i, run, &hidden)
-            })
-            .collect::<Result<Vec<f64>, LlmError>>()?;
-        found[weight] = values.iter().sum::<f64>() / values.len() as f64;
-        decoder.replace(index, kept)?;
+        model.with(head..head + 1, |model| {
+            for (&(index, weight, level), hidden) in group.iter().zip(hidden.chunks(windows.len())) {
+                if index == head {
+                    model.put(head, Some(rebuild(source, weight, level)?))?;
+                }
+                let decoder = model.decoder();
+                let values =
+                    hidden.par_iter().enumerate().with_max_len(1).map(|(i, hidden)| measure(i, decoder, hidden));
+                let values = values.collect::<Result<Vec<f64>, LlmError>>()?;
+                found[weight] = values.iter().sum::<f64>() / values.len() as f64;
+                progress.advance(1);
+            }
+            Ok(())
+        })?;
         runs.keep(&found, false)?;
-        progress.advance(1);
     }
     runs.keep(&found, true)?;
     Ok(found)
+}
+
+/// The windows without their last tokens, which predict nothing.
+fn inputs<'w>(windows: &[&'w [u32]]) -> Vec<&'w [u32]> {
+    windows.iter().map(|w| &w[..w.len() - 1]).collect()
+}
+
+/// The final hidden states of the windows.
+fn finals(model: &mut Streamed<'_>, windows: &[&[u32]]) -> Result<Vec<Array2<f32>>, LlmError> {
+    let mut hidden = model.embed(&inputs(windows))?;
+    model.run(0..model.decoder().config().n_layers, &mut hidden)?;
+    Ok(hidden)
 }
 
 /// The runs that are finished of those of one kind: a unit that grows.
@@ -216,7 +246,7 @@ struct Runs<'a> {
 }
 
 impl<'a> Runs<'a> {
-    /// Keeping takes at most this share of the time: runs of a large model are kept one by one, those of a tiny one by the handful.
+    /// Keeping takes at most this share of the time: runs of a large model are kept layer by layer, those of a tiny one by the handful.
     const SHARE: u32 = 20;
 
     fn new(name: &str, units: &'a Units) -> Self {
@@ -243,35 +273,10 @@ impl<'a> Runs<'a> {
     }
 }
 
-fn advance(
-    decoder: &Decoder<Arc<Dense>>,
-    hidden: &mut Array2<f32>,
-    layers: std::ops::Range<usize>,
-) -> Result<(), LlmError> {
-    let mut pass = Pass::new();
-    layers.into_iter().try_for_each(|layer| decoder.layer(layer, hidden, &mut pass))
-}
-
-fn in_windows<T: Send>(
-    windows: &[&[u32]],
-    f: impl Fn(&[u32]) -> Result<T, LlmError> + Sync,
-) -> Result<Vec<T>, LlmError> {
-    windows.par_iter().with_max_len(1).map(|w| f(w)).collect()
-}
-
-/// Scores of one window from its final hidden states, against a reference's where there is one.
-fn score(
-    decoder: &Decoder<Arc<Dense>>,
-    hidden: &Array2<f32>,
-    window: &[u32],
-    reference: Option<(&Decoder<Arc<Dense>>, &Array2<f32>)>,
-) -> Result<Scores, LlmError> {
-    crate::eval::score_hidden(decoder, hidden.view(), reference.map(|(d, h)| (d, h.view())), &window[1..])
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::stack::StackModel;
     use crate::{CompressOptions, Ordering, compress, eval};
 
     #[test]

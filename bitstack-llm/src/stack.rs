@@ -1,6 +1,6 @@
 //! Models made of stacks: a `.bitstack` file, or the draft of one, opened at the levels of a plan.
 
-use crate::{Decoder, Dense, Elements, LlmError, ModelConfig, Progress, Tokenizer, VectorSpec, WeightSpec};
+use crate::{Decoder, Dense, Elements, Frame, LlmError, ModelConfig, Progress, Tokenizer, VectorSpec, WeightSpec};
 use bitstack_core::Level;
 use bitstack_format::{BlockSource, Dtype, Tensor};
 use half::{bf16, f16};
@@ -27,25 +27,16 @@ impl<'s, S: BlockSource + Sync + ?Sized> StackModel<'s, S> {
     /// Malformed config, weights that are missing or have another shape than the config says, damaged blocks, levels that are 0 or
     /// more than there are blocks.
     pub fn open(source: &'s S, levels: &[u32], progress: &dyn Progress) -> Result<Self, LlmError> {
-        let config = config(source)?;
-        progress.stage("load (weights)", config.weights().len() as u64);
-        let mut stacked = vec![(usize::MAX, 0); source.weights().len()];
-        let decoder = Decoder::new(
-            config,
-            |index, spec| -> Result<_, LlmError> {
-                progress.advance(1);
-                let Some(weight) = source.weight_index(&spec.name) else {
-                    return kept(source, spec).map(Arc::new);
-                };
-                let level = levels.get(weight).copied().unwrap_or(0);
-                stacked[weight] = (index, level);
-                rebuild(source, weight, level).map(Arc::new)
-            },
-            |spec| vector(source, spec),
-        )?;
-        if let Some(w) = stacked.iter().position(|(index, _)| *index == usize::MAX) {
-            return Err(LlmError::StrayWeight { name: source.weights()[w].name.clone() });
-        }
+        let frame = frame(source)?;
+        let specs = frame.config().weights();
+        progress.stage("load (weights)", specs.len() as u64);
+        let decoder = Decoder::with_frame(frame, |_, spec| {
+            progress.advance(1);
+            weight_at(source, spec, levels).map(Arc::new)
+        })?;
+        let place = |name: &str| specs.iter().position(|spec| spec.name == name).expect("the frame has a place for it");
+        let level = |weight: usize| levels.get(weight).copied().unwrap_or(0);
+        let stacked = source.weights().iter().enumerate().map(|(w, info)| (place(&info.name), level(w))).collect();
         Ok(Self { source, decoder, stacked })
     }
 
@@ -87,6 +78,28 @@ pub fn config<S: BlockSource + ?Sized>(source: &S) -> Result<ModelConfig, LlmErr
         config.add_generation_config(&text("generation_config.json")?)?;
     }
     Ok(config)
+}
+
+/// All of the model but its weights; every stacked weight has its place in it.
+pub(crate) fn frame<S: BlockSource + ?Sized>(source: &S) -> Result<Arc<Frame>, LlmError> {
+    let config = config(source)?;
+    let specs = config.weights();
+    if let Some(info) = source.weights().iter().find(|info| !specs.iter().any(|spec| spec.name == info.name)) {
+        return Err(LlmError::StrayWeight { name: info.name.clone() });
+    }
+    Frame::new(config, |spec| vector(source, spec)).map(Arc::new)
+}
+
+/// A weight of the model: rebuilt from its first `levels[w]` blocks where it is weight `w` of the source, or as it was kept.
+pub(crate) fn weight_at<S: BlockSource + ?Sized>(
+    source: &S,
+    spec: &WeightSpec,
+    levels: &[u32],
+) -> Result<Dense, LlmError> {
+    match source.weight_index(&spec.name) {
+        None => kept(source, spec),
+        Some(weight) => rebuild(source, weight, levels.get(weight).copied().unwrap_or(0)),
+    }
 }
 
 /// The model's tokenizer.

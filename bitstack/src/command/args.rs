@@ -99,7 +99,8 @@ pub(crate) struct MethodArgs {
     #[arg(long, value_enum, default_value_t = Scale::Gram)]
     pub(crate) scale: Scale,
 
-    /// Plain text to calibrate on; without it the model writes its own, which takes long with a large model.
+    /// Plain text to calibrate on; without it the model writes its own, which takes long, and all of the model in memory.
+    /// With a text one layer is in memory at a time.
     #[arg(long, value_name = "FILE.txt")]
     pub(crate) calibration: Option<PathBuf>,
 
@@ -144,7 +145,7 @@ pub(crate) enum Scale {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Order {
-    /// Fall of the predicted loss per byte: one model run per weight.
+    /// Fall of the predicted loss per byte: two model runs per weight.
     Gain,
     /// The paper's: level by level, by measured perplexity; one model run per block.
     Perplexity,
