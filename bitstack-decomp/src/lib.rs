@@ -11,5 +11,6 @@ mod svd;
 
 pub use blocks::{Blocks, blocks, decompose};
 pub use error::DecompError;
+pub use nested::feedback_gain;
 pub use options::{DecomposeOptions, Method, Nested, Parallelism, Svd};
 pub use report::{Decomposition, LevelError, OutputError, Step};

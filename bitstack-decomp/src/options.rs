@@ -1,3 +1,4 @@
+use crate::nested::MAX_JOINT;
 use bitstack_core::{FactorType, Scales};
 use faer::Par;
 use ndarray::ArrayView2;
@@ -59,23 +60,44 @@ pub struct Nested {
 }
 
 impl Default for Nested {
+    /// [`Nested::around`] level 4.
     fn default() -> Self {
-        Self {
-            joint: 6,
-            sweeps: 3,
-            range: 1.3,
-            ratio: 0.55,
-            level_weights: vec![0.3, 2.0, 2.0, 2.0, 1.0, 1.0, 1.0, 1.0],
-            diagonal: 0.0,
-            damping: 0.1,
-            factors: FactorType::I8,
-        }
+        Self::around(4.0)
     }
 }
 
 impl Nested {
+    /// The settings for a weight that will be used around this level, two levels more or less: all levels share one code, and what is
+    /// gained at one is lost at another. Between the settings that did best around levels 2.5, 3.5, 4.25 and 5 it interpolates.
+    pub fn around(level: f64) -> Self {
+        /// Level, range, ratio, weights of the levels.
+        type Anchor = (f64, f64, f64, [f64; MAX_JOINT]);
+        const ANCHORS: [Anchor; 4] = [
+            (2.5, 1.15, 0.56, [0.5, 2.0, 2.0, 1.0, 0.5, 0.5, 0.5, 0.5]),
+            (3.5, 1.15, 0.56, [0.3, 2.0, 2.0, 2.0, 1.0, 1.0, 1.0, 1.0]),
+            (4.25, 1.3, 0.53, [0.3, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]),
+            (5.0, 1.5, 0.53, [0.1, 0.5, 1.0, 2.0, 2.0, 2.0, 1.0, 1.0]),
+        ];
+        let level = level.clamp(ANCHORS[0].0, ANCHORS[ANCHORS.len() - 1].0);
+        let next = ANCHORS.iter().position(|anchor| level <= anchor.0).unwrap_or(0).max(1);
+        let (below, above) = (ANCHORS[next - 1], ANCHORS[next]);
+        let share = (level - below.0) / (above.0 - below.0);
+        let between = |a: f64, b: f64| a + share * (b - a);
+        let weight = |b: usize| below.3[b].powf(1.0 - share) * above.3[b].powf(share);
+        Self {
+            joint: if level < 4.0 { 6 } else { MAX_JOINT },
+            sweeps: 3,
+            range: between(below.1, above.1),
+            ratio: between(below.2, above.2),
+            level_weights: (0..MAX_JOINT).map(weight).collect(),
+            diagonal: 0.0,
+            damping: 0.01,
+            factors: FactorType::I8,
+        }
+    }
+
     /// Most planes that can be chosen jointly.
-    pub const MAX_JOINT: usize = crate::nested::MAX_JOINT;
+    pub const MAX_JOINT: usize = MAX_JOINT;
 
     /// Planes chosen jointly, 1 to [`Nested::MAX_JOINT`]; later planes are found one at a time. Fewer make the lower levels better.
     pub fn joint(self, joint: usize) -> Self {

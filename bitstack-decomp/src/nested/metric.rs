@@ -25,6 +25,8 @@ pub(crate) struct Full {
     pub(crate) h: Vec<f32>,
     /// Ũ, unit upper triangular, of H̃ = Ũ D Ũᵀ, row-major (zero below the diagonal).
     pub(crate) u: Vec<f32>,
+    /// The mean of the diagonal of H̃ over the geometric mean of D: what error feedback divides the error by, at best.
+    pub(crate) gain: f64,
 }
 
 /// What is added to H before use.
@@ -67,8 +69,9 @@ impl Metric {
             h[i * n + i] = x as f32 + added[i];
         }
         let diagonal: Vec<f32> = (0..n).map(|i| h[i * n + i]).collect();
-        let u = factor(&h, n, regularise.damping);
-        Self { n, diagonal, added, unit: mean * largest, full: Some(Full { h, u }) }
+        let (u, log_pivots) = factor(&h, n, regularise.damping);
+        let gain = mean_or_one(diagonal.iter().map(|d| f64::from(*d)), n) / log_pivots.exp();
+        Self { n, diagonal, added, unit: mean * largest, full: Some(Full { h, u, gain }) }
     }
 }
 
@@ -77,10 +80,10 @@ fn mean_or_one(values: impl Iterator<Item = f64>, n: usize) -> f64 {
     if mean > 0.0 && mean.is_finite() { mean } else { 1.0 }
 }
 
-/// Ũ of H + damping·diag(H) = Ũ D Ũᵀ. The Cholesky factor of H with rows and columns reversed, reversed again, is upper triangular. A
+/// Ũ of H + damping·diag(H) = Ũ D Ũᵀ, and the mean logarithm of D. The Cholesky factor of H with rows and columns reversed, reversed again, is upper triangular. A
 /// matrix that is not positive definite gets ten times the damping until it is; at last only its diagonal counts (no feedback). In f32:
 /// the factor decides what is fed forward, errors are measured without it.
-fn factor(h: &[f32], n: usize, damping: f64) -> Vec<f32> {
+fn factor(h: &[f32], n: usize, damping: f64) -> (Vec<f32>, f64) {
     /// Added to the diagonal, whose mean is 1: keeps columns without any input regular.
     const SLIVER: f32 = 1e-5;
     let mut out = vec![0.0f32; n * n];
@@ -99,20 +102,22 @@ fn factor(h: &[f32], n: usize, damping: f64) -> Vec<f32> {
             Default::default(),
         );
         if done.is_ok() {
+            let mut log_pivots = 0.0;
             for j in 0..n {
                 // Ũ_ij = U_ij / U_jj; a column of U is a column of the factor, from the end.
                 let pivot = flipped[(n - 1 - j, n - 1 - j)];
+                log_pivots += 2.0 * f64::from(pivot).ln() / n as f64;
                 for i in 0..=j {
                     out[i * n + j] = flipped[(n - 1 - i, n - 1 - j)] / pivot;
                 }
             }
             if out.iter().all(|x| x.is_finite()) {
-                return out;
+                return (out, log_pivots);
             }
             out.fill(0.0);
         }
         damping = (damping * 10.0).max(1e-3);
     }
     (0..n).for_each(|i| out[i * n + i] = 1.0);
-    out
+    (out, 0.0)
 }

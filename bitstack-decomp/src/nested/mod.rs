@@ -129,6 +129,30 @@ pub(crate) fn steps(
     Ok(steps)
 }
 
+/// What error feedback under H gains on a weight at best: the error of a code without it over the error of one with it, the same bits in
+/// both. At least 1; see [the crate's documentation](crate#how-a-weight-is-used).
+///
+/// `weight` is `rows x cols`, `gram` its input Gram matrix H, `cols x cols`. With H̃ = diag(v) H diag(v), v the root mean squares of the
+/// columns of the weight, and H̃ = U D Uᵀ: the mean of the diagonal of H̃ over the geometric mean of D (our own derivation: feedback
+/// leaves independent errors in the coordinates Uᵀ, of size D each, and the diagonal is what they are without).
+///
+/// # Errors
+/// As [`crate::blocks`]: values that are not finite, a Gram matrix of another size.
+pub fn feedback_gain(weight: ArrayView2<'_, f32>, gram: ArrayView2<'_, f64>) -> Result<f64, DecompError> {
+    let nested = Nested::default();
+    let (rows, cols) = weight.dim();
+    Shape::new(rows, cols)?;
+    check(weight, &DecomposeOptions::nested(1, nested.clone()).gram(gram), &nested)?;
+    let mut v = vec![0.0f64; cols];
+    for row in weight.rows() {
+        v.iter_mut().zip(row).for_each(|(v, w)| *v += f64::from(*w).powi(2));
+    }
+    v.iter_mut().for_each(|v| *v = v.sqrt());
+    let order: Vec<usize> = (0..cols).collect();
+    let metric = Metric::full(gram, &v, &order, Regularisation { diagonal: 0.0, damping: nested.damping });
+    Ok(metric.full.map_or(1.0, |full| full.gain.max(1.0)))
+}
+
 fn check(weight: ArrayView2<'_, f32>, options: &DecomposeOptions<'_>, nested: &Nested) -> Result<(), DecompError> {
     let cols = weight.ncols();
     if options.rank != 1 {
