@@ -46,11 +46,16 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         ("nested, without H", blind.clone()),
         ("nested, feedback only", DecomposeOptions::nested(8, default.clone().sweeps(0))),
         ("nested", blind),
+        ("nested, around level 2.5", DecomposeOptions::nested(8, Nested::around(2.5))),
+        ("nested, around level 5", DecomposeOptions::nested(8, Nested::around(5.0))),
         (
             "nested, 4 joint",
-            DecomposeOptions::nested(8, default.clone().joint(4).range(1.2, 0.5).level_weights(&[0.3, 1.0])),
+            DecomposeOptions::nested(
+                8,
+                default.clone().joint(4).range(1.2, 0.5).level_weights(&[0.3, 1.0, 1.0, 1.1]).damping(0.1),
+            ),
         ),
-        ("nested, wide range", DecomposeOptions::nested(8, default.joint(8).range(1.97, 0.5))),
+        ("nested, wide range", DecomposeOptions::nested(8, Nested::around(5.0).range(1.97, 0.5))),
     ];
     println!("output error relative to the output, at bits per weight");
     for (name, options) in settings {
@@ -63,7 +68,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             decompose(w.view(), &options.gram(h.view()))?
         };
         let rate = w.len() as f64 / start.elapsed().as_secs_f64();
-        print!("{name:22}");
+        print!("{name:25}");
         for level in 1..=8 {
             let error = match d.errors[level - 1].output {
                 Some(output) => output.relative_error,

@@ -2,7 +2,8 @@
 
 use crate::calibrate::{InputStats, Walk};
 use crate::journal::Units;
-use crate::text::{Windows, default_seq_len};
+use crate::order::Curve;
+use crate::text::{Windows, default_seq_len, with_random_thirds};
 use crate::{
     Checkpoint, Decoder, LlmError, Progress, SamplingOptions, Tokenizer, WeightRole, WeightSpec, order, sample, stack,
 };
@@ -19,7 +20,14 @@ use std::path::Path;
 const ORDER_WINDOWS: usize = 16;
 
 /// Windows for the order by gain: divergences are far less noisy than perplexities.
-const GAIN_WINDOWS: usize = 4;
+const GAIN_WINDOWS: usize = 2;
+
+/// The level in the middle of those that ordinary budgets give to an ordinary weight.
+const MIDDLE: f64 = 4.0;
+
+/// What error feedback gains on a typical weight of a trained model ([`bitstack_decomp::feedback_gain`]): 4.5 to 6 for most of one of 14.7
+/// million parameters; 2 in its first layer, whose inputs are hardly correlated.
+const TYPICAL_GAIN: f64 = 5.0;
 
 /// Weights are decomposed side by side up to this much memory; the results do not depend on it. A weight that needs more is alone: the
 /// largest of a model of 70 billion weights needs 12 GB.
@@ -167,7 +175,15 @@ pub(crate) fn run(
     let calibration = calibration.evenly_spaced(options.samples);
     let validation = validation.evenly_spaced(ORDER_WINDOWS);
 
-    let (draft, errors) = decompose_all(checkpoint, &calibration, options, draft, units, progress)?;
+    // Nested codes put their errors where the inputs are not. Inputs unlike any text make sure that this is nowhere.
+    let mixed = match options.method {
+        BlockMethod::Nested => with_random_thirds(&calibration, options.seed),
+        BlockMethod::Avd => Vec::new(),
+    };
+    let mixed: Vec<&[u32]> = mixed.iter().map(|w| &w[..]).collect();
+    let windows = if mixed.is_empty() { &calibration } else { &mixed };
+    let Decomposed { draft, errors, roundings } =
+        decompose_all(checkpoint, windows, &validation[..1], options, draft, units, progress)?;
     let sizes = Sizes::new(draft.base_bytes(), draft.block_sizes())?;
     if let Some(order) = units.load(ORDER)?
         && let Ok(order) = LoadOrder::from_weights(&order, &sizes)
@@ -177,7 +193,10 @@ pub(crate) fn run(
     let order = match options.ordering {
         Ordering::Gain => {
             let windows = &validation[..validation.len().min(GAIN_WINDOWS)];
-            let curves = order::divergence_curves(checkpoint, &draft, &errors, windows, units, progress)?;
+            let all = errors.iter().zip(roundings);
+            let curves: Vec<Curve<'_>> =
+                all.map(|(errors, rounded_divergence)| Curve::new(errors, rounded_divergence)).collect();
+            let curves = order::divergence_curves(checkpoint, &draft, &curves, windows, units, progress)?;
             GainPerByte::new(Scores::new(curves)).lockstep(order::LOCKSTEP).order(&sizes)?
         }
         Ordering::Perplexity => {
@@ -230,18 +249,28 @@ fn own_text(
     Ok(windows.into_iter().flatten().flatten().collect())
 }
 
-/// Calibrates and decomposes; the errors are, per stacked weight and level, the squared error of the weight's outputs per token.
+/// All weights decomposed.
+struct Decomposed {
+    draft: Draft,
+    /// Per stacked weight, the squared error of its outputs at every level, and at last that of the rounded weight, per token.
+    errors: Vec<Vec<f64>>,
+    /// Per stacked weight, the divergence of the model when it alone is rounded; none where nothing asks for it, or no run is wanted.
+    roundings: Vec<f64>,
+}
+
+/// Measures what each weight counts for, on the windows `probe`; calibrates and decomposes.
 fn decompose_all(
     checkpoint: &Checkpoint,
     windows: &[&[u32]],
+    probe: &[&[u32]],
     options: &CompressOptions,
     draft: Draft,
     units: &Units,
     progress: &dyn Progress,
-) -> Result<(Draft, Vec<Vec<f64>>), LlmError> {
+) -> Result<Decomposed, LlmError> {
     let config = checkpoint.config();
     let specs = config.weights();
-    let mut work = Work { checkpoint, options, units, progress, draft, errors: Vec::new() };
+    let mut work = Work { checkpoint, options, units, progress, draft, errors: Vec::new(), leads: Vec::new() };
     for (name, contents) in checkpoint.companions()? {
         work.draft.push_file(&name, &contents)?;
     }
@@ -260,6 +289,12 @@ fn decompose_all(
         }
     }
 
+    let roundings = match (options.ordering, options.method) {
+        (Ordering::Random, _) | (Ordering::Perplexity | Ordering::Greedy, BlockMethod::Avd) => Vec::new(),
+        _ => order::roundings(checkpoint, &work.draft, probe, units, progress)?,
+    };
+    let sizes: Vec<f64> = work.draft.weights().iter().map(|w| w.shape.n_elems() as f64).collect();
+    work.leads = if roundings.is_empty() { vec![0.0; sizes.len()] } else { order::leads(&roundings, &sizes) };
     let finished = work.take_finished()?;
     progress.stage("decompose (weights)", work.errors.len() as u64);
     progress.advance(finished);
@@ -267,7 +302,9 @@ fn decompose_all(
         progress.resumed(finished, work.errors.len() as u64);
     }
     let open: Vec<&WeightSpec> = specs.iter().filter(|s| work.is_open(s)).collect();
-    let (Some(_), n_layers) = (open.first(), config.n_layers) else { return Ok((work.draft, work.errors)) };
+    let (Some(_), n_layers) = (open.first(), config.n_layers) else {
+        return Ok(Decomposed { draft: work.draft, errors: work.errors, roundings });
+    };
     if open[0].role == WeightRole::Embedding && !config.tied {
         // Rows of an embedding are looked up, not multiplied: all its columns count alike.
         work.weights(vec![InputStats {
@@ -287,7 +324,7 @@ fn decompose_all(
         work.weights(vec![walk.head()?])?;
     }
     walk.finish(n_layers)?;
-    Ok((work.draft, work.errors))
+    Ok(Decomposed { draft: work.draft, errors: work.errors, roundings })
 }
 
 /// Runs of jobs, in their order, that stay within `limit` together, or are one job.
@@ -314,7 +351,10 @@ struct Work<'a> {
     units: &'a Units,
     progress: &'a dyn Progress,
     draft: Draft,
+    /// See [`Decomposed`].
     errors: Vec<Vec<f64>>,
+    /// See [`order::leads`].
+    leads: Vec<f64>,
 }
 
 impl Work<'_> {
@@ -417,6 +457,7 @@ impl Work<'_> {
         gram: Option<ArrayView2<'_, f64>>,
     ) -> Result<(WeightStack, Vec<f64>), LlmError> {
         let in_weight = |source| LlmError::Weight { name: spec.name.clone(), source };
+        let in_decomposition = |source| LlmError::Decompose { name: spec.name.clone(), source };
         let config = self.checkpoint.config();
         let grouped = config.n_heads != config.n_kv_heads;
         let scales = match self.options.scaling {
@@ -430,12 +471,15 @@ impl Work<'_> {
         };
         let matrix = self.checkpoint.matrix(spec)?;
         let options = match self.options.method {
-            // Chosen with the order by gain, on the divergence of a whole model at 2 to 4.5 bits per weight.
-            BlockMethod::Nested => DecomposeOptions::nested(
-                self.options.n_blocks.unwrap_or(8),
-                Nested::default().range(1.25, 0.58).damping(0.01),
-            )
-            .parallelism(Parallelism::Rayon),
+            BlockMethod::Nested => {
+                let gain = gram.map_or(Ok(1.0), |gram| bitstack_decomp::feedback_gain(matrix.view(), gram));
+                let gain = gain.map_err(in_decomposition)?;
+                let weight = self.draft.weight_index(&spec.name).expect("an open weight is in the draft");
+                // Rounding knows of no feedback: a weight that gains less from it needs more levels for the same error.
+                let lead = self.leads[weight] - 0.5 * (gain / TYPICAL_GAIN).log2();
+                DecomposeOptions::nested(self.options.n_blocks.unwrap_or(8), Nested::around(MIDDLE + lead))
+                    .parallelism(Parallelism::Rayon)
+            }
             BlockMethod::Avd => {
                 DecomposeOptions::new(self.rank(self.shape(spec)?), self.options.n_blocks.unwrap_or(16))
             }
@@ -444,10 +488,10 @@ impl Work<'_> {
         if let Some(gram) = gram {
             options = options.gram(gram);
         }
-        let result = bitstack_decomp::decompose(matrix.view(), &options)
-            .map_err(|source| LlmError::Decompose { name: spec.name.clone(), source })?;
+        let result = bitstack_decomp::decompose(matrix.view(), &options).map_err(in_decomposition)?;
         let error = |e: &bitstack_decomp::LevelError| e.output.map_or(e.squared_error, |o| o.squared_error);
-        Ok((result.stack, result.errors.iter().map(error).collect()))
+        let rounded = order::rounding_error(matrix.view(), gram);
+        Ok((result.stack, result.errors.iter().map(error).chain([rounded]).collect()))
     }
 }
 

@@ -4,9 +4,9 @@ use crate::eval::score_hidden;
 use crate::journal::Units;
 use crate::stack::{self, rebuild};
 use crate::stream::{Slot, Streamed, run_layer};
-use crate::{Checkpoint, Decoder, Frame, LlmError, Progress};
+use crate::{Checkpoint, Decoder, Dense, Elements, Frame, LlmError, Progress, WeightSpec};
 use bitstack_format::BlockSource;
-use ndarray::Array2;
+use ndarray::{Array2, ArrayView1, ArrayView2};
 use rayon::prelude::*;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -17,68 +17,169 @@ use std::time::{Duration, Instant};
 /// level 2 .0204 .0096 .0053 .0012, up to level 3 .0210 .0161 .0083 .0012.
 pub(crate) const LOCKSTEP: usize = 2;
 
-/// The level at which a weight is measured with all others as they were, which tells what the steps above are worth.
-const PROBE_LEVEL: u32 = 3;
-
 /// A measured worth below this share of what the original model says is noise.
 const LEAST_SHARE: f64 = 0.1;
 
+/// The step of the rounding that tells what a weight counts for, in root mean squares of a row: an error of 3 %, as at level 3 or 4.
+const ROUNDING_STEP: f64 = 0.6;
+
+/// Rows whose rounding is looked at for its error.
+const ROUNDING_ROWS: usize = 256;
+
+/// The original model on some windows, which every other is compared with. Its head stays in memory.
+struct Reference<'a> {
+    model: Streamed<'a>,
+    windows: &'a [&'a [u32]],
+    finals: Vec<Array2<f32>>,
+}
+
+impl<'a> Reference<'a> {
+    fn new(checkpoint: &'a Checkpoint, windows: &'a [&'a [u32]]) -> Result<Self, LlmError> {
+        let mut model = original(checkpoint)?;
+        let finals = finals(&mut model, windows)?;
+        model.load(model.decoder().head_index())?;
+        Ok(Self { model, windows, finals })
+    }
+
+    /// Mean divergence of what the model says from these final hidden states of window `window`, in nats per token.
+    fn divergence(&self, window: usize, decoder: &Decoder<Slot>, hidden: &Array2<f32>) -> Result<f64, LlmError> {
+        let reference = Some((self.model.decoder(), self.finals[window].view()));
+        let scores = score_hidden(decoder, hidden.view(), reference, &self.windows[window][1..])?;
+        Ok(scores.kl / scores.tokens as f64)
+    }
+}
+
+fn original(checkpoint: &Checkpoint) -> Result<Streamed<'_>, LlmError> {
+    let frame = Frame::new::<LlmError>(checkpoint.config().clone(), |spec| checkpoint.vector(spec))?;
+    Streamed::new(Arc::new(frame), |_, spec| checkpoint.weight(spec))
+}
+
+/// Per stacked weight, the divergence when it alone is rounded: each row to multiples of [`ROUNDING_STEP`] times its root mean square.
+/// One run per weight, before there are blocks.
+pub(crate) fn roundings<S: BlockSource + ?Sized>(
+    checkpoint: &Checkpoint,
+    source: &S,
+    windows: &[&[u32]],
+    units: &Units,
+    progress: &dyn Progress,
+) -> Result<Vec<f64>, LlmError> {
+    let reference = Reference::new(checkpoint, windows)?;
+    progress.stage("importance (runs)", source.weights().len() as u64);
+    let specs = checkpoint.config().weights();
+    let rounded = |index: usize, _| {
+        let mut weight = checkpoint.matrix(&specs[index])?;
+        for mut row in weight.rows_mut() {
+            let round = rounding(row.view());
+            row.mapv_inplace(round);
+        }
+        let (rows, cols) = weight.dim();
+        let values = Elements::F32(weight.into_raw_vec_and_offset().0);
+        Ok(Dense::new(rows, cols, values).expect("as many values as the shape"))
+    };
+    let measure =
+        |window: usize, decoder: &Decoder<Slot>, hidden: &Array2<f32>| reference.divergence(window, decoder, hidden);
+    let trials = places(&specs, source, |_| true);
+    try_each(&mut original(checkpoint)?, &trials, rounded, windows, measure, Runs::new("runs.rounded", units), progress)
+}
+
+/// The rounding of a row.
+fn rounding(row: ArrayView1<'_, f32>) -> impl Fn(f32) -> f32 + use<> {
+    let square = row.iter().map(|w| f64::from(*w).powi(2)).sum::<f64>() / row.len() as f64;
+    let step = (ROUNDING_STEP * square.sqrt()) as f32;
+    move |w| if step > 0.0 { (w / step).round() * step } else { w }
+}
+
+/// The squared error of the outputs of a weight when it is rounded, per token, from an even sample of its rows; without a Gram matrix that
+/// of the weight.
+pub(crate) fn rounding_error(weight: ArrayView2<'_, f32>, gram: Option<ArrayView2<'_, f64>>) -> f64 {
+    let (rows, cols) = weight.dim();
+    let n = rows.min(ROUNDING_ROWS);
+    let mut errors = Array2::<f64>::zeros((n, cols));
+    for (i, mut error) in errors.rows_mut().into_iter().enumerate() {
+        let row = weight.row(i * rows / n);
+        let round = rounding(row);
+        error.iter_mut().zip(row).for_each(|(e, w)| *e = f64::from(round(*w)) - f64::from(*w));
+    }
+    let under = gram.map_or_else(|| errors.clone(), |gram| errors.dot(&gram));
+    ((under * errors).sum() * rows as f64 / n as f64).max(0.0)
+}
+
+/// By how many levels each weight will be ahead of the others in the order by gain (behind, if negative), from its divergence when it
+/// is rounded and its size. Rounding makes the same relative error everywhere. Where bytes are well spent, one more gains the same on every
+/// weight, and errors fall by 4 with each level: f times the divergence per byte is ½ log₂ f levels.
+pub(crate) fn leads(divergences: &[f64], sizes: &[f64]) -> Vec<f64> {
+    /// Below it, in nats per token, a divergence is rounding in the last bits.
+    const LEAST: f64 = 1e-12;
+    let levels = divergences.iter().zip(sizes).map(|(nats, n)| 0.5 * (nats.max(LEAST) / n).log2());
+    let levels: Vec<f64> = levels.collect();
+    let mean = levels.iter().zip(sizes).map(|(level, n)| level * n).sum::<f64>() / sizes.iter().sum::<f64>();
+    levels.into_iter().map(|level| level - mean).collect()
+}
+
+/// What is known of a weight when the order is made.
+pub(crate) struct Curve<'a> {
+    /// The squared error of its outputs at every level, per token.
+    pub(crate) errors: &'a [f64],
+    /// The same when it is rounded.
+    pub(crate) rounded_error: f64,
+    /// The divergence of the model when it alone is rounded.
+    pub(crate) rounded_divergence: f64,
+}
+
+impl<'a> Curve<'a> {
+    /// `errors` ends with that of the rounded weight.
+    pub(crate) fn new(errors: &'a [f64], rounded_divergence: f64) -> Self {
+        let (rounded_error, errors) = errors.split_last().expect("the error of the rounded weight");
+        Self { errors, rounded_error: *rounded_error, rounded_divergence }
+    }
+}
+
 /// Per stacked weight and level, the divergence that is predicted to be left: `curves[w][b - 1]` for level `b`.
 ///
-/// `errors[w][b - 1]` is the squared error of weight `w` at level `b`, in closed form. A step from level b to b + 1 is worth
-/// a · (error at b − error at b + 1), with a sensitivity `a` (nats per unit of error) that is measured twice per weight: with the whole
-/// model at level 1, the weight going to 2; and with the model as it was, the weight alone at level 3, which serves all further
-/// steps. That is two runs per weight, whatever the number of blocks.
+/// A step from level b to b + 1 is worth a · (error at b − error at b + 1), with a sensitivity `a` (nats per unit of error) that is
+/// measured twice per weight: with the whole model at level 1, the weight going to 2, here; and with the model as it was, the weight alone
+/// rounded ([`roundings`]), which serves all further steps. That is two runs per weight, whatever the number of blocks. Sensitivities from
+/// the rounded weight and from the weight at level 3 agree within a third, and give orders that are equally good.
 pub(crate) fn divergence_curves<S: BlockSource + Sync + ?Sized>(
     checkpoint: &Checkpoint,
     source: &S,
-    errors: &[Vec<f64>],
+    curves: &[Curve<'_>],
     windows: &[&[u32]],
     units: &Units,
     progress: &dyn Progress,
 ) -> Result<Vec<Vec<f64>>, LlmError> {
-    let frame = Frame::new::<LlmError>(checkpoint.config().clone(), |spec| checkpoint.vector(spec))?;
-    let frame = Arc::new(frame);
-    let mut original = Streamed::new(Arc::clone(&frame), |_, spec| checkpoint.weight(spec))?;
-    let finals = finals(&mut original, windows)?;
-    // It stays in memory: every run is compared with what it says.
-    original.load(original.decoder().head_index())?;
-    progress.stage("sensitivity (runs)", (LOCKSTEP * errors.len()) as u64);
-    let divergence = |window: usize, decoder: &Decoder<Slot>, hidden: &Array2<f32>| {
-        let reference = Some((original.decoder(), finals[window].view()));
-        let scores = score_hidden(decoder, hidden.view(), reference, &windows[window][1..])?;
-        Ok(scores.kl / scores.tokens as f64)
-    };
-    // nats per unit of error; 0 for a weight whose error does not change.
-    let per_error = |nats: f64, error: f64| if error > 0.0 { (nats / error).max(0.0) } else { 0.0 };
-
-    let probes: Vec<u32> = errors.iter().map(|e| PROBE_LEVEL.min(e.len() as u32)).collect();
-    let mut model = Streamed::new(frame, |_, spec| checkpoint.weight(spec))?;
-    let levels: Vec<Option<u32>> = probes.iter().copied().map(Some).collect();
-    let runs = Runs::new("runs.alone", units);
-    let found = try_each(&mut model, source, windows, &levels, divergence, runs, progress)?;
-    let alone: Vec<f64> =
-        found.iter().zip(&probes).zip(errors).map(|((nats, p), e)| per_error(*nats, e[*p as usize - 1])).collect();
-
-    let mut worth: Vec<Vec<f64>> =
-        errors.iter().zip(&alone).map(|(e, a)| e.windows(2).map(|step| a * (step[0] - step[1])).collect()).collect();
+    let reference = Reference::new(checkpoint, windows)?;
+    let specs = checkpoint.config().weights();
+    // 0 for a weight whose error does not change.
+    let per_error =
+        |c: &Curve<'_>| if c.rounded_error > 0.0 { c.rounded_divergence.max(0.0) / c.rounded_error } else { 0.0 };
+    let alone: Vec<f64> = curves.iter().map(per_error).collect();
+    let steps = |(c, a): (&Curve<'_>, &f64)| c.errors.windows(2).map(|e| a * (e[0] - e[1])).collect();
+    let mut worth: Vec<Vec<f64>> = curves.iter().zip(&alone).map(steps).collect();
+    progress.stage("sensitivity (runs)", ((LOCKSTEP - 1) * curves.len()) as u64);
     for level in 1..LOCKSTEP as u32 {
-        let levels: Vec<u32> = errors.iter().map(|e| level.min(e.len() as u32)).collect();
+        let levels: Vec<u32> = curves.iter().map(|c| level.min(c.errors.len() as u32)).collect();
         let mut model = Streamed::new(stack::frame(source)?, |_, spec| stack::weight_at(source, spec, &levels))?;
-        let hidden = self::finals(&mut model, windows)?;
+        let hidden = finals(&mut model, windows)?;
         let head = model.decoder().head_index();
         let base = model.with(head..head + 1, |model| {
-            (0..windows.len()).map(|i| divergence(i, model.decoder(), &hidden[i])).sum::<Result<f64, LlmError>>()
+            (0..windows.len())
+                .map(|i| reference.divergence(i, model.decoder(), &hidden[i]))
+                .sum::<Result<f64, LlmError>>()
         })?;
         let base = base / windows.len() as f64;
         let step = level as usize;
-        let next: Vec<Option<u32>> = errors.iter().map(|e| (step < e.len()).then_some(level + 1)).collect();
+        let trials = places(&specs, source, |w| step < curves[w].errors.len());
+        let next = |_, weight| rebuild(source, weight, level + 1);
+        let measure = |window: usize, decoder: &Decoder<Slot>, hidden: &Array2<f32>| {
+            reference.divergence(window, decoder, hidden)
+        };
         let runs = Runs::new(&format!("runs.level.{level:03}"), units);
-        let found = try_each(&mut model, source, windows, &next, divergence, runs, progress)?;
+        let found = try_each(&mut model, &trials, next, windows, measure, runs, progress)?;
         let measured: Vec<(usize, f64)> = found
             .into_iter()
             .enumerate()
-            .filter(|(w, _)| step < errors[*w].len())
+            .filter(|(w, _)| step < curves[*w].errors.len())
             .map(|(w, nats)| (w, (base - nats).max(LEAST_SHARE * worth[w][step - 1])))
             .collect();
         // Divergences do not add up down there, so what is taken from them is the shares of the weights, not their sum: a step must
@@ -90,7 +191,8 @@ pub(crate) fn divergence_curves<S: BlockSource + Sync + ?Sized>(
         }
     }
     // What is left at a level is the worth of all steps above it, and of the step to the weight itself.
-    Ok(worth.iter().zip(errors).zip(&alone).map(|((steps, e), a)| left(steps, a * e[e.len() - 1])).collect())
+    let all = worth.iter().zip(curves).zip(&alone);
+    Ok(all.map(|((steps, c), a)| left(steps, a * c.errors[c.errors.len() - 1])).collect())
 }
 
 /// Running sums from the end: what is left before each step, and after the last.
@@ -126,13 +228,14 @@ pub(crate) fn perplexities<S: BlockSource + Sync + ?Sized>(
     for level in 1..most {
         let levels: Vec<u32> = n_blocks.iter().map(|n| level.min(*n)).collect();
         let mut model = Streamed::new(stack::frame(source)?, |_, spec| stack::weight_at(source, spec, &levels))?;
-        let next: Vec<Option<u32>> = n_blocks.iter().map(|n| (level < *n).then_some(level + 1)).collect();
+        let trials = places(&model.decoder().config().weights(), source, |w| level < n_blocks[w]);
+        let next = |_, weight| rebuild(source, weight, level + 1);
         let loss = |window: usize, decoder: &Decoder<Slot>, hidden: &Array2<f32>| {
             let scores = score_hidden(decoder, hidden.view(), None::<(&Decoder<Slot>, _)>, &windows[window][1..])?;
             Ok(scores.loss / scores.tokens as f64)
         };
         let runs = Runs::new(&format!("runs.block.{level:03}"), units);
-        let found = try_each(&mut model, source, windows, &next, loss, runs, progress)?;
+        let found = try_each(&mut model, &trials, next, windows, loss, runs, progress)?;
         for (w, loss) in found.into_iter().enumerate().filter(|(w, _)| level < n_blocks[*w]) {
             scores[w].push(loss.exp());
         }
@@ -140,32 +243,45 @@ pub(crate) fn perplexities<S: BlockSource + Sync + ?Sized>(
     Ok(scores)
 }
 
-/// Takes one stacked weight after another to the level `levels[w]` and measures the model: the mean over windows of
-/// `measure(window, decoder, final hidden states)`, NaN where there is no level.
+/// Where in the model the stacked weights are that pass `which`.
+fn places<S: BlockSource + ?Sized>(
+    specs: &[WeightSpec],
+    source: &S,
+    which: impl Fn(usize) -> bool,
+) -> Vec<Option<usize>> {
+    let mut places = vec![None; source.weights().len()];
+    for (index, spec) in specs.iter().enumerate() {
+        if let Some(weight) = source.weight_index(&spec.name).filter(|weight| which(*weight)) {
+            places[weight] = Some(index);
+        }
+    }
+    places
+}
+
+/// Puts in the place of one stacked weight after another what `other(index in the model, weight)` makes, and measures the model: the mean
+/// over windows of `measure(window, decoder, final hidden states)`, NaN where `trials[weight]` has no index.
 ///
 /// Only what comes after the weight is run again: the weights are gone through in forward order, and the hidden states in front of the
 /// present layer kept. That saves half of the work, and changes no result. The models that differ in a weight of the same layer go through
 /// the layers behind it together, so that each of those is loaded once for all of them: in memory there are the weights of one layer, or
 /// the head, and for each of these models the hidden states of the windows.
-fn try_each<S: BlockSource + ?Sized>(
+fn try_each(
     model: &mut Streamed<'_>,
-    source: &S,
+    trials: &[Option<usize>],
+    other: impl Fn(usize, usize) -> Result<Dense, LlmError>,
     windows: &[&[u32]],
-    levels: &[Option<u32>],
     measure: impl Fn(usize, &Decoder<Slot>, &Array2<f32>) -> Result<f64, LlmError> + Sync,
     mut runs: Runs<'_>,
     progress: &dyn Progress,
 ) -> Result<Vec<f64>, LlmError> {
     let config = model.decoder().config();
     let (specs, n_layers, head) = (config.weights(), config.n_layers, model.decoder().head_index());
-    let mut found = runs.finished(levels.len())?;
+    let mut found = runs.finished(trials.len())?;
     progress.advance(found.iter().filter(|f| !f.is_nan()).count() as u64);
-    // What is to be measured, in forward order: index in the model, index in the source, level.
-    let trials = specs.iter().enumerate().filter_map(|(index, spec)| {
-        let weight = source.weight_index(&spec.name)?;
-        Some((index, weight, levels[weight].filter(|_| found[weight].is_nan())?))
-    });
-    let trials: Vec<(usize, usize, u32)> = trials.collect();
+    // What is to be measured, in forward order: index in the model, weight.
+    let open = trials.iter().enumerate().filter(|(weight, _)| found[*weight].is_nan());
+    let mut trials: Vec<(usize, usize)> = open.filter_map(|(weight, index)| Some(((*index)?, weight))).collect();
+    trials.sort_unstable();
     if trials.is_empty() {
         return Ok(found);
     }
@@ -178,7 +294,7 @@ fn try_each<S: BlockSource + ?Sized>(
         let mut hidden: Vec<Array2<f32>> = Vec::with_capacity(group.len() * windows.len());
         match place(group[0].0) {
             (false, _) => {
-                model.put(0, Some(rebuild(source, group[0].1, group[0].2)?))?;
+                model.put(0, Some(other(0, group[0].1)?))?;
                 hidden = inputs.iter().map(|w| model.decoder().embed(w)).collect::<Result<_, _>>()?;
                 model.put(0, None)?;
                 model.run(0..n_layers, &mut hidden)?;
@@ -186,8 +302,8 @@ fn try_each<S: BlockSource + ?Sized>(
             (true, Some(layer)) => {
                 model.run(at..layer, &mut front)?;
                 model.with(model.layer_weights(layer), |model| {
-                    for &(index, weight, level) in group {
-                        let own = model.put(index, Some(rebuild(source, weight, level)?))?;
+                    for &(index, weight) in group {
+                        let own = model.put(index, Some(other(index, weight)?))?;
                         let first = hidden.len();
                         hidden.extend_from_slice(&front);
                         run_layer(model.decoder(), layer, &mut hidden[first..])?;
@@ -205,9 +321,9 @@ fn try_each<S: BlockSource + ?Sized>(
             }
         }
         model.with(head..head + 1, |model| {
-            for (&(index, weight, level), hidden) in group.iter().zip(hidden.chunks(windows.len())) {
+            for (&(index, weight), hidden) in group.iter().zip(hidden.chunks(windows.len())) {
                 if index == head {
-                    model.put(head, Some(rebuild(source, weight, level)?))?;
+                    model.put(head, Some(other(head, weight)?))?;
                 }
                 let decoder = model.decoder();
                 let values =

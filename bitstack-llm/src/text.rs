@@ -4,6 +4,8 @@
 //! used. Of `total` windows, `n` evenly spaced ones are the windows `floor(i * total / n)`.
 
 use crate::{LlmError, ModelConfig};
+use rand::rngs::StdRng;
+use rand::{RngExt, SeedableRng};
 
 /// Window length where none is asked for: 512, or the model's limit if that is lower.
 pub fn default_seq_len(config: &ModelConfig) -> usize {
@@ -79,6 +81,19 @@ impl<'a> Windows<'a> {
     }
 }
 
+/// The windows, every third of them in place of its tokens with others drawn at random, each distinct token of the text as often as any.
+pub(crate) fn with_random_thirds(windows: &[&[u32]], seed: u64) -> Vec<Vec<u32>> {
+    let mut tokens: Vec<u32> = windows.concat();
+    tokens.sort_unstable();
+    tokens.dedup();
+    let mut rng = StdRng::seed_from_u64(seed);
+    let mut own = |(i, window): (usize, &&[u32])| match i % 3 {
+        2 => window.iter().map(|_| tokens[rng.random_range(0..tokens.len())]).collect(),
+        _ => window.to_vec(),
+    };
+    windows.iter().enumerate().map(&mut own).collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -105,6 +120,21 @@ mod tests {
         let (none, one) = Windows::new(&tokens, 70, 512).unwrap().halves();
         assert!(none.is_empty() && none.evenly_spaced(4).is_empty());
         assert_eq!(one.len(), 1);
+    }
+
+    #[test]
+    fn two_windows_of_three_are_the_text_and_the_third_draws_from_all_of_it() {
+        let tokens: Vec<u32> = (0..600).map(|i| 7 * (i % 60)).collect();
+        let windows: Vec<&[u32]> = tokens.chunks(50).collect();
+        let mixed = with_random_thirds(&windows, 3);
+        assert_eq!(mixed, with_random_thirds(&windows, 3));
+        let (random, own): (Vec<_>, Vec<_>) = (0..12).partition(|i| i % 3 == 2);
+        assert!(own.iter().all(|&i| mixed[i] == windows[i]));
+        let drawn: Vec<u32> = random.iter().flat_map(|&i| mixed[i].iter().copied()).collect();
+        assert_eq!(drawn.len(), 200);
+        assert!(drawn.iter().all(|t| t % 7 == 0 && *t < 420));
+        // 200 draws of 60: about 58 distinct, and fewer than 45 less often than once in 10^9.
+        assert!(drawn.iter().collect::<std::collections::BTreeSet<_>>().len() >= 45);
     }
 
     #[test]

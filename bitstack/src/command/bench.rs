@@ -8,7 +8,7 @@ use super::{print, size, usage};
 use anyhow::{Context, Result};
 use bitstack_cpu::measure::{Case, Pool};
 use bitstack_cpu::{Isa, Kernel, Threads};
-use bitstack_decomp::{DecomposeOptions, Svd, blocks};
+use bitstack_decomp::{DecomposeOptions, Nested, Svd, blocks, decompose as decompose_weight};
 use bitstack_format::Existing;
 use bitstack_llm::{ElasticModel, Progress, measure, synthetic};
 use bitstack_runtime::measure::Operation;
@@ -47,6 +47,9 @@ pub(crate) fn decompose(args: &BenchDecompose, reporter: &Reporter) -> Result<()
         Ok(chain)
     };
     let (fast, exact) = (run(Svd::Fast)?, run(Svd::Exact)?);
+    reporter.stage("nested codes (weights)", 1);
+    let nested = nested_per_second(&weight, n_blocks)?;
+    reporter.advance(1);
     reporter.finish();
     let ratio = exact.seconds / fast.seconds;
     let per_second = (n * n) as f64 / fast.seconds;
@@ -54,7 +57,7 @@ pub(crate) fn decompose(args: &BenchDecompose, reporter: &Reporter) -> Result<()
         let value = json!({
             "machine": machine(), "rows": n, "cols": n, "rank": rank, "threads": 1,
             "exact_seconds_per_block": exact.seconds, "fast_seconds_per_block": fast.seconds, "ratio": ratio,
-            "fast_weights_per_second": per_second, "exact_errors": exact.errors, "fast_errors": fast.errors,
+            "fast_weights_per_second": per_second, "nested_weights_per_second": nested, "exact_errors": exact.errors, "fast_errors": fast.errors,
         });
         return print(&format!("{value:#}\n"));
     }
@@ -62,12 +65,26 @@ pub(crate) fn decompose(args: &BenchDecompose, reporter: &Reporter) -> Result<()
     let _ = writeln!(out, "method            s/block      ratio");
     let _ = writeln!(out, "full SVD      {:11.4} {:10.1}", exact.seconds, 1.0);
     let _ = writeln!(out, "block Krylov  {:11.4} {ratio:10.1}", fast.seconds);
+    let _ = writeln!(out, "\nnested codes, {n_blocks} blocks, with H: {:.2} million weights per second", nested / 1e6);
+    let threads = rayon::current_num_threads();
+    let minutes = 8e9 / nested / threads as f64 / 60.0;
+    let _ = writeln!(out, "at that rate 8 billion weights take {minutes:.0} minutes on {threads} threads");
     let _ = writeln!(out, "\nblocks   error, full SVD   error, block Krylov   excess");
     for (b, (e, f)) in exact.errors.iter().zip(&fast.errors).enumerate() {
         let excess = if *e > 0.0 { (f / e - 1.0) * 100.0 } else { 0.0 };
         let _ = writeln!(out, "{:6}   {e:15.6}   {f:19.6}   {excess:5.2} %", b + 1);
     }
     print(&out)
+}
+
+/// Weights per second and thread of nested codes, with a Gram matrix of neighbours that resemble each other: 0.9^|i − j|.
+fn nested_per_second(weight: &Array2<f32>, n_blocks: usize) -> Result<f64> {
+    let cols = weight.ncols();
+    let gram = Array2::from_shape_fn((cols, cols), |(i, j)| 0.9f64.powi(i.abs_diff(j) as i32));
+    let options = DecomposeOptions::nested(n_blocks, Nested::default()).gram(gram.view());
+    let start = Instant::now();
+    decompose_weight(weight.view(), &options)?;
+    Ok(weight.len() as f64 / start.elapsed().as_secs_f64())
 }
 
 /// The file to measure with: the user's, or one of random planes, which is there as long as the directory.
