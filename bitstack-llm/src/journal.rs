@@ -599,7 +599,7 @@ mod tests {
         let run = || bytes(&Journal::open(&path, &checkpoint, None, &options, &()).unwrap().compress(&()).unwrap());
         assert!(run() == whole);
         for name in
-            ["order", "text.00001", "weight.0003.bitstack", "weight.0015.bitstack", "runs.alone", "journal.json"]
+            ["order", "text.00001", "weight.0003.bitstack", "weight.0015.bitstack", "runs.rounded", "journal.json"]
         {
             let good = fs::read(path.join(name)).unwrap();
             let mut flipped = good.clone();
