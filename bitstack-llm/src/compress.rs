@@ -197,7 +197,10 @@ pub(crate) fn run(
             let curves: Vec<Curve<'_>> =
                 all.map(|(errors, rounded_divergence)| Curve::new(errors, rounded_divergence)).collect();
             let curves = order::divergence_curves(checkpoint, &draft, &curves, windows, units, progress)?;
-            GainPerByte::new(Scores::new(curves)).lockstep(order::LOCKSTEP).order(&sizes)?
+            GainPerByte::new(Scores::new(&curves))
+                .lockstep(order::LOCKSTEP)
+                .ahead(order::ahead(&curves, &sizes))
+                .order(&sizes)?
         }
         Ordering::Perplexity => {
             let scores = order::perplexities(&draft, &validation, units, progress)?;

@@ -19,24 +19,39 @@ use crate::{LoadOrder, Method, Scores, Sizes, SortError};
 /// complete, but their prefixes are worse than shorter ones.
 ///
 /// Errors add up only where they are small. Up to the level `lockstep`, therefore, no weight is a level ahead of another: block b
-/// of every weight comes before block b + 1 of any, and the slopes only order the blocks of a level. The merge starts there.
+/// of every weight comes before block b + 1 of any, and the slopes only order the blocks of a level. The merge starts there. A weight that
+/// matters far more than the others may go `ahead` with the last of these steps: its next blocks then come with it, as one segment.
 #[derive(Debug, Clone, PartialEq)]
 pub struct GainPerByte {
     /// One error per block, shaped like the sizes. Finite.
     pub errors: Scores,
     /// The level up to which all weights go together; 0 and 1 mean that only the first blocks do.
     pub lockstep: usize,
+    /// Per weight, further blocks that go with the last block of the lockstep; none for weights beyond its end.
+    pub ahead: Vec<usize>,
 }
 
 impl GainPerByte {
     /// No lockstep beyond the first blocks.
     pub fn new(errors: Scores) -> Self {
-        Self { errors, lockstep: 1 }
+        Self { errors, lockstep: 1, ahead: Vec::new() }
     }
 
     /// All weights go together up to this level.
     pub fn lockstep(self, level: usize) -> Self {
         Self { lockstep: level, ..self }
+    }
+
+    /// Lets weights go ahead with the last step of the lockstep, each by its number of blocks.
+    pub fn ahead(self, ahead: Vec<usize>) -> Self {
+        Self { ahead, ..self }
+    }
+
+    /// The level up to which a weight of so many blocks is in lockstep.
+    fn end(&self, weight: u32, n_blocks: usize) -> usize {
+        let ahead = self.ahead.get(weight as usize).copied().unwrap_or(0);
+        let level = self.lockstep.max(1);
+        if level > 1 { level.saturating_add(ahead).min(n_blocks) } else { 1 }
     }
 }
 
@@ -52,18 +67,20 @@ impl Method for GainPerByte {
         let mut weights: Vec<u32> = (0..sizes.n_weights() as u32).collect();
         let lockstep = self.lockstep.max(1);
         for block in 1..lockstep.min(sizes.n_blocks()) {
-            let mut level: Vec<(u32, f64)> = curves()
+            let mut level: Vec<(u32, usize, f64)> = curves()
                 .filter(|(_, (errors, _))| block < errors.len())
                 .map(|(weight, (errors, bytes))| {
-                    (weight, (errors[block] - errors[block - 1]) / bytes[block] as f64 + 0.0)
+                    let last = if block + 1 == lockstep { self.end(weight, errors.len()) - 1 } else { block };
+                    let bytes: u64 = bytes[block..=last].iter().sum();
+                    (weight, last + 1 - block, (errors[last] - errors[block - 1]) / bytes as f64 + 0.0)
                 })
                 .collect();
-            level.sort_by(|a, b| a.1.total_cmp(&b.1));
-            weights.extend(level.into_iter().map(|(weight, _)| weight));
+            level.sort_by(|a, b| a.2.total_cmp(&b.2));
+            level.into_iter().for_each(|(weight, n_blocks, _)| weights.extend(std::iter::repeat_n(weight, n_blocks)));
         }
         let mut segments: Vec<(u32, Segment)> = Vec::new();
-        for (weight, (errors, bytes)) in curves().filter(|(_, (errors, _))| lockstep < errors.len()) {
-            let above = lockstep - 1..;
+        for (weight, (errors, bytes)) in curves() {
+            let above = self.end(weight, errors.len()) - 1..;
             segments.extend(hull(&errors[above.clone()], &bytes[above]).into_iter().map(|segment| (weight, segment)));
         }
         // Stable, and slopes never fall along a hull: the segments of one weight stay in order.
@@ -163,6 +180,22 @@ mod tests {
         assert_eq!(order(2), [0, 2, 1, 1, 0, 0, 1]);
         assert_eq!(order(3), [0, 2, 1, 1, 0, 0, 1]);
         assert_eq!(order(99), [0, 2, 1, 1, 0, 0, 1]);
+    }
+
+    #[test]
+    fn weights_ahead_take_further_blocks_with_the_last_step_of_the_lockstep() {
+        // Slopes of that step: weight 0 -8, with two blocks (8 + 4) / 2 = -6; weight 1 -7; weight 2 has no more to take.
+        let errors = [vec![14.0, 6.0, 2.0, 0.0], vec![18.0, 11.0, 1.0, 0.0], vec![3.0, 0.0]];
+        let sizes = Sizes::new(0, [vec![1; 4], vec![1; 4], vec![1; 2]]).unwrap();
+        let order = |level: usize, ahead: &[usize]| {
+            let method = GainPerByte::new(Scores::new(&errors)).lockstep(level).ahead(ahead.to_vec());
+            method.order(&sizes).unwrap().weights()[3..].to_vec()
+        };
+        assert_eq!(order(2, &[]), [0, 1, 2, 1, 0, 0, 1]);
+        assert_eq!(order(2, &[1, 0, 7]), [1, 0, 0, 2, 1, 0, 1]);
+        assert_eq!(order(2, &[1]), order(2, &[1, 0, 7]));
+        // Without a lockstep there is no step to go with.
+        assert_eq!(order(1, &[1, 0, 7]), order(1, &[]));
     }
 
     #[track_caller]
