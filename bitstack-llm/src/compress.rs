@@ -133,7 +133,8 @@ pub struct Compressed {
 
 /// Compresses a checkpoint.
 ///
-/// `text` is for calibration (first half) and for choosing an order (second half); without it the model writes its own. Blocks go to a
+/// `text` is for calibration (first half) and for choosing an order (second half); without it the model writes its own. Nested codes take
+/// every third window of the calibration with tokens drawn at random, so that texts unlike it are served too. Blocks go to a
 /// scratch file in the directory `scratch`; a [`Journal`](crate::Journal) keeps them instead, and can go on after a kill.
 ///
 /// One layer is in memory at a time, but for text of the model's own, which all of the model writes.

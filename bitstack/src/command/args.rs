@@ -104,7 +104,7 @@ pub(crate) struct MethodArgs {
     #[arg(long, value_name = "FILE.txt")]
     pub(crate) calibration: Option<PathBuf>,
 
-    /// Windows of calibration text.
+    /// Windows of calibration text; nested codes fill a third of them with random tokens.
     #[arg(long, value_name = "N", default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..=65536))]
     pub(crate) samples: u32,
 
