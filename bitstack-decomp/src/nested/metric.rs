@@ -80,9 +80,9 @@ fn mean_or_one(values: impl Iterator<Item = f64>, n: usize) -> f64 {
     if mean > 0.0 && mean.is_finite() { mean } else { 1.0 }
 }
 
-/// Ũ of H + damping·diag(H) = Ũ D Ũᵀ, and the mean logarithm of D. The Cholesky factor of H with rows and columns reversed, reversed again, is upper triangular. A
-/// matrix that is not positive definite gets ten times the damping until it is; at last only its diagonal counts (no feedback). In f32:
-/// the factor decides what is fed forward, errors are measured without it.
+/// Ũ of H + damping·diag(H) = Ũ D Ũᵀ, and the mean logarithm of D. The Cholesky factor of H with rows and columns reversed, reversed
+/// again, is upper triangular. A matrix that is not positive definite gets ten times the damping until it is; at last only its diagonal
+/// counts (no feedback). In f32: the factor decides what is fed forward, errors are measured without it.
 fn factor(h: &[f32], n: usize, damping: f64) -> (Vec<f32>, f64) {
     /// Added to the diagonal, whose mean is 1: keeps columns without any input regular.
     const SLIVER: f32 = 1e-5;

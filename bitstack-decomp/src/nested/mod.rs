@@ -23,6 +23,7 @@ use tile::{RowError, SUBS, Stage, TILE, Tile};
 const LLOYD_ROUNDS: usize = 1;
 /// The first magnitude of a plane after the joint ones, in mean magnitudes of the residual: more than 1, for the sake of its tails.
 const GAIN: f64 = 1.15;
+
 /// All steps of a weight.
 pub(crate) fn steps(
     weight: ArrayView2<'_, f32>,
