@@ -265,7 +265,7 @@ fn subtract_panel(
 }
 
 /// In f32 over short runs, in f64 over those.
-fn sum_of_squares(values: &[f32]) -> f64 {
+pub(crate) fn sum_of_squares(values: &[f32]) -> f64 {
     const LANES: usize = 16;
     values
         .chunks(32 * LANES)
@@ -285,7 +285,7 @@ fn sum_of_squares(values: &[f32]) -> f64 {
 
 /// W·diag(s) as `rows x cols` row-major values times 2^exponent, the largest of them in [1, 2): squares and products of such values
 /// stay in f32's range whatever the weight's. The powers of two are exact.
-fn scaled(weight: ArrayView2<'_, f32>, scales: &[f32]) -> Result<(Vec<f32>, i32), DecompError> {
+pub(crate) fn scaled(weight: ArrayView2<'_, f32>, scales: &[f32]) -> Result<(Vec<f32>, i32), DecompError> {
     let mut largest = 0.0f32;
     for (row, values) in weight.rows().into_iter().enumerate() {
         if let Some((col, &value)) = values.iter().enumerate().find(|(_, w)| !w.is_finite()) {
@@ -313,7 +313,7 @@ fn scaled(weight: ArrayView2<'_, f32>, scales: &[f32]) -> Result<(Vec<f32>, i32)
 }
 
 /// 2^e, exact, for |e| of at most a thousand.
-fn exp2(e: i32) -> f64 {
+pub(crate) fn exp2(e: i32) -> f64 {
     2.0f64.powi(e)
 }
 

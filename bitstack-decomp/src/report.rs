@@ -1,7 +1,8 @@
 //! What a decomposition hands out, and the error of a weight's outputs.
 
 use crate::DecompError;
-use bitstack_core::{Block, SignView, WeightStack};
+use crate::avd::{exp2, scaled, sum_of_squares};
+use bitstack_core::{Block, SignMatrix, SignView, WeightStack};
 use faer::linalg::matmul::matmul;
 use faer::{Accum, Mat, MatMut, MatRef, Par};
 use ndarray::ArrayView2;
@@ -121,4 +122,43 @@ impl OutputMetric {
         // H is positive semidefinite; the rounding of its products is not.
         (sum * self.unit).max(0.0)
     }
+}
+
+/// The errors of all levels of a stack, measured on the weights that they rebuild: a product with H per level, when there is one.
+pub(crate) fn measured(
+    weight: ArrayView2<'_, f32>,
+    scales: &[f32],
+    gram: Option<ArrayView2<'_, f64>>,
+    stack: &WeightStack,
+    par: Par,
+) -> Result<Vec<LevelError>, DecompError> {
+    let (rows, cols) = weight.dim();
+    let inverse: Vec<f64> = scales.iter().map(|&s| 1.0 / f64::from(s)).collect();
+    let mut metric = gram.map(|gram| OutputMetric::new(gram, &inverse)).transpose()?;
+    // Squared errors of what is left at a level; of the weight itself at level 0.
+    let mut squares = |level: usize| -> Result<(f64, Option<f64>), DecompError> {
+        let mut left = weight.to_owned();
+        if level > 0 {
+            let rebuilt = stack.level(level)?.reconstruct();
+            left.iter_mut().zip(rebuilt).for_each(|(w, r)| *w -= r);
+        }
+        let (mut left, exponent) = scaled(left.view(), scales)?;
+        let signs = SignMatrix::from_f32(rows, cols, &left)?;
+        left.iter_mut().for_each(|r| *r = r.abs());
+        let unit = exp2(2 * exponent);
+        let squared = left.chunks_exact(cols).map(sum_of_squares).sum::<f64>() * unit;
+        Ok((squared, metric.as_mut().map(|metric| metric.squared(signs.view(), &left, par) * unit)))
+    };
+    let (whole, whole_output) = squares(0)?;
+    let ratio = |part: f64, whole: f64| if whole > 0.0 { part / whole } else { 0.0 };
+    (1..=stack.blocks().len())
+        .map(|level| {
+            let (squared_error, output) = squares(level)?;
+            let output = output.zip(whole_output).map(|(squared_error, whole)| OutputError {
+                squared_error,
+                relative_error: ratio(squared_error, whole),
+            });
+            Ok(LevelError { squared_error, relative_error: ratio(squared_error, whole).sqrt(), output })
+        })
+        .collect()
 }

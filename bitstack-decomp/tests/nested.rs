@@ -72,6 +72,52 @@ fn reported_errors_are_those_of_the_stored_blocks() {
 }
 
 #[test]
+fn what_f16_cannot_hold_is_reported_as_an_error() {
+    let (w, h) = synthetic(40, 24);
+    let small = |rows: &[usize], cols: &[usize], factor: f32| {
+        let mut w = w.clone();
+        rows.iter().for_each(|r| w.row_mut(*r).mapv_inplace(|x| x * factor));
+        cols.iter().for_each(|c| w.column_mut(*c).mapv_inplace(|x| x * factor));
+        w
+    };
+    // Inputs so large in two channels that what vanishes there is most of the output.
+    let large = Array2::from_shape_fn((24, 24), |(i, j)| {
+        let size = |c: usize| if c < 2 { 1e12 } else { 1.0 };
+        h[(i, j)] * size(i) * size(j)
+    });
+    let cases = [
+        (&w * 1e-25, &h, 1.0..=1.0),
+        (&w * 1e-13, &h, 0.0..=1.1),
+        (small(&[3, 4, 30], &[], 1e-5), &h, 0.0..=0.1),
+        (small(&[3, 4, 30], &[0], 1e-9), &h, 0.0..=0.1),
+        (small(&[], &[0, 1, 9], 1e-9), &h, 0.0..=0.1),
+        (small(&[], &[0, 1], 1e-9), &large, 0.9..=1.1),
+    ];
+    for (case, (w, h, expected)) in cases.into_iter().enumerate() {
+        for factors in [FactorType::I8, FactorType::F16] {
+            let options = DecomposeOptions::nested(6, Nested::default().factors(factors)).gram(h.view());
+            let d = decompose(w.view(), &options).unwrap();
+            let norm = w.mapv(|x| f64::from(x).powi(2)).sum();
+            for (b, error) in (1..).zip(&d.errors) {
+                let r = difference(&w, &d, b);
+                let output = error.output.unwrap();
+                let squared = r.mapv(|x| x * x).sum();
+                // As above; H here has condition 1e27, of which the sums in f32 see six digits.
+                let close = |a: f64, b: f64, whole: f64| (a - b).abs() <= 1e-3 * b + 1e-6 * whole;
+                let at = format!("case {case}, {factors:?}, level {b}: {error:?}, {squared:e}, {:e}", trace(&r, h));
+                assert!(close(error.squared_error, squared, 0.0), "{at}");
+                assert!(close(error.relative_error, (squared / norm).sqrt(), 0.0), "{at}");
+                let whole = trace(&w.mapv(f64::from), h);
+                assert!(close(output.squared_error, trace(&r, h), whole), "{at}");
+                assert!(close(output.relative_error, trace(&r, h) / whole, 1.0), "{at}");
+            }
+            let last = d.errors[5].output.unwrap().relative_error;
+            assert!(expected.contains(&last), "case {case}, {factors:?}: {last}");
+        }
+    }
+}
+
+#[test]
 fn feedback_gains_the_ratio_of_the_diagonal_to_the_pivots() {
     // Columns that say nothing of each other: no gain. The n - 1 pivots of ρ^|i - j| are 1 - ρ², the last is 1.
     let (n, rho) = (40usize, 0.9f64);

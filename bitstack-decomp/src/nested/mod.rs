@@ -7,8 +7,9 @@ mod metric;
 mod scalar;
 mod tile;
 
+use crate::report::measured;
 use crate::{DecompError, DecomposeOptions, LevelError, Nested, OutputError, Parallelism, Step};
-use bitstack_core::{Basis, Block, Coefficients, FactorType, Shape, SignMatrix, Values, ValuesRef};
+use bitstack_core::{Basis, Block, Coefficients, FactorType, Shape, SignMatrix, Values, ValuesRef, WeightStack};
 use bitstack_pack::{packed_len, row_bytes};
 use choose::LANES;
 pub(crate) use choose::MAX_JOINT;
@@ -31,7 +32,7 @@ pub(crate) fn steps(
     nested: &Nested,
 ) -> Result<Vec<Step>, DecompError> {
     let (rows, cols) = weight.dim();
-    Shape::new(rows, cols)?;
+    let shape = Shape::new(rows, cols)?;
     packed_len(rows, cols)?;
     check(weight, options, nested)?;
     let ones;
@@ -54,6 +55,7 @@ pub(crate) fn steps(
     }
     let basis = Basis::new(1, cols, store(&envelope.cols, nested.factors))?;
     let v = stored(basis.view().values());
+    let mut normal = is_normal(basis.view().values(), &envelope.cols);
     let inverse: Vec<f32> = v.iter().map(|v| if *v > 0.0 { (1.0 / v) as f32 } else { 0.0 }).collect();
 
     // Columns that matter most come first: their errors can still be made up for by those that follow.
@@ -86,7 +88,9 @@ pub(crate) fn steps(
         inverse,
     };
     plan.learn(weight, options.n_blocks);
+    let rows_before = plan.rows.clone();
     let coefficients = plan.store(nested.factors)?;
+    normal &= is_normal(coefficients[0].view().values(), &rows_before);
     let starts: Vec<usize> = (0..rows).step_by(TILE).collect();
     let tiles: Vec<Done> = match options.parallelism {
         Parallelism::Seq => starts.iter().map(|&first| plan.tile(weight, first)).collect(),
@@ -100,7 +104,8 @@ pub(crate) fn steps(
     }
     let output_norm = metric.unit * tiles.iter().map(|t| t.output_norm).sum::<f64>();
     let ratio = |part: f64, whole: f64| if whole > 0.0 { part / whole } else { 0.0 };
-    let mut steps = Vec::with_capacity(options.n_blocks);
+    let mut stack = WeightStack::new(shape);
+    let mut errors = Vec::with_capacity(options.n_blocks);
     for (b, coefficients) in coefficients.into_iter().enumerate() {
         let mut signs = Vec::with_capacity(rows * row_bytes(cols));
         let mut error = RowError::default();
@@ -112,22 +117,24 @@ pub(crate) fn steps(
         let squared = error.scaled * columns.unit;
         // H̃ is positive semidefinite; the rounding of its products is not.
         let output = (error.output * metric.unit).max(0.0);
-        steps.push(Step {
-            block: Block {
-                signs: SignMatrix::from_bytes(rows, cols, signs)?,
-                basis: (b == 0).then(|| basis.clone()),
-                coefficients,
-            },
-            error: LevelError {
-                squared_error: squared,
-                relative_error: ratio(squared, scaled_norm).sqrt(),
-                output: options
-                    .gram
-                    .map(|_| OutputError { squared_error: output, relative_error: ratio(output, output_norm) }),
-            },
+        errors.push(LevelError {
+            squared_error: squared,
+            relative_error: ratio(squared, scaled_norm).sqrt(),
+            output: options
+                .gram
+                .map(|_| OutputError { squared_error: output, relative_error: ratio(output, output_norm) }),
         });
+        stack.push(Block {
+            signs: SignMatrix::from_bytes(rows, cols, signs)?,
+            basis: (b == 0).then(|| basis.clone()),
+            coefficients,
+        })?;
     }
-    Ok(steps)
+    if !normal {
+        // What vanishes is not seen in normalised columns, and what nearly vanishes is not what it is taken for.
+        errors = measured(weight, s, options.gram, &stack, options.parallelism.par())?;
+    }
+    Ok(stack.into_blocks().into_iter().zip(errors).map(|(block, error)| Step { block, error }).collect())
 }
 
 /// What error feedback under H gains on a weight at best: the error of a code without it over the error of one with it, the same bits in
@@ -393,6 +400,14 @@ fn stored(values: ValuesRef<'_>) -> Vec<f64> {
         ValuesRef::F16(values) => values.iter().map(|v| v.to_f64()).collect(),
         ValuesRef::I8 { codes, scales } => codes.iter().map(|c| f64::from(*c) * scales[0].to_f64()).collect(),
         ValuesRef::Scales(_) => unreachable!("vectors of the envelope have values"),
+    }
+}
+
+/// Whether all values of a stored vector that are not zero by right kept the digits of their type.
+fn is_normal(stored: ValuesRef<'_>, values: &[f64]) -> bool {
+    match stored {
+        ValuesRef::F16(stored) => stored.iter().zip(values).all(|(f, x)| *x == 0.0 || f.is_normal()),
+        ValuesRef::I8 { .. } | ValuesRef::Scales(_) => true,
     }
 }
 
