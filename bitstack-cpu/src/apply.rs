@@ -1,7 +1,7 @@
 //! The product: checks, what is prepared once per call, and the split into blocks of rows.
 
 use crate::kernel::tables::{self, Ahead, Part, Vector};
-use crate::kernel::{Line, amx, codes, scalar, tile};
+use crate::kernel::{Line, amx, codes, factors, scalar, tile};
 use crate::{CpuError, Isa};
 use bitstack_core::{BasisRef, Level, Plane, SignLayout, ValuesRef};
 
@@ -65,8 +65,7 @@ pub struct Scratch {
     basis_of_plane: Vec<usize>,
     /// The first plane that uses each basis.
     plane_of_basis: Vec<usize>,
-    /// One row of a basis in f32, and its product with a token.
-    v_row: Vec<f32>,
+    /// The product of one row of a basis and a token.
     z_row: Vec<f32>,
     /// The tables of z = v ⊙ x: `bases x groups of vectors x passes`, and the value of one step of each vector and pass.
     tables: Vec<Line>,
@@ -154,7 +153,7 @@ impl Kernel {
                 .is_some_and(|tiles| tiled(tiles, level, x, y, tokens, threads, scratch))
                 || (tables::has(self.isa)
                     && is_cheaper(level, tokens, by_tables)
-                    && looked_up(level, x, y, tokens, threads, scratch))
+                    && looked_up(self.isa, level, x, y, tokens, threads, scratch))
                 || (codes::has(self.isa)
                     && is_cheaper(level, tokens, by_codes)
                     && encoded(self.isa, level, x, y, tokens, threads, scratch));
@@ -204,7 +203,7 @@ fn widen(basis: BasisRef<'_>, k: usize, out: &mut [f32]) {
     match basis.values() {
         ValuesRef::F16(values) => {
             for (o, v) in out.iter_mut().zip(&values[row]) {
-                *o = widened(v.to_bits());
+                *o = factors::widened(*v);
             }
         }
         ValuesRef::I8 { codes, scales } => {
@@ -228,7 +227,7 @@ fn widen_coefficients(level: &Level<'_>, first_row: usize, rows: usize, out: &mu
             match p.coefficients.values() {
                 ValuesRef::F16(values) => {
                     for (o, v) in out.iter_mut().zip(values[first..].iter().step_by(stride)) {
-                        *o = widened(v.to_bits());
+                        *o = factors::widened(*v);
                     }
                 }
                 ValuesRef::I8 { codes, scales } => {
@@ -247,13 +246,6 @@ fn widen_coefficients(level: &Level<'_>, first_row: usize, rows: usize, out: &mu
             }
         }
     }
-}
-
-/// The value of a finite f16. Plain arithmetic, which compilers turn into vectors.
-fn widened(half: u16) -> f32 {
-    // The exponent's bias is 112 less; subnormals come out right too, as the product is exact.
-    let magnitude = f32::from_bits(u32::from(half & 0x7fff) << 13) * f32::from_bits((127 + 112) << 23);
-    f32::from_bits(magnitude.to_bits() | u32::from(half & 0x8000) << 16)
 }
 
 /// The rows of one task: their first, how many, their part of the product, `tokens x rows`, and their coefficients, `planes x rank x rows`.
@@ -336,6 +328,7 @@ fn groups(vectors: usize) -> impl Iterator<Item = (usize, usize)> {
 /// y[t, r] = Σ_plane Σ_k U[r, plane, k] · Σ_c S[r, c] z[k, t, c], with z[k, t] = V[k] ⊙ x[t], from tables of z. False, and nothing done,
 /// when z cannot be put in tables.
 fn looked_up(
+    isa: Isa,
     level: &Level<'_>,
     x: &[f32],
     y: &mut [f32],
@@ -345,43 +338,36 @@ fn looked_up(
 ) -> bool {
     let cols = level.shape().cols();
     let (planes, rank) = (level.planes(), level.planes()[0].basis.rank());
-    let padded = cols.next_multiple_of(tables::LINE_COLS);
+    let n_lines = cols.div_ceil(tables::LINE_COLS);
     let n_vectors = rank * tokens;
     let (basis_lines, basis_scales) = groups(n_vectors).fold((0, 0), |(lines, scales), (_, n)| {
-        (lines + tables::table_lines(padded, n), scales + padded.div_ceil(tables::pass_cols(n)) * n)
+        let n_passes = n_lines.div_ceil(tables::pass_lines(n_lines, n));
+        (lines + tables::table_lines(n_lines, n), scales + n_passes * n)
     });
     let n_bases = scratch.plane_of_basis.len();
     let all_tables = grown(&mut scratch.tables, n_bases * basis_lines);
     let all_scales = grown(&mut scratch.scales, n_bases * basis_scales);
-    let v_row = grown(&mut scratch.v_row, cols);
-    let z_row = grown(&mut scratch.z_row, padded);
+    let z_row = grown(&mut scratch.z_row, n_lines * tables::LINE_COLS);
     z_row[cols..].fill(0.0);
 
     let each_basis = all_tables.chunks_exact_mut(basis_lines).zip(all_scales.chunks_exact_mut(basis_scales));
     for ((mut basis_tables, mut basis_scales), &plane) in each_basis.zip(&scratch.plane_of_basis) {
-        let mut widened_k = None;
         for (first, n) in groups(n_vectors) {
-            let (group_tables, rest) = basis_tables.split_at_mut(tables::table_lines(padded, n));
+            let pass_lines = tables::pass_lines(n_lines, n);
+            let (group_tables, rest) = basis_tables.split_at_mut(tables::table_lines(n_lines, n));
             basis_tables = rest;
-            let (group_scales, rest) = basis_scales.split_at_mut(padded.div_ceil(tables::pass_cols(n)) * n);
+            let (group_scales, rest) = basis_scales.split_at_mut(n_lines.div_ceil(pass_lines) * n);
             basis_scales = rest;
             for i in 0..n {
                 let (k, t) = ((first + i) / tokens, (first + i) % tokens);
                 if k == rank {
                     z_row[..cols].fill(0.0);
                 } else {
-                    if widened_k != Some(k) {
-                        widen(planes[plane].basis, k, v_row);
-                        widened_k = Some(k);
-                    }
-                    for ((z, v), x) in z_row.iter_mut().zip(&*v_row).zip(&x[t * cols..][..cols]) {
-                        *z = v * x;
-                    }
+                    factors::products(isa, planes[plane].basis, k, &x[t * cols..][..cols], &mut z_row[..cols]);
                 }
-                let passes = group_tables.chunks_mut(tables::table_lines(tables::pass_cols(n), n));
-                for ((tables, scales), z) in
-                    passes.zip(group_scales.chunks_exact_mut(n)).zip(z_row.chunks(tables::pass_cols(n)))
-                {
+                let passes = group_tables.chunks_mut(tables::table_lines(pass_lines, n));
+                let z_passes = z_row.chunks(pass_lines * tables::LINE_COLS);
+                for ((tables, scales), z) in passes.zip(group_scales.chunks_exact_mut(n)).zip(z_passes) {
                     match tables::build(z, tables, i, n) {
                         Some(scale) => scales[i] = scale,
                         None => return false,
@@ -392,16 +378,15 @@ fn looked_up(
     }
 
     let (all_tables, all_scales, basis_of_plane) = (&*all_tables, &*all_scales, &scratch.basis_of_plane);
-    let n_lines = padded / tables::LINE_COLS;
     let block_rows = rows_of_block(n_bases, planes.len());
     for_each_block(level, y, tokens, block_rows, threads, (&mut scratch.y, &mut scratch.u), |block| {
         let Block { first_row, rows, y, u } = block;
         let (mut first_table, mut first_scale) = (0, 0);
         for (first, n) in groups(n_vectors) {
-            let pass_lines = tables::pass_cols(n) / tables::LINE_COLS;
+            let pass_lines = tables::pass_lines(n_lines, n);
             for first_line in (0..n_lines).step_by(pass_lines) {
                 let lines = first_line..n_lines.min(first_line + pass_lines);
-                let n_tables = tables::table_lines(lines.len() * tables::LINE_COLS, n);
+                let n_tables = tables::table_lines(lines.len(), n);
                 for (i, (p, &basis)) in planes.iter().zip(basis_of_plane).enumerate() {
                     let tables = &all_tables[basis * basis_lines + first_table..][..n_tables];
                     let scales = &all_scales[basis * basis_scales + first_scale..][..n];
@@ -445,17 +430,13 @@ fn tiled(
     let n_bases = scratch.plane_of_basis.len();
     let all_codes = grown(&mut scratch.tile_codes, n_bases * passes * n_groups);
     let all_scales = grown(&mut scratch.scales, n_bases * passes * n_vectors);
-    let v_row = grown(&mut scratch.v_row, cols);
     let z_row = grown(&mut scratch.z_row, passes * amx::PASS_COLS);
     z_row[cols..].fill(0.0);
     let each_basis = all_codes.chunks_exact_mut(passes * n_groups).zip(all_scales.chunks_exact_mut(passes * n_vectors));
     for ((codes, scales), &plane) in each_basis.zip(&scratch.plane_of_basis) {
         for k in 0..rank {
-            widen(planes[plane].basis, k, v_row);
             for (t, x) in x.chunks_exact(cols).enumerate() {
-                for ((z, v), x) in z_row.iter_mut().zip(&*v_row).zip(x) {
-                    *z = v * x;
-                }
+                factors::products(tiles.isa(), planes[plane].basis, k, x, &mut z_row[..cols]);
                 let vector = k * tokens + t;
                 for (pass, z) in z_row.as_chunks::<{ amx::PASS_COLS }>().0.iter().enumerate() {
                     match tiles.encode(z, &mut codes[pass * n_groups + vector / group], vector % group) {
@@ -524,17 +505,13 @@ fn encoded(
     let n_vectors = scratch.plane_of_basis.len() * rank * tokens;
     let runs = grown(&mut scratch.codes, n_vectors * n_runs);
     let lanes = grown(&mut scratch.lanes, n_vectors);
-    let v_row = grown(&mut scratch.v_row, cols);
     let z_row = grown(&mut scratch.z_row, n_runs * codes::RUN_COLS);
     z_row[cols..].fill(0.0);
     let mut vectors = runs.chunks_exact_mut(n_runs).zip(&mut *lanes);
     for &plane in &scratch.plane_of_basis {
         for k in 0..rank {
-            widen(planes[plane].basis, k, v_row);
             for (x, (runs, lanes)) in x.chunks_exact(cols).zip(&mut vectors) {
-                for ((z, v), x) in z_row.iter_mut().zip(&*v_row).zip(x) {
-                    *z = v * x;
-                }
+                factors::products(isa, planes[plane].basis, k, x, &mut z_row[..cols]);
                 match codes::encode(z_row, runs) {
                     Some(l) => *lanes = l,
                     None => return false,
@@ -578,15 +555,11 @@ fn summed(level: &Level<'_>, x: &[f32], y: &mut [f32], tokens: usize, threads: T
     let padded = cols.next_multiple_of(8);
     let basis_values = rank * tokens * padded;
     let z = grown(&mut scratch.z, scratch.plane_of_basis.len() * basis_values);
-    let v_row = grown(&mut scratch.v_row, cols);
     for (z, &plane) in z.chunks_exact_mut(basis_values).zip(&scratch.plane_of_basis) {
         for (k, z) in z.chunks_exact_mut(tokens * padded).enumerate() {
-            widen(planes[plane].basis, k, v_row);
             for (z, x) in z.chunks_exact_mut(padded).zip(x.chunks_exact(cols)) {
                 z[cols..].fill(0.0);
-                for ((z, v), x) in z.iter_mut().zip(&*v_row).zip(x) {
-                    *z = v * x;
-                }
+                factors::products(Isa::Scalar, planes[plane].basis, k, x, &mut z[..cols]);
             }
         }
     }

@@ -7,6 +7,7 @@ mod avx2;
 mod avx512;
 pub(crate) mod codes;
 pub(crate) mod dense;
+pub(crate) mod factors;
 #[cfg(target_arch = "aarch64")]
 mod neon;
 pub(crate) mod scalar;

@@ -107,6 +107,15 @@ impl Tiles {
         }
     }
 
+    /// What else may be used.
+    pub(crate) fn isa(self) -> Isa {
+        match self {
+            #[cfg(target_arch = "x86_64")]
+            Self::Amx(_) => Isa::Amx,
+            Self::Plain => Isa::Scalar,
+        }
+    }
+
     /// Makes the codes of 512 columns of vector `vector`, and returns the value of one step. `None` when they cannot represent it: a value
     /// is not finite, or all are tiny and not zero.
     pub(crate) fn encode(self, z: &[f32; PASS_COLS], codes: &mut Codes, vector: usize) -> Option<f32> {

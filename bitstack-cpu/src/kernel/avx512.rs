@@ -5,14 +5,12 @@
 //! for every pattern of signs. `vpermb` looks up all 64, `vpdpbusd` with ones adds the four groups of a row. Sums are kept to 16 bits, as high and
 //! low bytes in tables of their own (256 · high + low, both signed), so a line takes four lookups for each vector.
 //!
-//! What bounds it: lookups and sums, four of each in a line for each vector, which on Zen 4 share three pipes. Four strips (or vectors) share a
-//! load of a table and keep as many sums apart. The tables of a pass (16 KiB) must stay in the first-level cache: its misses wait in the same
-//! few buffers as the signs on their way from memory; with tables twice as large, signs arrive at less than half the speed. The signs of
-//! the next part are prefetched into the second-level cache, spread evenly over the loop: sixteen in a row cost a third of the speed.
+//! What bounds it: lookups and sums, four of each in a line for each vector, which on Zen 4 share three pipes. Up to four strips share a
+//! load of a table and keep as many sums apart. The signs of the next part are prefetched into the second-level cache, spread evenly over
+//! the loop and in the order in which they lie in memory: sixteen lines in a row cost a third of the speed, a line of each strip in turn a tenth.
 //! To add the high bytes of two nibbles before `vpdpbusd` saves one sum in four, gains 3 % and breaks the bound on errors of short rows: not done.
 
 use std::arch::x86_64::*;
-use std::ptr;
 
 use bitstack_core::SignView;
 
@@ -55,18 +53,33 @@ pub(super) fn build(z: &[f32], tables: &mut [Line], vector: usize, vectors: usiz
         let lanes: [f32; 16] = std::array::from_fn(|e| if e >> i & 1 == 1 { inverse } else { -inverse });
         load(&lanes)
     });
+    // Byte 16q + e of a table is the low byte of sum e of group q, in the order that they are packed in; the high one follows it.
+    let low_bytes: [u8; 64] = std::array::from_fn(|i| {
+        let (q, e) = (i / 16, i % 16);
+        (64 * (q / 2) + 2 * (8 * (e / 4) + 4 * (q % 2) + e % 4)) as u8
+    });
+    let low_bytes = load_bytes(&low_bytes);
+    let high_bytes = _mm512_add_epi8(low_bytes, _mm512_set1_epi8(1));
     for (z, tables) in z.as_chunks::<32>().0.iter().zip(tables.chunks_exact_mut(4 * vectors)) {
-        for (group, z) in z.as_chunks::<4>().0.iter().enumerate() {
-            let mut sums = _mm512_mul_ps(signs[0], _mm512_set1_ps(z[0]));
-            for i in 1..4 {
-                sums = _mm512_fmadd_ps(signs[i], _mm512_set1_ps(z[i]), sums);
+        for nibble in 0..2 {
+            let mut sums = [_mm512_setzero_si512(); 4];
+            for q in 0..4 {
+                let z = &z[8 * q + 4 * nibble..][..4];
+                let mut sum = _mm512_mul_ps(signs[0], _mm512_set1_ps(z[0]));
+                for i in 1..4 {
+                    sum = _mm512_fmadd_ps(signs[i], _mm512_set1_ps(z[i]), sum);
+                }
+                sums[q] = _mm512_cvtps_epi32(sum);
             }
-            let sums = _mm512_cvtps_epi32(sums);
-            let high = _mm512_srli_epi32::<8>(_mm512_add_epi32(sums, _mm512_set1_epi32(128)));
-            let (nibble, byte) = (group % 2, group / 2);
+            let (first, last) = (_mm512_packs_epi32(sums[0], sums[1]), _mm512_packs_epi32(sums[2], sums[3]));
+            let low = _mm512_permutex2var_epi8(first, low_bytes, last);
+            // 256 · high + low, with low signed: half of its range is added before the rest is cut off.
+            let half = _mm512_set1_epi16(128);
+            let (first, last) = (_mm512_add_epi16(first, half), _mm512_add_epi16(last, half));
+            let high = _mm512_permutex2var_epi8(first, high_bytes, last);
             let line = (nibble * vectors + vector) * 2;
-            store_bytes(&mut tables[line].0.as_chunks_mut::<16>().0[byte], high);
-            store_bytes(&mut tables[line + 1].0.as_chunks_mut::<16>().0[byte], sums);
+            store_line(&mut tables[line], high);
+            store_line(&mut tables[line + 1], low);
         }
     }
     Some(largest / LARGEST)
@@ -83,38 +96,33 @@ pub(super) fn pass<const V: usize, const R: usize>(
 ) {
     let Part { signs, rows, lines } = part;
     let (first_strip, n_strips) = (rows.start / LINE_ROWS, rows.len().div_ceil(LINE_ROWS));
-    let mut buffer = Buffer([[0; 64]; CHUNK]);
     for first in (0..n_strips).step_by(R) {
-        let mut sums = [[[_mm512_setzero_si512(); 2]; V]; R];
         // Loops over arrays, not `map`: its closure is not inlined.
-        let (mut strips, mut at, mut direct) = ([0; R], [ptr::null(); R], [&[][..]; R]);
+        let (mut strips, mut direct) = ([0; R], [&[][..]; R]);
         let mut n_direct = lines.len();
         for r in 0..R {
             // Beyond the last strip, the last again: of no use, and not stored.
-            let strip = (first + r).min(n_strips - 1);
-            (strips[r], at[r]) = (first_strip + strip, ahead.strip(strip));
-            direct[r] = signs.strip_lines(strips[r]).and_then(|all| all.get(lines.start..)).unwrap_or(&[]);
+            strips[r] = first_strip + (first + r).min(n_strips - 1);
+            let whole = signs.strip_lines(strips[r]).unwrap_or(&[]);
+            direct[r] = &whole[lines.start.min(whole.len())..];
             n_direct = n_direct.min(direct[r].len());
         }
         for r in 0..R {
             direct[r] = &direct[r][..n_direct];
         }
         let (direct_tables, other_tables) = tables.split_at(4 * V * n_direct);
-        add_lines(direct, direct_tables, at, ahead.line_bytes, &mut sums);
+        let at = ahead.strip(first);
+        let mut sums = [[[_mm512_setzero_si512(); 2]; V]; R];
+        sums =
+            add_lines(direct, direct_tables, Next { at, step: 64, lines: n_direct, stride: ahead.strip_bytes }, sums);
         if n_direct < lines.len() {
-            // One strip after the other: the rows of more, often a power of two apart, push the tables out of the first-level cache.
-            for r in 0..R {
-                let mut sums_of_one = [sums[r]];
-                let others = Others { signs: *signs, strip: strips[r], first_line: lines.start + n_direct };
-                add_other_lines(others, other_tables, at[r], ahead, &mut buffer, &mut sums_of_one);
-                [sums[r]] = sums_of_one;
-            }
+            sums = add_other_lines(*signs, strips, lines.start + n_direct, other_tables, (ahead, first), sums);
         }
         for (sums, first_row) in sums.iter().zip((LINE_ROWS * first..rows.len()).step_by(LINE_ROWS)) {
             let n = LINE_ROWS.min(rows.len() - first_row);
             let lanes = lanes(n);
             for (vector, &[high, low]) in vectors.iter().zip(sums) {
-                // At most 512 groups of four columns of at most 32639 steps each: within 2^24.
+                // At most 1024 groups of four columns of at most 32639 steps each: within 2^25. In f32 a sum is within a step of that.
                 let sum = _mm512_add_epi32(_mm512_slli_epi32::<8>(high), low);
                 let scaled = _mm512_mul_ps(_mm512_cvtepi32_ps(sum), _mm512_set1_ps(vector.scale));
                 let u = load_some(&vector.u[first_row..], lanes, n);
@@ -126,53 +134,68 @@ pub(super) fn pass<const V: usize, const R: usize>(
     }
 }
 
-/// Lines of a strip from one on, which are not as they are needed.
-struct Others<'a> {
-    signs: SignView<'a>,
-    strip: usize,
-    first_line: usize,
-}
-
-/// As [`add_lines`], for lines that are put together in a buffer, a chunk at a time.
+/// As [`add_lines`], for lines from `first_line` on that are not as they are needed: they are put together in a buffer, a chunk at a time, and
+/// one strip after the other: the rows of more, often a power of two apart, push the tables out of the first-level cache.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni")]
-fn add_other_lines<const V: usize>(
-    mut others: Others<'_>,
+#[inline(never)]
+fn add_other_lines<const V: usize, const R: usize>(
+    signs: SignView<'_>,
+    strips: [usize; R],
+    first_line: usize,
     tables: &[Line],
-    mut at: *const u8,
-    ahead: Ahead,
-    Buffer(buffer): &mut Buffer,
-    sums: &mut [[[__m512i; 2]; V]; 1],
-) {
-    for tables in tables.chunks(4 * V * CHUNK) {
-        let lines = &mut buffer[..tables.len() / (4 * V)];
-        others.signs.copy_lines(others.strip, others.first_line, lines);
-        others.first_line += CHUNK;
-        add_lines([lines], tables, [at], ahead.line_bytes, sums);
-        at = at.wrapping_add(ahead.chunk_bytes);
+    (ahead, first): (Ahead, usize),
+    mut sums: [[[__m512i; 2]; V]; R],
+) -> [[[__m512i; 2]; V]; R] {
+    let mut buffer = Buffer([[0; 64]; CHUNK]);
+    for r in 0..R {
+        let mut at = ahead.strip(first + r);
+        for (tables, first_line) in tables.chunks(4 * V * CHUNK).zip((first_line..).step_by(CHUNK)) {
+            let lines = &mut buffer.0[..tables.len() / (4 * V)];
+            signs.copy_lines(strips[r], first_line, lines);
+            let next = Next { at, step: ahead.line_bytes, lines: CHUNK, stride: 0 };
+            [sums[r]] = add_lines([lines], tables, next, [sums[r]]);
+            at = at.wrapping_add(ahead.chunk_bytes);
+        }
     }
+    sums
 }
 
-/// Adds the high and the low bytes of Σ ±, in steps, over as many lines of `R` strips as there are tables for. From each `at` on one byte every
-/// `step` is prefetched.
+/// What is prefetched: from `at` on one byte every `step`, `lines` times, then again `stride` further on.
+#[derive(Clone, Copy)]
+struct Next {
+    at: *const u8,
+    step: usize,
+    lines: usize,
+    stride: usize,
+}
+
+/// Adds the high and the low bytes of Σ ±, in steps, over as many lines of `R` strips as there are tables for. As many are prefetched from `next`.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni")]
 #[inline]
 fn add_lines<const V: usize, const R: usize>(
     lines: [&[[u8; 64]]; R],
     tables: &[Line],
-    at: [*const u8; R],
-    step: usize,
-    sums: &mut [[[__m512i; 2]; V]; R],
-) {
+    next: Next,
+    mut sums: [[[__m512i; 2]; V]; R],
+) -> [[[__m512i; 2]; V]; R] {
     let ones = _mm512_set1_epi8(1);
     let nibble = _mm512_set1_epi8(15);
     let byte_of_dword = _mm512_set1_epi32(0x3020_1000);
     let n = lines[0].len();
     assert!(lines.iter().all(|lines| lines.len() == n));
-    let mut local = *sums;
+    let (mut first_of_strip, mut at, mut left) = (next.at, next.at, next.lines);
     for (i, tables) in tables.chunks_exact(4 * V).enumerate().take(n) {
+        for r in 0..R {
+            prefetch(at.wrapping_add(next.step * r));
+        }
+        at = at.wrapping_add(next.step * R);
+        left = left.saturating_sub(R);
+        if left == 0 {
+            first_of_strip = first_of_strip.wrapping_add(next.stride);
+            (at, left) = (first_of_strip, next.lines);
+        }
         let mut groups = [[_mm512_setzero_si512(); R]; 2];
         for r in 0..R {
-            prefetch(at[r].wrapping_add(step * i));
             let line = load_bytes(&lines[r][i]);
             // (line & nibble) | byte_of_dword
             groups[0][r] = _mm512_ternarylogic_epi32::<0b1110_1010>(line, nibble, byte_of_dword);
@@ -185,13 +208,13 @@ fn add_lines<const V: usize, const R: usize>(
                     let table = load_line(&tables[(n * V + v) * 2 + byte]);
                     for r in 0..R {
                         let found = _mm512_permutexvar_epi8(groups[n][r], table);
-                        local[r][v][byte] = _mm512_dpbusd_epi32(local[r][v][byte], ones, found);
+                        sums[r][v][byte] = _mm512_dpbusd_epi32(sums[r][v][byte], ones, found);
                     }
                 }
             }
         }
     }
-    *sums = local;
+    sums
 }
 
 #[target_feature(enable = "avx512f")]
@@ -229,13 +252,11 @@ fn load_line(line: &Line) -> __m512i {
     unsafe { _mm512_load_si512(line.0.as_ptr().cast()) }
 }
 
-/// The lowest byte of each of 16 lanes.
 #[target_feature(enable = "avx512f")]
 #[inline]
-fn store_bytes(out: &mut [u8; 16], lanes: __m512i) {
-    let bytes = _mm512_cvtepi32_epi8(lanes);
-    // SAFETY: the pointer must be valid for writing 16 bytes, at any alignment; it comes from an exclusive reference to them.
-    unsafe { _mm_storeu_si128(out.as_mut_ptr().cast(), bytes) }
+fn store_line(line: &mut Line, bytes: __m512i) {
+    // SAFETY: the pointer must be valid for writing 64 bytes and aligned to 64; it comes from an exclusive reference to a `Line`, which is both.
+    unsafe { _mm512_store_si512(line.0.as_mut_ptr().cast(), bytes) }
 }
 
 /// The first `n` values, those in `lanes`.

@@ -18,17 +18,17 @@ pub(crate) const LINE_ROWS: usize = 16;
 /// Rows that are done together at most: work on fewer costs as much.
 pub(crate) const GROUP_ROWS: usize = 4 * LINE_ROWS;
 
-/// Columns of a pass over one vector; 1/V of it over V vectors. Its tables take 16 KiB, half of a small first-level cache.
-const PASS_COLS: usize = 2048;
+/// Lines of a pass over one vector at most; 1/V of it over V vectors. Its tables take 32 KiB.
+const PASS_LINES: usize = 128;
 
-/// Columns of a pass over `vectors` vectors.
-pub(crate) fn pass_cols(vectors: usize) -> usize {
-    PASS_COLS / vectors
+/// Lines of a pass over `vectors` vectors, where there are `lines` in all: passes are as long as one another, but for the last.
+pub(crate) fn pass_lines(lines: usize, vectors: usize) -> usize {
+    lines.div_ceil(lines.div_ceil(PASS_LINES / vectors))
 }
 
-/// Table registers of `cols` columns of `vectors` vectors: per 32 columns two nibbles, and per vector high and low bytes.
-pub(crate) fn table_lines(cols: usize, vectors: usize) -> usize {
-    cols / LINE_COLS * 4 * vectors
+/// Table registers of `lines` lines for `vectors` vectors: for each line two nibbles, and for each vector high and low bytes.
+pub(crate) fn table_lines(lines: usize, vectors: usize) -> usize {
+    lines * 4 * vectors
 }
 
 /// Whether there are kernels for `isa` here.
@@ -42,7 +42,8 @@ pub(crate) fn has(isa: Isa) -> bool {
 /// `tables` is `units of 32 columns x 2 nibbles x vectors x (high, low)`.
 pub(crate) fn build(z: &[f32], tables: &mut [Line], vector: usize, vectors: usize) -> Option<f32> {
     assert!(has(Isa::Avx512Vnni));
-    assert!(z.len().is_multiple_of(32) && tables.len() == table_lines(z.len(), vectors) && vector < vectors);
+    assert!(z.len().is_multiple_of(LINE_COLS) && vector < vectors);
+    assert!(tables.len() == table_lines(z.len() / LINE_COLS, vectors));
     #[cfg(target_arch = "x86_64")]
     // SAFETY: the only obligation is the target features, and the assertion above holds only if the CPU has them.
     return unsafe { avx512::build(z, tables, vector, vectors) };
@@ -62,7 +63,7 @@ pub(crate) struct Vector<'a> {
 #[derive(Clone, Copy)]
 pub(crate) struct Ahead {
     start: *const u8,
-    strip_bytes: usize,
+    pub(super) strip_bytes: usize,
     /// From line to line, and from sixteen lines to sixteen lines.
     pub(super) line_bytes: usize,
     pub(super) chunk_bytes: usize,
@@ -106,23 +107,23 @@ pub(crate) fn pass(part: &Part<'_>, tables: &[Line], vectors: &[Vector<'_>], y: 
     let rows = part.rows.len();
     assert!(part.rows.start.is_multiple_of(LINE_ROWS) && part.rows.end <= part.signs.rows());
     assert!(vectors.iter().all(|v| v.u.len() == rows && v.y <= y.len() && rows <= y.len() - v.y));
-    let cols = part.lines.len() * LINE_COLS;
-    assert!(cols <= pass_cols(vectors.len()) && tables.len() == table_lines(cols, vectors.len()));
+    let lines = part.lines.len();
+    assert!(lines <= PASS_LINES / vectors.len() && tables.len() == table_lines(lines, vectors.len()));
     #[cfg(target_arch = "x86_64")]
     macro_rules! of {
-        ($($n:literal)*) => {
+        ($($n:literal => $strips:literal,)*) => {
             match vectors.len() {
                 $($n => {
                     let vectors = vectors.first_chunk().expect("of this length");
                     // SAFETY: the only obligation is the target features, and the assertion above holds only if the CPU has them.
-                    unsafe { avx512::pass::<$n, { GROUP_ROWS / LINE_ROWS / $n }>(part, tables, vectors, y, ahead) }
+                    unsafe { avx512::pass::<$n, $strips>(part, tables, vectors, y, ahead) }
                 },)*
                 n => unreachable!("a pass over {n} vectors"),
             }
         };
     }
     #[cfg(target_arch = "x86_64")]
-    of!(1 2 4);
+    of!(1 => 4, 2 => 4, 4 => 2,);
     #[cfg(not(target_arch = "x86_64"))]
     unreachable!("no CPU of this architecture has AVX-512: {:?}", ahead.strip(0));
 }
