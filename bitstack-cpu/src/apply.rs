@@ -216,38 +216,6 @@ fn widen(basis: BasisRef<'_>, k: usize, out: &mut [f32]) {
     }
 }
 
-/// The coefficients of rows `first_row..` in f32, each block of rows for itself: `out` is `planes x rank x rows`.
-fn widen_coefficients(level: &Level<'_>, first_row: usize, rows: usize, out: &mut [f32]) {
-    let rank = level.planes()[0].coefficients.rank();
-    for (p, out) in level.planes().iter().zip(out.chunks_exact_mut(rank * rows)) {
-        let stride = p.coefficients.planes() * rank;
-        for (k, out) in out.chunks_exact_mut(rows).enumerate() {
-            let vector = p.plane * rank + k;
-            let first = first_row * stride + vector;
-            match p.coefficients.values() {
-                ValuesRef::F16(values) => {
-                    for (o, v) in out.iter_mut().zip(values[first..].iter().step_by(stride)) {
-                        *o = factors::widened(*v);
-                    }
-                }
-                ValuesRef::I8 { codes, scales } => {
-                    let scale = scales[vector].to_f32();
-                    for (o, &v) in out.iter_mut().zip(codes[first..].iter().step_by(stride)) {
-                        *o = f32::from(v) * scale;
-                    }
-                }
-                ValuesRef::Scales(scales) => {
-                    let scale = scales[vector].to_f32();
-                    let codes = &p.coefficients.first_codes()[first_row * rank + k..];
-                    for (o, &v) in out.iter_mut().zip(codes.iter().step_by(rank)) {
-                        *o = f32::from(v) * scale;
-                    }
-                }
-            }
-        }
-    }
-}
-
 /// The rows of one task: their first, how many, their part of the product, `tokens x rows`, and their coefficients, `planes x rank x rows`.
 struct Block<'a> {
     first_row: usize,
@@ -260,7 +228,7 @@ impl<'a> Block<'a> {
     /// Widens the coefficients of all blocks and calls `task` for each.
     fn for_each(self, level: &Level<'_>, block_rows: usize, threads: Threads, task: &(impl Fn(Block<'_>) + Sync)) {
         if self.rows <= block_rows {
-            widen_coefficients(level, self.first_row, self.rows, self.u);
+            factors::coefficients(level.planes(), self.first_row, self.rows, self.u);
             return task(self);
         }
         let (top, bottom) = self.halves(block_rows);

@@ -176,7 +176,7 @@ fn relative_errors(x: &[f32], cols: usize, kind: Kind, seed: u64) -> Vec<(Isa, f
 fn errors_are_within_1e_4_on_gaussian_data_and_5e_4_with_outliers() {
     let mut rng = StdRng::seed_from_u64(3);
     for kind in [KINDS[0], KINDS[1], Kind { rank: 16, own_bases: true, refitted: false, eight_bit: false }] {
-        for cols in [1024, 4096] {
+        for cols in [1024, 4096, 14336] {
             let mut x: Vec<f32> = (0..cols).map(|_| gaussian(&mut rng)).collect();
             for (isa, error) in relative_errors(&x, cols, kind, 4) {
                 assert!(error < 1e-4, "{isa}, {cols} columns, {kind:?}: {error:e}");

@@ -122,7 +122,7 @@ pub(super) fn pass<const V: usize, const R: usize>(
             let n = LINE_ROWS.min(rows.len() - first_row);
             let lanes = lanes(n);
             for (vector, &[high, low]) in vectors.iter().zip(sums) {
-                // At most 1024 groups of four columns of at most 32639 steps each: within 2^25. In f32 a sum is within a step of that.
+                // At most 2048 groups of four columns of at most 32639 steps each: within 2^26, and in f32 within two steps of that.
                 let sum = _mm512_add_epi32(_mm512_slli_epi32::<8>(high), low);
                 let scaled = _mm512_mul_ps(_mm512_cvtepi32_ps(sum), _mm512_set1_ps(vector.scale));
                 let u = load_some(&vector.u[first_row..], lanes, n);

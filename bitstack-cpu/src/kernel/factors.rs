@@ -1,6 +1,6 @@
 //! Factors in f32: portable loops, compiled for each instruction set.
 
-use bitstack_core::{BasisRef, ValuesRef, f16};
+use bitstack_core::{BasisRef, Plane, ValuesRef, f16};
 
 use crate::Isa;
 
@@ -47,6 +47,62 @@ fn products_portable(basis: BasisRef<'_>, k: usize, x: &[f32], z: &mut [f32]) {
             }
         }
         ValuesRef::Scales(_) => unreachable!("a basis has values of its own"),
+    }
+}
+
+/// The coefficients of rows `first_row..`: `out` is `planes x rank x rows`.
+pub(crate) fn coefficients(planes: &[Plane<'_>], first_row: usize, rows: usize, out: &mut [f32]) {
+    let rank = planes[0].coefficients.rank();
+    for (p, out) in planes.iter().zip(out.chunks_exact_mut(rank * rows)) {
+        let stride = p.coefficients.planes() * rank;
+        let first = first_row * stride + p.plane * rank;
+        let scales = match p.coefficients.values() {
+            ValuesRef::F16(values) => {
+                transpose(&values[first..], stride, rows, widened, out);
+                continue;
+            }
+            ValuesRef::I8 { codes, scales } => {
+                transpose(&codes[first..], stride, rows, f32::from, out);
+                scales
+            }
+            ValuesRef::Scales(scales) => {
+                let codes = p.coefficients.first_codes();
+                transpose(&codes[first_row * rank..], rank, rows, f32::from, out);
+                scales
+            }
+        };
+        for (out, scale) in out.chunks_exact_mut(rows).zip(&scales[p.plane * rank..]) {
+            let scale = scale.to_f32();
+            out.iter_mut().for_each(|u| *u *= scale);
+        }
+    }
+}
+
+/// Item `k * rows + r` of `out` is that of item `r * stride + k` of `values`.
+fn transpose<T: Copy>(values: &[T], stride: usize, rows: usize, value: impl Fn(T) -> f32, out: &mut [f32]) {
+    if out.len() == rows {
+        for (out, &v) in out.iter_mut().zip(values.iter().step_by(stride)) {
+            *out = value(v);
+        }
+        return;
+    }
+    // Written one by one so far apart, they would take three times as long.
+    const SIDE: usize = 16;
+    let mut tile = [[0.0; SIDE]; SIDE];
+    for first_r in (0..rows).step_by(SIDE) {
+        for (first_k, out) in (0..).step_by(SIDE).zip(out.chunks_mut(SIDE * rows)) {
+            let (n_r, n_k) = (SIDE.min(rows - first_r), out.len() / rows);
+            for (r, tile) in (first_r..).zip(&mut tile[..n_r]) {
+                for (tile, &v) in tile.iter_mut().zip(&values[r * stride + first_k..][..n_k]) {
+                    *tile = value(v);
+                }
+            }
+            for (k, out) in out.chunks_exact_mut(rows).enumerate() {
+                for (out, tile) in out[first_r..][..n_r].iter_mut().zip(&tile) {
+                    *out = tile[k];
+                }
+            }
+        }
     }
 }
 

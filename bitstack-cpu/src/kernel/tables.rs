@@ -18,8 +18,8 @@ pub(crate) const LINE_ROWS: usize = 16;
 /// Rows that are done together at most: work on fewer costs as much.
 pub(crate) const GROUP_ROWS: usize = 4 * LINE_ROWS;
 
-/// Lines of a pass over one vector at most; 1/V of it over V vectors. Its tables take 32 KiB.
-const PASS_LINES: usize = 128;
+/// Lines of a pass over one vector at most; 1/V of it over V vectors. Its tables take 64 KiB.
+const PASS_LINES: usize = 256;
 
 /// Lines of a pass over `vectors` vectors, where there are `lines` in all: passes are as long as one another, but for the last.
 pub(crate) fn pass_lines(lines: usize, vectors: usize) -> usize {
