@@ -26,7 +26,16 @@ struct Input {
 enum How {
     Fast,
     Exact,
-    Nested { joint: u8, sweeps: u8, range: f64, ratio: f64, level_weights: Vec<f64>, diagonal: f64, damping: f64, halves: bool },
+    Nested {
+        joint: u8,
+        sweeps: u8,
+        range: f64,
+        ratio: f64,
+        level_weights: Vec<f64>,
+        diagonal: f64,
+        damping: f64,
+        halves: bool,
+    },
     Default,
 }
 

@@ -73,7 +73,9 @@ fuzz_target!(|input: Input| {
     }
     // Of any shape, with any numbers.
     let free = Scores::new(input.free_scores.as_deref().unwrap_or(&shaped));
-    for method in [&Balanced { scores: free.clone() } as &dyn Method, &Greedy { scores: free.clone() }, &GainPerByte::new(free)] {
+    for method in
+        [&Balanced { scores: free.clone() } as &dyn Method, &Greedy { scores: free.clone() }, &GainPerByte::new(free)]
+    {
         if let Ok(order) = method.order(&sizes) {
             check(&order, &sizes, &input.budgets);
         }

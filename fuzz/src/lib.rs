@@ -52,7 +52,8 @@ pub fn exercise(bytes: &[u8]) -> Vec<String> {
             }
         }
         if blocks.len() == weight.n_blocks() && !blocks.is_empty() {
-            let level = Level::new(weight.shape, blocks.iter().map(|b| b.view())).expect("blocks of a file make a level");
+            let level =
+                Level::new(weight.shape, blocks.iter().map(|b| b.view())).expect("blocks of a file make a level");
             let n_elements = weight.shape.rows() * weight.shape.cols();
             if n_elements * blocks.len() * weight.rank < 1 << 16 {
                 assert_eq!(level.reconstruct().len(), n_elements);
