@@ -710,6 +710,15 @@ mod tests {
         assert!(error.contains("differs in seed: 0 there, 3 now"), "{error}");
         let error = open(&options, Some("other")).unwrap_err();
         assert!(error.contains("calibration text: the model's own there"), "{error}");
+        let record = || serde_json::from_slice::<Record>(&fs::read(path.join(RECORD)).unwrap()).unwrap();
+        let mut earlier = record();
+        earlier.input[0].1 = "0.0.9 on paper".to_owned();
+        earlier.key = hex(key(&earlier.input));
+        let ours = record();
+        earlier.write(&path).unwrap();
+        let error = open(&options, None).unwrap_err();
+        assert!(error.contains(&format!("program: 0.0.9 on paper there, {} now", ours.input[0].1)), "{error}");
+        ours.write(&path).unwrap();
         assert!(Journal::has_output(&path));
         let journal = Journal::open(&path, &checkpoint, None, &options, &()).unwrap();
         assert!(journal.is_written(&out).unwrap());
