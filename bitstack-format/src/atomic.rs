@@ -281,6 +281,7 @@ mod tests {
     }
 
     #[test]
+    #[cfg_attr(miri, ignore = "megabytes under Miri take hours")]
     fn whichever_operation_fails_there_is_no_half_made_file_and_the_error_names_it() {
         for (existing, name) in [(Existing::Refuse, "create"), (Existing::Replace, "replace")] {
             let operations = with_every_fault(Fault::Error, existing);
@@ -292,6 +293,7 @@ mod tests {
     }
 
     #[test]
+    #[cfg_attr(miri, ignore = "megabytes under Miri take hours")]
     fn interrupted_and_short_writes_are_taken_up_again() {
         for fault in [Fault::Interrupted, Fault::Short] {
             assert!(with_every_fault(fault, Existing::Refuse).is_empty(), "{fault:?}");
@@ -300,6 +302,7 @@ mod tests {
     }
 
     #[test]
+    #[cfg_attr(miri, ignore = "megabytes under Miri take hours")]
     fn a_write_of_nothing_is_an_error() {
         let operations = with_every_fault(Fault::Nothing, Existing::Replace);
         assert!(!operations.is_empty() && operations.iter().all(|o| *o == "write"), "{operations:?}");
