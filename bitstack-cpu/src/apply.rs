@@ -1,15 +1,12 @@
 //! The product: checks, what is prepared once per call, and the split into blocks of rows.
 
 use crate::kernel::tables::{self, Ahead, Part, Vector};
-use crate::kernel::{Line, amx, codes, factors, scalar, tile};
+use crate::kernel::{Line, amx, factors, scalar, tile};
 use crate::{CpuError, Isa};
 use bitstack_core::{BasisRef, Level, Plane, SignLayout, ValuesRef};
 
 /// At most so many rows are a task. Their product is kept as `tokens x rows` until all are done, so that tasks write apart from each other.
 const MAX_BLOCK_ROWS: usize = 256;
-
-/// Rows that are prefetched ahead where rows are read in turn.
-const AHEAD_ROWS: usize = 32;
 
 /// Tokens taken at once; more are taken in batches, so that the buffers stay small.
 const BATCH: usize = 64;
@@ -17,20 +14,19 @@ const BATCH: usize = 64;
 /// Up to so many tokens the products of each are summed from the bits where only the portable code is left, above W is rebuilt.
 const FEW: usize = 4;
 
-/// What a plane times a vector (a token and a column of the factors) costs from tables, and, where W is rebuilt, a plane, a plane and
-/// a column of its factors, and a token. Measured on Zen 4: only their ratios matter, and those only roughly.
-const TABLES_COST: usize = 8;
+/// What, where W is rebuilt, a plane, a plane and a column of its factors, and a token cost. Measured on Zen 4: only the ratios matter of all
+/// costs here, and those only roughly.
 const REBUILT_PLANE_COST: usize = 350;
 const REBUILT_FACTOR_COST: usize = 40;
 const REBUILT_TOKEN_COST: usize = 31;
 
-/// What a plane times a vector costs from codes. For NEON from counts of instructions, not measured: with dotprod as many for a column as
-/// AVX2, without five thirds of that, while rebuilding, in registers half as wide, takes twice as many.
-fn codes_cost(isa: Isa) -> usize {
+/// What a plane times a vector (a token and a column of the factors) costs from tables. Rebuilding takes longer as well where registers are
+/// narrower; for NEON this is not measured.
+fn tables_cost(isa: Isa) -> usize {
     match isa {
-        Isa::NeonDotprod => 17,
-        Isa::Neon => 28,
-        _ => 33,
+        Isa::Avx512Vnni | Isa::Amx => 8,
+        Isa::Avx512 => 18,
+        _ => 11,
     }
 }
 
@@ -72,9 +68,6 @@ pub struct Scratch {
     scales: Vec<f32>,
     /// The codes of z for tiles: `bases x passes x groups of vectors`. Their steps are `scales`.
     tile_codes: Vec<amx::Codes>,
-    /// The codes of z: `bases x rank x tokens x runs`, and how each is to be read.
-    codes: Vec<codes::Run>,
-    lanes: Vec<codes::Lanes>,
     /// `bases x rank x tokens x padded columns`: z.
     z: Vec<f32>,
     /// `bases x rank x padded columns`: the bases.
@@ -144,19 +137,14 @@ impl Kernel {
         for (x, y) in x.chunks(BATCH * cols).zip(y.chunks_mut(BATCH * rows)) {
             let tokens = x.len() / cols;
             let vectors = tokens.saturating_mul(level.planes()[0].basis.rank());
-            let (by_tables, by_codes) =
-                (vectors.saturating_mul(TABLES_COST), vectors.saturating_mul(codes_cost(self.isa)));
-            let by_tiles = tiles_cost(vectors);
+            let (by_tables, by_tiles) = (vectors.saturating_mul(tables_cost(self.isa)), tiles_cost(vectors));
             let done = (by_tiles < by_tables && is_cheaper(level, tokens, by_tiles))
                 .then(|| amx::Tiles::of(self.isa))
                 .flatten()
                 .is_some_and(|tiles| tiled(tiles, level, x, y, tokens, threads, scratch))
                 || (tables::has(self.isa)
                     && is_cheaper(level, tokens, by_tables)
-                    && looked_up(self.isa, level, x, y, tokens, threads, scratch))
-                || (codes::has(self.isa)
-                    && is_cheaper(level, tokens, by_codes)
-                    && encoded(self.isa, level, x, y, tokens, threads, scratch));
+                    && looked_up(self.isa, level, x, y, tokens, threads, scratch));
             if !done && tokens <= FEW {
                 summed(level, x, y, tokens, threads, scratch);
             } else if !done {
@@ -336,7 +324,7 @@ fn looked_up(
                 let passes = group_tables.chunks_mut(tables::table_lines(pass_lines, n));
                 let z_passes = z_row.chunks(pass_lines * tables::LINE_COLS);
                 for ((tables, scales), z) in passes.zip(group_scales.chunks_exact_mut(n)).zip(z_passes) {
-                    match tables::build(z, tables, i, n) {
+                    match tables::build(isa, z, tables, i, n) {
                         Some(scale) => scales[i] = scale,
                         None => return false,
                     }
@@ -368,7 +356,7 @@ fn looked_up(
                     }
                     let part = Part { signs: p.signs, rows: first_row..first_row + rows, lines: lines.clone() };
                     let ahead = after(planes, i, &part, n_lines, first_row + block_rows);
-                    tables::pass(&part, tables, &vectors[..n], y, ahead);
+                    tables::pass(isa, &part, tables, &vectors[..n], y, ahead);
                 }
                 first_table += n_tables;
                 first_scale += n;
@@ -452,68 +440,6 @@ fn after(planes: &[Plane<'_>], i: usize, part: &Part<'_>, n_lines: usize, next_r
         None if part.lines.end < n_lines => Ahead::new(planes[0].signs, part.rows.start, part.lines.end),
         None => Ahead::new(planes[0].signs, next_row, 0),
     }
-}
-
-/// As [`looked_up`], from 16-bit codes of z.
-fn encoded(
-    isa: Isa,
-    level: &Level<'_>,
-    x: &[f32],
-    y: &mut [f32],
-    tokens: usize,
-    threads: Threads,
-    scratch: &mut Scratch,
-) -> bool {
-    let cols = level.shape().cols();
-    let (planes, rank) = (level.planes(), level.planes()[0].basis.rank());
-    let n_runs = cols.div_ceil(codes::RUN_COLS);
-    if n_runs * codes::RUN_COLS > codes::MAX_COLS {
-        return false;
-    }
-    let n_vectors = scratch.plane_of_basis.len() * rank * tokens;
-    let runs = grown(&mut scratch.codes, n_vectors * n_runs);
-    let lanes = grown(&mut scratch.lanes, n_vectors);
-    let z_row = grown(&mut scratch.z_row, n_runs * codes::RUN_COLS);
-    z_row[cols..].fill(0.0);
-    let mut vectors = runs.chunks_exact_mut(n_runs).zip(&mut *lanes);
-    for &plane in &scratch.plane_of_basis {
-        for k in 0..rank {
-            for (x, (runs, lanes)) in x.chunks_exact(cols).zip(&mut vectors) {
-                factors::products(isa, planes[plane].basis, k, x, &mut z_row[..cols]);
-                match codes::encode(z_row, runs) {
-                    Some(l) => *lanes = l,
-                    None => return false,
-                }
-            }
-        }
-    }
-
-    let (runs, lanes, basis_of_plane) = (&*runs, &*lanes, &scratch.basis_of_plane);
-    for_each_block(level, y, tokens, MAX_BLOCK_ROWS, threads, (&mut scratch.y, &mut scratch.u), |block| {
-        let Block { first_row, rows, y, u } = block;
-        for (i, (p, &basis)) in planes.iter().zip(basis_of_plane).enumerate() {
-            for first in (0..rows).step_by(codes::ROWS) {
-                // Beyond the last row, the last again.
-                let bits: [_; codes::ROWS] =
-                    std::array::from_fn(|r| p.signs.row(first_row + (first + r).min(rows - 1)));
-                let bits = bits.each_ref().map(|bits| &**bits);
-                let ahead = (first_row + first + AHEAD_ROWS) * p.signs.cols().div_ceil(8);
-                let ahead = p.signs.as_bytes().as_ptr().wrapping_add(ahead);
-                for k in 0..rank {
-                    for t in 0..tokens {
-                        let vector = (basis * rank + k) * tokens + t;
-                        let runs = &runs[vector * n_runs..][..n_runs];
-                        let sums = codes::signed_sums(isa, bits, runs, &lanes[vector], ahead);
-                        let u = &u[(i * rank + k) * rows + first..(i * rank + k + 1) * rows];
-                        for ((y, u), sum) in y[t * rows + first..(t + 1) * rows].iter_mut().zip(u).zip(sums) {
-                            *y += u * sum;
-                        }
-                    }
-                }
-            }
-        }
-    });
-    true
 }
 
 /// y[t, r] = Σ_plane Σ_k U[r, plane, k] · Σ_c S[r, c] z[k, t, c], with z[k, t] = V[k] ⊙ x[t] made once, in f32.

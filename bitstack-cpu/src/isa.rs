@@ -21,14 +21,11 @@ pub enum Isa {
     Amx,
     /// 64-bit ARM with NEON: all but the smallest.
     Neon,
-    /// NEON with dot products of bytes (the feature `dotprod`): since ARMv8.4, Neoverse N1, Apple M1.
-    NeonDotprod,
 }
 
 impl Isa {
     /// Every set there is, whether or not this CPU has it; those of an architecture lowest first.
-    pub const ALL: [Self; 7] =
-        [Self::Scalar, Self::Avx2, Self::Avx512, Self::Avx512Vnni, Self::Amx, Self::Neon, Self::NeonDotprod];
+    pub const ALL: [Self; 6] = [Self::Scalar, Self::Avx2, Self::Avx512, Self::Avx512Vnni, Self::Amx, Self::Neon];
 
     /// The highest set that the running CPU and operating system support.
     pub fn detect() -> Self {
@@ -74,10 +71,8 @@ impl Isa {
                 ],
             );
             #[cfg(target_arch = "aarch64")]
-            let (sets, is_there): (&[Self], &[Ask]) = (
-                &[Self::Scalar, Self::Neon, Self::NeonDotprod],
-                &[|| is_aarch64_feature_detected!("neon"), || is_aarch64_feature_detected!("dotprod")],
-            );
+            let (sets, is_there): (&[Self], &[Ask]) =
+                (&[Self::Scalar, Self::Neon], &[|| is_aarch64_feature_detected!("neon")]);
             #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
             let (sets, is_there): (&[Self], &[Ask]) = (&[Self::Scalar], &[]);
             &sets[..1 + is_there.iter().take_while(|is_there| is_there()).count()]
@@ -94,7 +89,6 @@ impl fmt::Display for Isa {
             Self::Avx512Vnni => "avx512-vnni",
             Self::Amx => "amx",
             Self::Neon => "neon",
-            Self::NeonDotprod => "neon-dotprod",
         })
     }
 }

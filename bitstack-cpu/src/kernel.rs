@@ -5,7 +5,6 @@ pub(crate) mod amx;
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
-pub(crate) mod codes;
 pub(crate) mod dense;
 pub(crate) mod factors;
 #[cfg(target_arch = "aarch64")]

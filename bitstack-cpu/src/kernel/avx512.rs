@@ -15,20 +15,10 @@ use std::arch::x86_64::*;
 use bitstack_core::SignView;
 
 use super::Line;
-use super::tables::{Ahead, LINE_ROWS, Part, Vector};
+use super::tables::{Ahead, LARGEST, LINE_ROWS, Lines, Part, SMALLEST_MAX, Vector};
 
 /// Lines that are put together at once: 64 bytes of each row.
 const CHUNK: usize = 16;
-
-/// Aligned, as otherwise every store would go to two lines of the cache.
-#[repr(align(64))]
-struct Buffer([[u8; 64]; CHUNK]);
-
-/// The largest sum in a table, 127 · 256 + 127.
-const LARGEST: f32 = 32639.0;
-
-/// The smallest largest sum whose inverse is safely finite.
-const SMALLEST_MAX: f32 = 1e-30;
 
 /// See [`super::tables::build`].
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni")]
@@ -146,12 +136,11 @@ fn add_other_lines<const V: usize, const R: usize>(
     (ahead, first): (Ahead, usize),
     mut sums: [[[__m512i; 2]; V]; R],
 ) -> [[[__m512i; 2]; V]; R] {
-    let mut buffer = Buffer([[0; 64]; CHUNK]);
+    let mut buffer = Lines::<CHUNK>::new();
     for r in 0..R {
         let mut at = ahead.strip(first + r);
         for (tables, first_line) in tables.chunks(4 * V * CHUNK).zip((first_line..).step_by(CHUNK)) {
-            let lines = &mut buffer.0[..tables.len() / (4 * V)];
-            signs.copy_lines(strips[r], first_line, lines);
+            let lines = buffer.of(signs, strips[r], first_line..first_line + tables.len() / (4 * V));
             let next = Next { at, step: ahead.line_bytes, lines: CHUNK, stride: 0 };
             [sums[r]] = add_lines([lines], tables, next, [sums[r]]);
             at = at.wrapping_add(ahead.chunk_bytes);

@@ -44,7 +44,7 @@ pub(crate) fn add_plane(isa: Isa, plane: PlaneRow<'_>, w: &mut [f32; COLS]) {
         Isa::Avx2 => unsafe { add_plane_avx2(plane, w) },
         #[cfg(target_arch = "aarch64")]
         // SAFETY: the only obligation is the target features, and the assertion above says that the CPU has them.
-        Isa::Neon | Isa::NeonDotprod => unsafe { add_plane_neon(plane, w) },
+        Isa::Neon => unsafe { add_plane_neon(plane, w) },
         _ => add_plane_portable(plane, w),
     }
 }
@@ -174,7 +174,7 @@ pub(crate) fn multiply(isa: Isa, w: &Tile, x: &[[f32; PANEL]], y: &mut [[f32; PA
         Isa::Avx2 => unsafe { multiply_avx2(w, x, y) },
         #[cfg(target_arch = "aarch64")]
         // SAFETY: the only obligation is the target features, and the assertion above says that the CPU has them.
-        Isa::Neon | Isa::NeonDotprod => unsafe { multiply_neon(w, x, y) },
+        Isa::Neon => unsafe { multiply_neon(w, x, y) },
         _ => multiply_portable::<2, 8, false>(w, x, y),
     }
 }
