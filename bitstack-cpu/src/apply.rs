@@ -50,7 +50,8 @@ fn is_cheaper(level: &Level<'_>, tokens: usize, cost: usize) -> bool {
 pub enum Threads {
     /// The calling thread only.
     One,
-    /// The current rayon pool: that of the calling thread if it belongs to one, the global one otherwise.
+    /// The current rayon pool: that of the calling thread if it belongs to one, the global one otherwise. A thread that belongs to none
+    /// waits, some ten microseconds, until one of the pool takes over: who multiplies often does so inside `rayon::scope`.
     Pool,
 }
 

@@ -108,6 +108,14 @@ impl Pool {
     /// When `cols` is not a multiple of 8.
     pub fn measure(&self, case: Case, time: Duration) -> Result<Option<Measurement>, CoreError> {
         assert!(case.cols.is_multiple_of(8), "{} columns are not whole bytes", case.cols);
+        match case.threads {
+            Threads::One => self.run(case, time),
+            // From a thread of the pool, as a model calls it: from another, each call would wait to be taken over.
+            Threads::Pool => rayon::scope(|_| self.run(case, time)),
+        }
+    }
+
+    fn run(&self, case: Case, time: Duration) -> Result<Option<Measurement>, CoreError> {
         let shape = Shape::new(case.rows, case.cols)?;
         let Some(kernel) = Kernel::with_isa(case.isa) else { return Ok(None) };
         let plane_bytes = case.rows * (case.cols / 8);

@@ -162,8 +162,12 @@ impl<'m, S: ReadAt + Send + Sync + 'static> Text<'m, S> {
         }
         let start = Instant::now();
         let snapshot = self.model.elastic().snapshot();
-        let mut pass = Pass::new().with_cache(&mut self.cache).with_threads(Threads::Pool);
-        let logits = self.model.at(&snapshot)?.forward(&[self.token], &mut pass)?;
+        let model = self.model.at(&snapshot)?;
+        // As [`crate::Generation::step`] does it.
+        let logits = rayon::scope(|_| {
+            let mut pass = Pass::new().with_cache(&mut self.cache).with_threads(Threads::Pool);
+            model.forward(&[self.token], &mut pass)
+        })?;
         self.token = math::argmax(logits.as_slice().expect("a fresh array")) as u32;
         Ok(Token { seconds: start.elapsed().as_secs_f64(), resident_bytes: snapshot.resident_bytes() })
     }

@@ -231,9 +231,12 @@ impl<'t> Continuation<'t> {
         if self.ended {
             return Ok(None);
         }
-        let mut pass = Pass::new().with_cache(&mut self.cache).with_threads(Threads::Pool);
-        let hidden = model.hidden(&self.pending, &mut pass)?;
-        let logits = model.logits(hidden.slice_axis(Axis(0), Slice::from(-1..)), &mut pass)?;
+        // In a thread of the pool: from another, each product would wait to be taken over.
+        let logits = rayon::scope(|_| {
+            let mut pass = Pass::new().with_cache(&mut self.cache).with_threads(Threads::Pool);
+            let hidden = model.hidden(&self.pending, &mut pass)?;
+            model.logits(hidden.slice_axis(Axis(0), Slice::from(-1..)), &mut pass)
+        })?;
         let token = self.sampler.choose(logits.as_slice().expect("a fresh array"))?;
         let text = if self.eos_tokens.contains(&token) {
             self.result.stop = StopReason::EndToken;

@@ -59,6 +59,10 @@ pub(crate) fn lines(level: Level, rows: &[u8], row_bytes: usize, lines: &mut [[u
         // SAFETY: the only obligation is `#[target_feature(enable = "avx512f")]`; the assertion above holds only if `Level::detect` has
         // found AVX-512F on this CPU.
         Level::Avx512 => unsafe { avx512::lines(rows, row_bytes, lines) },
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: the only obligation is `#[target_feature(enable = "avx2")]`; the assertion above holds only if `Level::detect` has
+        // found AVX2 on this CPU.
+        Level::Avx2 => unsafe { avx2::lines(rows, row_bytes, lines) },
         _ => scalar::lines(rows, row_bytes, lines),
     }
 }
