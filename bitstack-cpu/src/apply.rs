@@ -215,22 +215,19 @@ struct Block<'a> {
 
 impl<'a> Block<'a> {
     /// Widens the coefficients of all blocks and calls `task` for each.
-    fn for_each(self, level: &Level<'_>, block_rows: usize, threads: Threads, task: &(impl Fn(Block<'_>) + Sync)) {
-        if self.rows <= block_rows {
-            factors::coefficients(level.planes(), self.first_row, self.rows, self.u);
+    fn for_each(self, split: Split<'_>, task: &(impl Fn(Block<'_>) + Sync)) {
+        if self.rows <= split.block_rows {
+            factors::coefficients(split.isa, split.level.planes(), self.first_row, self.rows, self.u);
             return task(self);
         }
-        let (top, bottom) = self.halves(block_rows);
-        match threads {
+        let (top, bottom) = self.halves(split.block_rows);
+        match split.threads {
             Threads::One => {
-                top.for_each(level, block_rows, threads, task);
-                bottom.for_each(level, block_rows, threads, task);
+                top.for_each(split, task);
+                bottom.for_each(split, task);
             }
             Threads::Pool => {
-                rayon::join(
-                    || top.for_each(level, block_rows, threads, task),
-                    || bottom.for_each(level, block_rows, threads, task),
-                );
+                rayon::join(|| top.for_each(split, task), || bottom.for_each(split, task));
             }
         }
     }
@@ -247,25 +244,33 @@ impl<'a> Block<'a> {
     }
 }
 
-/// Calls `task` for all blocks of rows of a product, which it adds up in a block that is zero before; `y` is `tokens x rows`.
-fn for_each_block(
-    level: &Level<'_>,
-    y: &mut [f32],
-    tokens: usize,
+/// How a product is split into tasks.
+#[derive(Clone, Copy)]
+struct Split<'a> {
+    isa: Isa,
+    level: &'a Level<'a>,
     block_rows: usize,
     threads: Threads,
+}
+
+/// Calls `task` for all blocks of rows of a product, which it adds up in a block that is zero before; `y` is `tokens x rows`.
+fn for_each_block(
+    split: Split<'_>,
+    y: &mut [f32],
+    tokens: usize,
     (blocks, u): (&mut Vec<f32>, &mut Vec<f32>),
     task: impl Fn(Block<'_>) + Sync,
 ) {
+    let Split { level, block_rows, .. } = split;
     let rows = level.shape().rows();
     let u = grown(u, rows * level.planes().len() * level.planes()[0].coefficients.rank());
     if tokens == 1 {
         y.fill(0.0);
-        return Block { first_row: 0, rows, y, u }.for_each(level, block_rows, threads, &task);
+        return Block { first_row: 0, rows, y, u }.for_each(split, &task);
     }
     let blocks = grown(blocks, rows * tokens);
     blocks.fill(0.0);
-    Block { first_row: 0, rows, y: blocks, u }.for_each(level, block_rows, threads, &task);
+    Block { first_row: 0, rows, y: blocks, u }.for_each(split, &task);
     for (first_row, block) in (0..rows).step_by(block_rows).zip(blocks.chunks(block_rows * tokens)) {
         let n = block.len() / tokens;
         for (y, block) in y.chunks_exact_mut(rows).zip(block.chunks_exact(n)) {
@@ -336,7 +341,8 @@ fn looked_up(
 
     let (all_tables, all_scales, basis_of_plane) = (&*all_tables, &*all_scales, &scratch.basis_of_plane);
     let block_rows = rows_of_block(n_bases, planes.len());
-    for_each_block(level, y, tokens, block_rows, threads, (&mut scratch.y, &mut scratch.u), |block| {
+    let split = Split { isa, level, block_rows, threads };
+    for_each_block(split, y, tokens, (&mut scratch.y, &mut scratch.u), |block| {
         let Block { first_row, rows, y, u } = block;
         let (mut first_table, mut first_scale) = (0, 0);
         for (first, n) in groups(n_vectors) {
@@ -408,7 +414,8 @@ fn tiled(
     let (all_codes, all_scales, basis_of_plane) = (&*all_codes, &*all_scales, &scratch.basis_of_plane);
     let n_lines = cols.div_ceil(tables::LINE_COLS);
     let block_rows = rows_of_block(n_bases, planes.len());
-    for_each_block(level, y, tokens, block_rows, threads, (&mut scratch.y, &mut scratch.u), |block| {
+    let split = Split { isa: tiles.isa(), level, block_rows, threads };
+    for_each_block(split, y, tokens, (&mut scratch.y, &mut scratch.u), |block| {
         let Block { first_row, rows, y, u } = block;
         let mut tiles = tiles.configure(group);
         for (pass, first_line) in (0..n_lines).step_by(amx::PASS_LINES).enumerate() {
@@ -459,7 +466,8 @@ fn summed(level: &Level<'_>, x: &[f32], y: &mut [f32], tokens: usize, threads: T
         }
     }
     let (z, basis_of_plane) = (&*z, &scratch.basis_of_plane);
-    for_each_block(level, y, tokens, MAX_BLOCK_ROWS, threads, (&mut scratch.y, &mut scratch.u), |block| {
+    let split = Split { isa: Isa::Scalar, level, block_rows: MAX_BLOCK_ROWS, threads };
+    for_each_block(split, y, tokens, (&mut scratch.y, &mut scratch.u), |block| {
         let Block { first_row, rows, y, u } = block;
         for (i, (p, &basis)) in planes.iter().zip(basis_of_plane).enumerate() {
             let z = &z[basis * basis_values..][..basis_values];
@@ -511,7 +519,8 @@ fn rebuilt(
     }
 
     let (v, panels, basis_of_plane) = (&*v, &*panels, &scratch.basis_of_plane);
-    for_each_block(level, y, tokens, MAX_BLOCK_ROWS, threads, (&mut scratch.y, &mut scratch.u), |block| {
+    let split = Split { isa, level, block_rows: MAX_BLOCK_ROWS, threads };
+    for_each_block(split, y, tokens, (&mut scratch.y, &mut scratch.u), |block| {
         let Block { first_row, rows, y, u } = block;
         let mut w: tile::Tile = [[0.0; tile::COLS]; tile::ROWS];
         for first_r in (0..rows).step_by(tile::ROWS) {

@@ -51,7 +51,33 @@ fn products_portable(basis: BasisRef<'_>, k: usize, x: &[f32], z: &mut [f32]) {
 }
 
 /// The coefficients of rows `first_row..`: `out` is `planes x rank x rows`.
-pub(crate) fn coefficients(planes: &[Plane<'_>], first_row: usize, rows: usize, out: &mut [f32]) {
+pub(crate) fn coefficients(isa: Isa, planes: &[Plane<'_>], first_row: usize, rows: usize, out: &mut [f32]) {
+    assert!(isa.is_available());
+    match isa {
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: the only obligation is the target features, and the assertion above says that the CPU has them.
+        Isa::Avx512 | Isa::Avx512Vnni | Isa::Amx => unsafe { coefficients_avx512(planes, first_row, rows, out) },
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: the only obligation is the target features, and the assertion above says that the CPU has them.
+        Isa::Avx2 => unsafe { coefficients_avx2(planes, first_row, rows, out) },
+        _ => coefficients_portable(planes, first_row, rows, out),
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+fn coefficients_avx512(planes: &[Plane<'_>], first_row: usize, rows: usize, out: &mut [f32]) {
+    coefficients_portable(planes, first_row, rows, out);
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma")]
+fn coefficients_avx2(planes: &[Plane<'_>], first_row: usize, rows: usize, out: &mut [f32]) {
+    coefficients_portable(planes, first_row, rows, out);
+}
+
+#[inline(always)]
+fn coefficients_portable(planes: &[Plane<'_>], first_row: usize, rows: usize, out: &mut [f32]) {
     let rank = planes[0].coefficients.rank();
     for (p, out) in planes.iter().zip(out.chunks_exact_mut(rank * rows)) {
         let stride = p.coefficients.planes() * rank;
@@ -79,12 +105,27 @@ pub(crate) fn coefficients(planes: &[Plane<'_>], first_row: usize, rows: usize, 
 }
 
 /// Item `k * rows + r` of `out` is that of item `r * stride + k` of `values`.
+#[inline(always)]
 fn transpose<T: Copy>(values: &[T], stride: usize, rows: usize, value: impl Fn(T) -> f32, out: &mut [f32]) {
     if out.len() == rows {
-        for (out, &v) in out.iter_mut().zip(values.iter().step_by(stride)) {
-            *out = value(v);
+        /// With a distance that the compiler knows, it makes vectors of what is so far apart.
+        #[inline(always)]
+        fn every<const N: usize, T: Copy>(values: &[T], value: impl Fn(T) -> f32, out: &mut [f32]) {
+            let Some((last, out)) = out.split_last_mut() else { return };
+            for (out, v) in out.iter_mut().zip(values.as_chunks::<N>().0) {
+                *out = value(v[0]);
+            }
+            *last = value(values[N * out.len()]);
         }
-        return;
+        return match stride {
+            1 => every::<1, T>(values, value, out),
+            2 => every::<2, T>(values, value, out),
+            3 => every::<3, T>(values, value, out),
+            4 => every::<4, T>(values, value, out),
+            6 => every::<6, T>(values, value, out),
+            8 => every::<8, T>(values, value, out),
+            _ => out.iter_mut().zip(values.iter().step_by(stride)).for_each(|(out, &v)| *out = value(v)),
+        };
     }
     // Written one by one so far apart, they would take three times as long.
     const SIDE: usize = 16;
