@@ -124,8 +124,7 @@ pub(super) fn pass<const V: usize, const R: usize>(
     }
 }
 
-/// As [`add_lines`], for lines from `first_line` on that are not as they are needed: they are put together in a buffer, a chunk at a time, and
-/// one strip after the other: the rows of more, often a power of two apart, push the tables out of the first-level cache.
+/// As [`add_lines`], for lines from `first_line` on that are not as they are needed: they are put together in buffers, a chunk at a time.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni")]
 #[inline(never)]
 fn add_other_lines<const V: usize, const R: usize>(
@@ -136,15 +135,20 @@ fn add_other_lines<const V: usize, const R: usize>(
     (ahead, first): (Ahead, usize),
     mut sums: [[[__m512i; 2]; V]; R],
 ) -> [[[__m512i; 2]; V]; R] {
-    let mut buffer = Lines::<CHUNK>::new();
-    for r in 0..R {
-        let mut at = ahead.strip(first + r);
-        for (tables, first_line) in tables.chunks(4 * V * CHUNK).zip((first_line..).step_by(CHUNK)) {
-            let lines = buffer.of(signs, strips[r], first_line..first_line + tables.len() / (4 * V));
-            let next = Next { at, step: ahead.line_bytes, lines: CHUNK, stride: 0 };
-            [sums[r]] = add_lines([lines], tables, next, [sums[r]]);
-            at = at.wrapping_add(ahead.chunk_bytes);
+    let mut buffers = [const { Lines::<CHUNK>::new() }; R];
+    let mut at = ahead.strip(first);
+    for (tables, first_line) in tables.chunks(4 * V * CHUNK).zip((first_line..).step_by(CHUNK)) {
+        let mut lines = [&[][..]; R];
+        for ((lines, buffer), &strip) in lines.iter_mut().zip(&mut buffers).zip(&strips) {
+            *lines = buffer.of(signs, strip, first_line..first_line + tables.len() / (4 * V));
         }
+        sums = add_lines(
+            lines,
+            tables,
+            Next { at, step: ahead.line_bytes, lines: CHUNK, stride: ahead.strip_bytes },
+            sums,
+        );
+        at = at.wrapping_add(ahead.chunk_bytes);
     }
     sums
 }

@@ -142,7 +142,7 @@ pub(super) fn pass_biased<const V: usize, const N: usize>(
 pub(super) struct Lines<const N: usize>([[u8; 64]; N]);
 
 impl<const N: usize> Lines<N> {
-    pub(super) fn new() -> Self {
+    pub(super) const fn new() -> Self {
         Self([[0; 64]; N])
     }
 
