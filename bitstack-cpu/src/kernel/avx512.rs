@@ -1,9 +1,10 @@
 //! AVX-512 with VBMI and VNNI: sums of four columns looked up in tables, sixteen rows in the lanes of a register.
 //!
 //! A *line* is a register of sixteen rows x 32 columns: row i's four bytes are in dword i. Signs in strips are lines as they lie in memory; of
-//! signs in rows lines are made, sixteen at a time. In a line, byte q of every dword stands for the same eight columns; its nibble, with q above it, is an index into a register of 4 x 16 bytes: the sums ± z over the four columns of the nibble
-//! for every pattern of signs. `vpermb` looks up all 64, `vpdpbusd` with ones adds the four groups of a row. Sums are kept to 16 bits, as high and
-//! low bytes in tables of their own (256 · high + low, both signed), so a line takes four lookups for each vector.
+//! signs in rows lines are made, sixteen at a time. In a line, byte q of every dword stands for the same eight columns; its nibble, with q
+//! above it, is an index into a register of 4 x 16 bytes: the sums ± z over the four columns of the nibble for every pattern of signs. `vpermb`
+//! looks up all 64, `vpdpbusd` with ones adds the four groups of a row. Sums are kept to 16 bits, as high and low bytes in tables of their
+//! own (256 · high + low, both signed), so a line takes four lookups for each vector.
 //!
 //! What bounds it: lookups and sums, four of each in a line for each vector, which on Zen 4 share three pipes. Up to four strips share a
 //! load of a table and keep as many sums apart. The signs of the next part are prefetched into the second-level cache, spread evenly over
