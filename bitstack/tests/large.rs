@@ -121,7 +121,7 @@ fn stated(n_blocks: u64) -> u64 {
 /// one that measures nothing: the others begin with a run of all layers for every weight, hours for a model of this size, with a layer in
 /// memory as here. One block per weight instead of eight, so that it ends within minutes; the seven more are added as stated.
 #[test]
-#[ignore = "takes a quarter of an hour, 4 GB of disk and 20 GB of memory"]
+#[ignore = "takes half an hour (the journal hashes 138 GB of holes first), 4 GB of disk and 20 GB of memory"]
 fn a_model_of_70_billion_weights_needs_the_memory_of_one_layer() {
     let dir = tempfile::tempdir().unwrap();
     let model = dir.path().join("model");
