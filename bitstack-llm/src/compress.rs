@@ -2,7 +2,7 @@
 
 use crate::calibrate::{InputStats, Walk};
 use crate::journal::Units;
-use crate::order::Curve;
+use crate::order::{Curve, Reference};
 use crate::text::{Windows, default_seq_len, with_random_thirds};
 use crate::{
     Checkpoint, Decoder, LlmError, Progress, SamplingOptions, Tokenizer, WeightRole, WeightSpec, order, sample, stack,
@@ -10,7 +10,7 @@ use crate::{
 use bitstack_core::{ActivationStats, Collect, Scales, Shape, WeightStack};
 use bitstack_decomp::{DecomposeOptions, Nested, Parallelism};
 use bitstack_format::{BlockSource, Draft, FormatError};
-use bitstack_sort::{Balanced, GainPerByte, Greedy, LoadOrder, Method, Random, Scores, Sizes};
+use bitstack_sort::{Balanced, Greedy, LoadOrder, Method, Random, Scores, Sizes};
 use ndarray::ArrayView2;
 use rayon::prelude::*;
 use std::ops::Range;
@@ -197,11 +197,9 @@ pub(crate) fn run(
             let all = errors.iter().zip(roundings);
             let curves: Vec<Curve<'_>> =
                 all.map(|(errors, rounded_divergence)| Curve::new(errors, rounded_divergence)).collect();
-            let curves = order::divergence_curves(checkpoint, &draft, &curves, windows, units, progress)?;
-            GainPerByte::new(Scores::new(&curves))
-                .lockstep(order::LOCKSTEP)
-                .ahead(order::ahead(&curves, &sizes))
-                .order(&sizes)?
+            let reference = Reference::new(checkpoint, windows)?;
+            let curves = order::divergence_curves(&reference, &draft, &curves, units, progress)?;
+            order::checked(&reference, &draft, &curves, units, progress)?
         }
         Ordering::Perplexity => {
             let scores = order::perplexities(&draft, &validation, units, progress)?;

@@ -6,25 +6,21 @@ use crate::stack::{self, rebuild};
 use crate::stream::{Slot, Streamed, run_layer};
 use crate::{Checkpoint, Decoder, Dense, Elements, Frame, LlmError, Progress, WeightSpec};
 use bitstack_format::BlockSource;
-use bitstack_sort::Sizes;
+use bitstack_sort::{GainPerByte, LoadOrder, Method, Scores, Sizes};
 use ndarray::{Array2, ArrayView1, ArrayView2};
 use rayon::prelude::*;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// The level that every weight reaches before any goes beyond it, but for those that are [`ahead`]. Below it errors are so large that they
-/// do not add up: what a weight is worth depends on how bad the others are, so steps there are measured with the whole model at their
-/// level. Measured on a model of 14.7 million parameters, nested codes, everything stacked, divergence at 2.0, 2.4 and 3.3 bits per weight:
-/// with it .055 .028 .0052, without .065 .034 .0114.
-pub(crate) const LOCKSTEP: usize = 2;
+/// How far differences between weights are believed in the orders that are tried, the first first: see [`GainPerByte::trust`].
+const TRUSTS: [f64; 2] = [1.0, 0.75];
 
-/// A weight goes ahead with the last step of the lockstep as long as a byte gains this share of what it gains in that step on all weights
-/// together. Divergence at 2.0, 2.1 and 2.4 bits per weight, same model: at a share of 0.12 .126 .095 .026, at 0.2 .058 .037 .028, at 0.3
-/// .055 .042 .028, at 0.5 .069 .064 .028, with none ahead .130 .088 .028.
-const AHEAD_SHARE: f64 = 0.25;
+/// Sizes of the model at which they are tried, evenly spaced on a scale of logarithms.
+const CHECKS: usize = 8;
 
-/// A measured worth below this share of what the original model says is noise.
-const LEAST_SHARE: f64 = 0.1;
+/// A later trust has to leave less than this share of the divergence of an earlier one: differences below it are noise, and an order that is
+/// as good at one size may be worse between two.
+const BETTER: f64 = 0.98;
 
 /// The step of the rounding that tells what a weight counts for, in root mean squares of a row: an error of 3 %, as at level 3 or 4.
 const ROUNDING_STEP: f64 = 0.6;
@@ -33,18 +29,19 @@ const ROUNDING_STEP: f64 = 0.6;
 const ROUNDING_ROWS: usize = 256;
 
 /// The original model on some windows, which every other is compared with. Its head stays in memory.
-struct Reference<'a> {
+pub(crate) struct Reference<'a> {
+    checkpoint: &'a Checkpoint,
     model: Streamed<'a>,
     windows: &'a [&'a [u32]],
     finals: Vec<Array2<f32>>,
 }
 
 impl<'a> Reference<'a> {
-    fn new(checkpoint: &'a Checkpoint, windows: &'a [&'a [u32]]) -> Result<Self, LlmError> {
+    pub(crate) fn new(checkpoint: &'a Checkpoint, windows: &'a [&'a [u32]]) -> Result<Self, LlmError> {
         let mut model = original(checkpoint)?;
         let finals = finals(&mut model, windows)?;
         model.load(model.decoder().head_index())?;
-        Ok(Self { model, windows, finals })
+        Ok(Self { checkpoint, model, windows, finals })
     }
 
     /// Mean divergence of what the model says from these final hidden states of window `window`, in nats per token.
@@ -52,6 +49,19 @@ impl<'a> Reference<'a> {
         let reference = Some((self.model.decoder(), self.finals[window].view()));
         let scores = score_hidden(decoder, hidden.view(), reference, &self.windows[window][1..])?;
         Ok(scores.kl / scores.tokens as f64)
+    }
+
+    /// Mean divergence of a model over all windows.
+    fn divergence_of(&self, model: &mut Streamed<'_>) -> Result<f64, LlmError> {
+        let hidden = finals(model, self.windows)?;
+        let head = model.decoder().head_index();
+        let sum = model.with(head..head + 1, |model| {
+            let each = (0..hidden.len()).into_par_iter().with_max_len(1);
+            let each =
+                each.map(|i| self.divergence(i, model.decoder(), &hidden[i])).collect::<Result<Vec<f64>, _>>()?;
+            Ok(each.iter().sum::<f64>())
+        })?;
+        Ok(sum / hidden.len() as f64)
     }
 }
 
@@ -142,58 +152,44 @@ impl<'a> Curve<'a> {
 
 /// Per stacked weight and level, the divergence that is predicted to be left: `curves[w][b - 1]` for level `b`.
 ///
-/// A step from level b to b + 1 is worth a · (error at b − error at b + 1), with a sensitivity `a` (nats per unit of error) that is
-/// measured twice per weight: with the whole model at level 1, the weight going to 2, here; and with the model as it was, the weight alone
-/// rounded ([`roundings`]), which serves all further steps. That is two runs per weight, whatever the number of blocks. Sensitivities from
-/// the rounded weight and from the weight at level 3 agree within a third, and give orders that are equally good.
+/// A step from level b to b + 1 is worth a · (error at b − error at b + 1), with a sensitivity `a` (nats per unit of error) that was measured
+/// with the model as it was and the weight alone rounded ([`roundings`]). The step from level 1 is measured too, with the whole model at
+/// level 1, and worth the larger of the two: errors do not add up down there, and to the first that leave level 1 a step is worth more than
+/// to the last. That is two runs per weight, whatever the number of blocks.
+///
+/// Measured on a model of 14.7 million parameters, nested codes, everything stacked: divergence at 1.98, 2.14 and 2.84 bits per weight with
+/// the larger of the two .048 .042 .0091, with the first alone .056 .037 .0097, with the second alone .064 .058 .021.
 pub(crate) fn divergence_curves<S: BlockSource + Sync + ?Sized>(
-    checkpoint: &Checkpoint,
+    reference: &Reference<'_>,
     source: &S,
     curves: &[Curve<'_>],
-    windows: &[&[u32]],
     units: &Units,
     progress: &dyn Progress,
 ) -> Result<Vec<Vec<f64>>, LlmError> {
-    let reference = Reference::new(checkpoint, windows)?;
-    let specs = checkpoint.config().weights();
+    let specs = reference.checkpoint.config().weights();
     // 0 for a weight whose error does not change.
     let per_error =
         |c: &Curve<'_>| if c.rounded_error > 0.0 { c.rounded_divergence.max(0.0) / c.rounded_error } else { 0.0 };
     let alone: Vec<f64> = curves.iter().map(per_error).collect();
     let steps = |(c, a): (&Curve<'_>, &f64)| c.errors.windows(2).map(|e| a * (e[0] - e[1])).collect();
     let mut worth: Vec<Vec<f64>> = curves.iter().zip(&alone).map(steps).collect();
-    progress.stage("sensitivity (runs)", ((LOCKSTEP - 1) * curves.len()) as u64);
-    for level in 1..LOCKSTEP as u32 {
-        let levels: Vec<u32> = curves.iter().map(|c| level.min(c.errors.len() as u32)).collect();
-        let mut model = Streamed::new(stack::frame(source)?, |_, spec| stack::weight_at(source, spec, &levels))?;
-        let hidden = finals(&mut model, windows)?;
-        let head = model.decoder().head_index();
-        let base = model.with(head..head + 1, |model| {
-            (0..windows.len())
-                .map(|i| reference.divergence(i, model.decoder(), &hidden[i]))
-                .sum::<Result<f64, LlmError>>()
-        })?;
-        let base = base / windows.len() as f64;
-        let step = level as usize;
-        let trials = places(&specs, source, |w| step < curves[w].errors.len());
-        let next = |_, weight| rebuild(source, weight, level + 1);
-        let measure = |window: usize, decoder: &Decoder<Slot>, hidden: &Array2<f32>| {
-            reference.divergence(window, decoder, hidden)
-        };
-        let runs = Runs::new(&format!("runs.level.{level:03}"), units);
-        let found = try_each(&mut model, &trials, next, windows, measure, runs, progress)?;
-        let measured: Vec<(usize, f64)> = found
-            .into_iter()
-            .enumerate()
-            .filter(|(w, _)| step < curves[*w].errors.len())
-            .map(|(w, nats)| (w, (base - nats).max(LEAST_SHARE * worth[w][step - 1])))
-            .collect();
-        // Divergences do not add up down there, so what is taken from them is the shares of the weights, not their sum: a step must
-        // stay comparable with the steps above it.
-        let predicted: f64 = measured.iter().map(|(w, _)| worth[*w][step - 1]).sum();
-        let share = predicted / measured.iter().map(|(_, nats)| nats).sum::<f64>();
-        if share.is_finite() {
-            measured.into_iter().for_each(|(w, m)| worth[w][step - 1] = m * share);
+
+    progress.stage("sensitivity (runs)", curves.len() as u64);
+    let mut model = at_levels(source, &vec![1; curves.len()])?;
+    let base = reference.divergence_of(&mut model)?;
+    let trials = places(&specs, source, |w| !worth[w].is_empty());
+    let next = |_, weight| rebuild(source, weight, 2);
+    let measure =
+        |window: usize, decoder: &Decoder<Slot>, hidden: &Array2<f32>| reference.divergence(window, decoder, hidden);
+    let runs = Runs::new("runs.level.001", units);
+    let found = try_each(&mut model, &trials, next, reference.windows, measure, runs, progress)?;
+    // What is taken from them is the shares of the weights, not their sum: a step must stay comparable with the steps above it.
+    let measured: Vec<f64> = found.iter().map(|nats| (base - nats).max(0.0)).collect();
+    let predicted: f64 = worth.iter().filter_map(|steps| steps.first()).sum();
+    let share = predicted / measured.iter().sum::<f64>();
+    if share.is_finite() {
+        for (steps, measured) in worth.iter_mut().zip(measured) {
+            steps.iter_mut().take(1).for_each(|step| *step = step.max(share * measured));
         }
     }
     // What is left at a level is the worth of all steps above it, and of the step to the weight itself.
@@ -201,18 +197,60 @@ pub(crate) fn divergence_curves<S: BlockSource + Sync + ?Sized>(
     Ok(all.map(|((steps, c), a)| left(steps, a * c.errors[c.errors.len() - 1])).collect())
 }
 
-/// Per stacked weight, the levels that it goes ahead with the last step of the lockstep: see [`AHEAD_SHARE`].
-pub(crate) fn ahead(curves: &[Vec<f64>], sizes: &Sizes) -> Vec<usize> {
-    let step = LOCKSTEP - 1;
-    let all = || curves.iter().zip(sizes.weights());
-    let gains = |curve: &[f64], bytes: &[u64], block: usize| (curve[block - 1] - curve[block]) / bytes[block] as f64;
-    let there = || all().filter(|(curve, _)| step < curve.len());
-    let worth: f64 = there().map(|(curve, _)| curve[step - 1] - curve[step]).sum();
-    let bytes: u64 = there().map(|(_, bytes)| bytes[step]).sum();
-    let least = AHEAD_SHARE * worth / bytes as f64;
-    all()
-        .map(|(curve, bytes)| (LOCKSTEP..curve.len()).take_while(|block| gains(curve, bytes, *block) > least).count())
-        .collect()
+/// The load order by these curves ([`divergence_curves`]), checked and corrected: at each of [`CHECKS`] sizes, the orders that go on from
+/// there by one of [`TRUSTS`] are held against each other by the divergence of the model that they lead to at the next size.
+pub(crate) fn checked<S: BlockSource + Sync + ?Sized>(
+    reference: &Reference<'_>,
+    source: &S,
+    curves: &[Vec<f64>],
+    units: &Units,
+    progress: &dyn Progress,
+) -> Result<LoadOrder, LlmError> {
+    let sizes = Sizes::new(source.base_bytes(), source.block_sizes())?;
+    let by_gain = |trust| GainPerByte::new(Scores::new(curves)).trust(trust).order(&sizes);
+    let orders = TRUSTS.map(by_gain).into_iter().collect::<Result<Vec<_>, _>>()?;
+    let mut runs = Runs::new("runs.checks", units);
+    let mut found = runs.finished(CHECKS * TRUSTS.len())?;
+    progress.stage("check (runs)", found.len() as u64);
+    let (mut order, mut n_blocks) = (orders[0].clone(), orders[0].n_weights());
+    for (check, budget) in check_budgets(&sizes).into_iter().enumerate() {
+        let at = |trial: usize| check * TRUSTS.len() + trial;
+        let tried = orders.iter().map(|rest| order.continued(n_blocks, rest, &sizes)).collect::<Result<Vec<_>, _>>()?;
+        let plans = tried.iter().map(|order| order.plan(budget)).collect::<Result<Vec<_>, _>>()?;
+        let mut best = 0;
+        for trial in 1..tried.len() {
+            for i in [best, trial] {
+                if plans[best] != plans[trial] && found[at(i)].is_nan() {
+                    found[at(i)] = reference.divergence_of(&mut at_levels(source, &plans[i].levels)?)?;
+                    runs.keep(&found, false)?;
+                }
+            }
+            if found[at(trial)] < BETTER * found[at(best)] {
+                best = trial;
+            }
+        }
+        (order, n_blocks) = (tried[best].clone(), plans[best].n_blocks);
+        progress.advance(TRUSTS.len() as u64);
+    }
+    runs.keep(&found, true)?;
+    Ok(order.continued(n_blocks, &orders[0], &sizes)?)
+}
+
+/// The sizes of the model at which its order is checked, in bytes: the bytes of blocks, from the smallest model to the largest, fall into as
+/// many parts of equal ratio, and the sizes are in the middle of each.
+fn check_budgets(sizes: &Sizes) -> [u64; CHECKS] {
+    let blocks = |bytes: u64| (bytes - sizes.base_bytes()) as f64;
+    let (least, most) = (blocks(sizes.minimum_bytes()), blocks(sizes.total_bytes()));
+    std::array::from_fn(|check| {
+        let ratio = (most / least).powf((check as f64 + 0.5) / CHECKS as f64);
+        (sizes.base_bytes() + (least * ratio) as u64).max(sizes.minimum_bytes())
+    })
+}
+
+/// A model of stacks, at these levels.
+fn at_levels<'a, S: BlockSource + Sync + ?Sized>(source: &'a S, levels: &[u32]) -> Result<Streamed<'a>, LlmError> {
+    let levels = levels.to_vec();
+    Streamed::new(stack::frame(source)?, move |_, spec| stack::weight_at(source, spec, &levels))
 }
 
 /// Running sums from the end: what is left before each step, and after the last.
@@ -247,7 +285,7 @@ pub(crate) fn perplexities<S: BlockSource + Sync + ?Sized>(
     progress.stage("perplexity (runs)", n_blocks.iter().map(|n| u64::from(n - 1)).sum());
     for level in 1..most {
         let levels: Vec<u32> = n_blocks.iter().map(|n| level.min(*n)).collect();
-        let mut model = Streamed::new(stack::frame(source)?, |_, spec| stack::weight_at(source, spec, &levels))?;
+        let mut model = at_levels(source, &levels)?;
         let trials = places(&model.decoder().config().weights(), source, |w| level < n_blocks[w]);
         let next = |_, weight| rebuild(source, weight, level + 1);
         let loss = |window: usize, decoder: &Decoder<Slot>, hidden: &Array2<f32>| {
@@ -416,18 +454,6 @@ mod tests {
     use crate::{CompressOptions, Ordering, compress, eval};
 
     #[test]
-    fn a_weight_goes_ahead_while_its_bytes_gain_a_quarter_of_what_the_step_gains() {
-        let sizes = Sizes::new(0, [vec![10; 4], vec![10; 4], vec![10; 2], vec![10; 1]]).unwrap();
-        // The step to level 2 gains 8 + 4 + 6 nats in 30 bytes, 0.6 a byte: 0.15 is the least.
-        let curves = [vec![20.0, 12.0, 10.0, 9.0], vec![5.0, 1.0, 0.5, 0.0], vec![7.0, 1.0], vec![3.0]];
-        assert_eq!(ahead(&curves, &sizes), [1, 0, 0, 0]);
-        let steep = [vec![20.0, 12.0, 10.0, 8.0], vec![5.0, 1.0, 0.5, 0.0], vec![7.0, 1.0], vec![3.0]];
-        assert_eq!(ahead(&steep, &sizes), [2, 0, 0, 0]);
-        let one = Sizes::new(0, [vec![10]]).unwrap();
-        assert_eq!(ahead(&[vec![1.0]], &one), [0]);
-    }
-
-    #[test]
     fn leads_are_half_the_logarithm_of_the_divergence_per_element_about_a_mean_of_0() {
         let leads = leads(&[4e-3, 1e-3, 16e-3], &[100.0, 100.0, 200.0]);
         assert!((leads[0] - leads[1] - 1.0).abs() < 1e-12 && (leads[2] - leads[0] - 0.5).abs() < 1e-12, "{leads:?}");
@@ -453,6 +479,51 @@ mod tests {
         let share = plain / weight.iter().map(|w| f64::from(*w).powi(2)).sum::<f64>();
         assert!((share / (ROUNDING_STEP.powi(2) / 12.0) - 1.0).abs() < 0.1, "{share}");
         assert_eq!(rounding_error(Array2::zeros((3, 4)).view(), None), 0.0);
+    }
+
+    #[test]
+    fn an_order_is_checked_by_what_the_model_says() {
+        let data = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/llama");
+        let checkpoint = Checkpoint::open(data).unwrap();
+        let options = CompressOptions {
+            method: crate::BlockMethod::Avd,
+            rank: Some(1),
+            n_blocks: Some(3),
+            samples: 2,
+            seq_len: Some(16),
+            ordering: Ordering::Random,
+            ..Default::default()
+        };
+        let draft = compress(&checkpoint, None, &options, &std::env::temp_dir(), &()).unwrap().draft;
+        let windows: Vec<Vec<u32>> = (0..2).map(|w| (0..20).map(|i| (w * 7 + i * i) % 96).collect()).collect();
+        let windows: Vec<&[u32]> = windows.iter().map(|w| &w[..]).collect();
+        let reference = Reference::new(&checkpoint, &windows).unwrap();
+        let sizes = Sizes::new(draft.base_bytes(), draft.block_sizes()).unwrap();
+        let nats = |levels: &[u32]| reference.divergence_of(&mut at_levels(&draft, levels).unwrap()).unwrap();
+        let mut picked = [0; TRUSTS.len()];
+        for seed in 0..3 {
+            // Predictions that have nothing to do with the model: each of the trusts is the better one at times.
+            let gain = |w: usize| 1.5f64.powi((w as i32 * 7 + seed * 5) % 11);
+            let curve = |w: usize| [1.0, 0.5, 0.3].map(|x| x * gain(w)).to_vec();
+            let curves: Vec<Vec<f64>> = (0..sizes.n_weights()).map(curve).collect();
+            let order = checked(&reference, &draft, &curves, &Units::none("".as_ref()), &()).unwrap();
+            let mut n_blocks = sizes.n_weights();
+            for budget in check_budgets(&sizes) {
+                // What either trust would have led to from the check before.
+                let levels = TRUSTS.map(|trust| {
+                    let rest = GainPerByte::new(Scores::new(&curves)).trust(trust).order(&sizes).unwrap();
+                    order.continued(n_blocks, &rest, &sizes).unwrap().plan(budget).unwrap().levels
+                });
+                let mut best = 0;
+                if levels[0] != levels[1] {
+                    best = usize::from(nats(&levels[1]) < BETTER * nats(&levels[0]));
+                    picked[best] += 1;
+                }
+                n_blocks = levels[best].iter().sum::<u32>() as usize;
+                assert_eq!(order.plan_of_len(n_blocks).unwrap().levels, levels[best]);
+            }
+        }
+        assert!(picked.iter().all(|n| *n > 0), "{picked:?}");
     }
 
     #[test]

@@ -85,6 +85,12 @@ pub enum SortError {
         /// The value given.
         value: f64,
     },
+    /// The trust of [`GainPerByte`](crate::GainPerByte) is out of its range.
+    #[error("the trust in errors is {value}, which is not from 0 to 1")]
+    Trust {
+        /// The value given.
+        value: f64,
+    },
     /// An order names a weight that does not exist.
     #[error("entry {position} of the load order names weight {weight}, but there are {n_weights} weights")]
     UnknownWeight {

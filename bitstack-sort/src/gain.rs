@@ -18,78 +18,96 @@ use crate::{LoadOrder, Method, Scores, Sizes, SortError};
 /// it. Blocks after a weight's least error have segments that rise; these come after all that fall, so the order is
 /// complete, but their prefixes are worse than shorter ones.
 ///
-/// Errors add up only where they are small. Up to the level `lockstep`, therefore, no weight is a level ahead of another: block b
-/// of every weight comes before block b + 1 of any, and the slopes only order the blocks of a level. The merge starts there. A weight that
-/// matters far more than the others may go `ahead` with the last of these steps: its next blocks then come with it, as one segment.
+/// What is known of the differences between weights may be uncertain, or not hold where errors are too large to add up. With a `trust` t
+/// below 1 the gain per byte of a block is taken for gᵗ · ḡ¹⁻ᵗ, g being what the errors say and ḡ the geometric mean, over bytes, of the
+/// same block of all weights: at 0 all weights go up level by level.
 #[derive(Debug, Clone, PartialEq)]
 pub struct GainPerByte {
     /// One error per block, shaped like the sizes. Finite.
     pub errors: Scores,
-    /// The level up to which all weights go together; 0 and 1 mean that only the first blocks do.
-    pub lockstep: usize,
-    /// Per weight, further blocks that go with the last block of the lockstep; none for weights beyond its end.
-    pub ahead: Vec<usize>,
+    /// How far the differences between weights are believed, from 0 to 1.
+    pub trust: f64,
 }
 
 impl GainPerByte {
-    /// No lockstep beyond the first blocks.
+    /// Errors that are fully believed.
     pub fn new(errors: Scores) -> Self {
-        Self { errors, lockstep: 1, ahead: Vec::new() }
+        Self { errors, trust: 1.0 }
     }
 
-    /// All weights go together up to this level.
-    pub fn lockstep(self, level: usize) -> Self {
-        Self { lockstep: level, ..self }
-    }
-
-    /// Lets weights go ahead with the last step of the lockstep, each by its number of blocks.
-    pub fn ahead(self, ahead: Vec<usize>) -> Self {
-        Self { ahead, ..self }
-    }
-
-    /// The level up to which a weight of so many blocks is in lockstep.
-    fn end(&self, weight: u32, n_blocks: usize) -> usize {
-        let ahead = self.ahead.get(weight as usize).copied().unwrap_or(0);
-        let level = self.lockstep.max(1);
-        if level > 1 { level.saturating_add(ahead).min(n_blocks) } else { 1 }
+    /// How far the differences between weights are believed.
+    pub fn trust(self, trust: f64) -> Self {
+        Self { trust, ..self }
     }
 }
 
 impl Method for GainPerByte {
     fn order(&self, sizes: &Sizes) -> Result<LoadOrder, SortError> {
         self.errors.check_shape(sizes)?;
+        if !(0.0..=1.0).contains(&self.trust) {
+            return Err(SortError::Trust { value: self.trust });
+        }
         for (weight, errors) in self.errors.weights().enumerate() {
             if let Some(block) = errors.iter().position(|error| !error.is_finite()) {
                 return Err(SortError::NonFiniteError { weight, level: block + 1, value: errors[block] });
             }
         }
-        let curves = || (0..).zip(self.errors.weights().zip(sizes.weights()));
-        let mut weights: Vec<u32> = (0..sizes.n_weights() as u32).collect();
-        let lockstep = self.lockstep.max(1);
-        for block in 1..lockstep.min(sizes.n_blocks()) {
-            let mut level: Vec<(u32, usize, f64)> = curves()
-                .filter(|(_, (errors, _))| block < errors.len())
-                .map(|(weight, (errors, bytes))| {
-                    let last = if block + 1 == lockstep { self.end(weight, errors.len()) - 1 } else { block };
-                    let bytes: u64 = bytes[block..=last].iter().sum();
-                    (weight, last + 1 - block, (errors[last] - errors[block - 1]) / bytes as f64 + 0.0)
-                })
-                .collect();
-            level.sort_by(|a, b| a.2.total_cmp(&b.2));
-            level.into_iter().for_each(|(weight, n_blocks, _)| weights.extend(std::iter::repeat_n(weight, n_blocks)));
-        }
+        let curves = || self.errors.weights().zip(sizes.weights());
+        let typical = if self.trust < 1.0 { typical_gains(curves()) } else { Vec::new() };
         let mut segments: Vec<(u32, Segment)> = Vec::new();
-        for (weight, (errors, bytes)) in curves() {
-            let above = self.end(weight, errors.len()) - 1..;
-            segments.extend(hull(&errors[above.clone()], &bytes[above]).into_iter().map(|segment| (weight, segment)));
+        for (weight, (errors, bytes)) in (0..).zip(curves()) {
+            let segments_of = if self.trust < 1.0 {
+                hull(&tempered(errors, bytes, &typical, self.trust), bytes)
+            } else {
+                hull(errors, bytes)
+            };
+            segments.extend(segments_of.into_iter().map(|segment| (weight, segment)));
         }
         // Stable, and slopes never fall along a hull: the segments of one weight stay in order.
         segments.sort_by(|a, b| a.1.slope.total_cmp(&b.1.slope).then(a.0.cmp(&b.0)));
+        let mut weights: Vec<u32> = (0..sizes.n_weights() as u32).collect();
         for (weight, segment) in segments {
             weights.extend(std::iter::repeat_n(weight, segment.n_blocks));
         }
         LoadOrder::from_weights(&weights, sizes)
     }
+}
+
+/// The logarithm of what a byte of block `b` gains; none if it gains nothing.
+fn log_gain(errors: &[f64], bytes: &[u64], b: usize) -> Option<f64> {
+    let gain = (errors[b - 1] - errors[b]).min(f64::MAX);
+    (gain > 0.0).then(|| gain.ln() - (bytes[b] as f64).ln())
+}
+
+/// Per block, the mean over the bytes of all weights of the logarithm of what a byte of it gains, where it gains anything.
+fn typical_gains<'a>(curves: impl Iterator<Item = (&'a [f64], &'a [u64])>) -> Vec<f64> {
+    let mut sums: Vec<(f64, f64)> = Vec::new();
+    for (errors, bytes) in curves {
+        sums.resize(sums.len().max(errors.len()), (0.0, 0.0));
+        for (b, sum) in sums.iter_mut().enumerate().take(errors.len()).skip(1) {
+            if let Some(log) = log_gain(errors, bytes, b) {
+                *sum = (sum.0 + log * bytes[b] as f64, sum.1 + bytes[b] as f64);
+            }
+        }
+    }
+    sums.into_iter().map(|(sum, bytes)| if bytes > 0.0 { sum / bytes } else { 0.0 }).collect()
+}
+
+/// The curve with gains drawn towards the typical ones. A block that gains nothing still gains nothing.
+fn tempered(errors: &[f64], bytes: &[u64], typical: &[f64], trust: f64) -> Vec<f64> {
+    /// Tempered gains are of any unit: kept this far from overflow.
+    const LARGEST: f64 = 500.0;
+    let mut error = 0.0;
+    (0..errors.len())
+        .map(|b| {
+            if b > 0
+                && let Some(log) = log_gain(errors, bytes, b)
+            {
+                error -= (trust * log + (1.0 - trust) * typical[b]).min(LARGEST).exp() * bytes[b] as f64;
+            }
+            error
+        })
+        .collect()
 }
 
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -168,34 +186,45 @@ mod tests {
     }
 
     #[test]
-    fn lockstep_levels_are_ordered_by_slope_and_finished_one_by_one() {
-        // Slopes: weight 0 -8, -4, -2; weight 1 -1, -16, -1 (one segment of two without lockstep); weight 2 has two blocks.
-        let errors = [vec![14.0, 6.0, 2.0, 0.0], vec![18.0, 17.0, 1.0, 0.0], vec![3.0, 0.0]];
+    fn without_trust_weights_go_level_by_level() {
+        let errors = [vec![14.0, 6.0, 2.0, 0.0], vec![18.0, 17.0, 16.9, 16.8], vec![3.0, 0.0]];
         let sizes = Sizes::new(0, [vec![1; 4], vec![1; 4], vec![1; 2]]).unwrap();
-        let order = |level| {
-            GainPerByte::new(Scores::new(&errors)).lockstep(level).order(&sizes).unwrap().weights()[3..].to_vec()
-        };
-        assert_eq!(order(1), [1, 1, 0, 0, 2, 0, 1]);
-        assert_eq!(order(0), order(1));
-        assert_eq!(order(2), [0, 2, 1, 1, 0, 0, 1]);
-        assert_eq!(order(3), [0, 2, 1, 1, 0, 0, 1]);
-        assert_eq!(order(99), [0, 2, 1, 1, 0, 0, 1]);
+        let order =
+            |trust| GainPerByte::new(Scores::new(&errors)).trust(trust).order(&sizes).unwrap().weights()[3..].to_vec();
+        assert_eq!(order(1.0), [0, 0, 2, 0, 1, 1, 1]);
+        assert_eq!(order(0.0), [0, 1, 2, 0, 1, 0, 1]);
     }
 
     #[test]
-    fn weights_ahead_take_further_blocks_with_the_last_step_of_the_lockstep() {
-        // Slopes of that step: weight 0 -8, with two blocks (8 + 4) / 2 = -6; weight 1 -7; weight 2 has no more to take.
-        let errors = [vec![14.0, 6.0, 2.0, 0.0], vec![18.0, 11.0, 1.0, 0.0], vec![3.0, 0.0]];
-        let sizes = Sizes::new(0, [vec![1; 4], vec![1; 4], vec![1; 2]]).unwrap();
-        let order = |level: usize, ahead: &[usize]| {
-            let method = GainPerByte::new(Scores::new(&errors)).lockstep(level).ahead(ahead.to_vec());
-            method.order(&sizes).unwrap().weights()[3..].to_vec()
-        };
-        assert_eq!(order(2, &[]), [0, 1, 2, 1, 0, 0, 1]);
-        assert_eq!(order(2, &[1, 0, 7]), [1, 0, 0, 2, 1, 0, 1]);
-        assert_eq!(order(2, &[1]), order(2, &[1, 0, 7]));
-        // Without a lockstep there is no step to go with.
-        assert_eq!(order(1, &[1, 0, 7]), order(1, &[]));
+    fn trust_is_an_exponent_of_what_a_weight_gains_over_the_others() {
+        // Slopes of 16 and 1, then of 4 and 1/4: the second of weight 0 is before the first of weight 1 until 4ᵗ 1¹⁻ᵗ = 1ᵗ 4¹⁻ᵗ, at t = 1/2.
+        let errors = [vec![20.0, 4.0, 0.0], vec![1.25, 0.25, 0.0]];
+        let sizes = Sizes::new(0, [vec![1; 3], vec![1; 3]]).unwrap();
+        let order =
+            |trust| GainPerByte::new(Scores::new(&errors)).trust(trust).order(&sizes).unwrap().weights()[2..].to_vec();
+        assert_eq!(order(0.51), [0, 0, 1, 1]);
+        assert_eq!(order(0.49), [0, 1, 0, 1]);
+    }
+
+    #[test]
+    fn blocks_without_gain_come_last_at_any_trust() {
+        let errors = [vec![1.0, 1.0, 1.5], vec![8.0, 4.0, 3.9]];
+        let sizes = Sizes::new(0, [vec![1; 3], vec![1; 3]]).unwrap();
+        for trust in [0.0, 0.5, 0.9] {
+            let order = GainPerByte::new(Scores::new(&errors)).trust(trust).order(&sizes).unwrap();
+            assert_eq!(order.weights(), [0, 1, 1, 1, 0, 0]);
+        }
+    }
+
+    #[test]
+    fn trust_outside_its_range_is_rejected() {
+        let sizes = Sizes::new(0, [vec![1]]).unwrap();
+        for value in [-0.1, 1.1, f64::INFINITY] {
+            let order = GainPerByte::new(Scores::new([vec![1.0]])).trust(value).order(&sizes);
+            assert_eq!(order, Err(SortError::Trust { value }));
+        }
+        let order = GainPerByte::new(Scores::new([vec![1.0]])).trust(f64::NAN).order(&sizes);
+        assert!(matches!(order, Err(SortError::Trust { .. })));
     }
 
     #[track_caller]
@@ -229,7 +258,11 @@ mod tests {
     #[test]
     fn differences_too_large_for_f64_still_give_an_order() {
         let huge = f64::MAX;
-        check_order(&[vec![0.0, -1.0, -2.0], vec![huge, -huge, huge]], &[vec![1; 3], vec![1; 3]], &[0, 1, 1, 0, 0, 1]);
+        let errors = [vec![0.0, -1.0, -2.0], vec![huge, -huge, huge]];
+        let bytes = [vec![1; 3], vec![1; 3]];
+        check_order(&errors, &bytes, &[0, 1, 1, 0, 0, 1]);
+        let half = GainPerByte::new(Scores::new(&errors)).trust(0.5).order(&Sizes::new(0, &bytes).unwrap()).unwrap();
+        assert_eq!(half.weights()[2], 1);
     }
 
     #[test]

@@ -64,6 +64,23 @@ impl LoadOrder {
         Ok(Self { n_weights, weights: weights.to_vec(), cumulative_bytes })
     }
 
+    /// The first `n_blocks` blocks as they are, the others in the order that `rest` has them: what another order would do from here.
+    ///
+    /// # Errors
+    /// [`SortError::NoPlanOfLength`] as [`plan_of_len`](Self::plan_of_len); those of [`from_weights`](Self::from_weights) when one of the two
+    /// is not of these sizes.
+    pub fn continued(&self, n_blocks: usize, rest: &Self, sizes: &Sizes) -> Result<Self, SortError> {
+        let mut ahead = self.plan_of_len(n_blocks)?.levels;
+        let mut weights = self.weights[..n_blocks].to_vec();
+        for &weight in &rest.weights {
+            match ahead.get_mut(weight as usize) {
+                Some(blocks) if *blocks > 0 => *blocks -= 1,
+                _ => weights.push(weight),
+            }
+        }
+        Self::from_weights(&weights, sizes)
+    }
+
     /// The weight index of every entry: all there is to store.
     pub fn weights(&self) -> &[u32] {
         &self.weights
@@ -209,6 +226,24 @@ mod tests {
         check(&[0, 1, 0, 1], SortError::MissingBlocks { weight: 0, expected: 3, found: 2 });
         check(&[], SortError::MissingBlocks { weight: 0, expected: 3, found: 0 });
         check(&[0, 0, 1, 1, 0], SortError::FurtherBlockTooEarly { position: 1, weight: 0, n_weights: 2 });
+    }
+
+    #[test]
+    fn an_order_is_continued_by_what_another_has_left() {
+        let rest = LoadOrder::from_weights(&[0, 1, 1, 0, 0], &sizes()).unwrap();
+        let check = |n_blocks, expected: &[u32]| {
+            let continued = order().continued(n_blocks, &rest, &sizes()).unwrap();
+            assert_eq!(continued, LoadOrder::from_weights(expected, &sizes()).unwrap());
+        };
+        check(2, &[1, 0, 1, 0, 0]);
+        check(3, &[1, 0, 0, 1, 0]);
+        check(5, &[1, 0, 0, 1, 0]);
+        let short = order().continued(1, &rest, &sizes());
+        assert_eq!(short, Err(SortError::NoPlanOfLength { n_blocks: 1, min_blocks: 2, max_blocks: 5 }));
+        let more = Sizes::new(0, [vec![1; 3], vec![1; 3]]).unwrap();
+        let other = LoadOrder::from_weights(&[0, 1, 0, 0, 1, 1], &more).unwrap();
+        let surplus = SortError::SurplusBlock { position: 5, weight: 1, n_blocks: 2 };
+        assert_eq!(order().continued(5, &other, &sizes()), Err(surplus));
     }
 
     #[test]

@@ -142,9 +142,10 @@ proptest! {
     }
 
     #[test]
-    fn gain_per_byte_accepts_any_finite_error(model in model(finite())) {
+    fn gain_per_byte_accepts_any_finite_error(model in model(finite()), trust in 0.0..=1.0) {
         let (sizes, errors) = split(&model);
-        check_method(&GainPerByte::new(errors), &sizes)?;
+        check_method(&GainPerByte::new(errors.clone()), &sizes)?;
+        check_method(&GainPerByte::new(errors).trust(trust), &sizes)?;
     }
 
     /// A choice of levels that alone has the least error + λ·bytes, for some price λ > 0 of a byte, is a vertex of the

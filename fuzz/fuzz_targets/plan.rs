@@ -15,7 +15,7 @@ struct Input {
     /// Taken as they are, of whatever shape.
     free_scores: Option<Vec<Vec<f64>>>,
     seed: u64,
-    lockstep: u8,
+    trust: u8,
     order: Vec<u32>,
     budgets: Vec<u64>,
 }
@@ -64,13 +64,18 @@ fuzz_target!(|input: Input| {
         ("balanced", Box::new(Balanced { scores: Scores::new(&shaped) })),
         ("greedy", Box::new(Greedy { scores: Scores::new(&shaped) })),
         ("random", Box::new(Random { seed: input.seed })),
-        ("gain", Box::new(GainPerByte::new(Scores::new(&finite)).lockstep(usize::from(input.lockstep)))),
+        ("gain", Box::new(GainPerByte::new(Scores::new(&finite)).trust(f64::from(input.trust) / 255.0))),
     ];
-    for (name, method) in methods {
+    for (name, method) in &methods {
         let order = method.order(&sizes).unwrap_or_else(|error| panic!("{name}: {error}"));
         assert_eq!(method.order(&sizes).as_ref(), Ok(&order), "{name}: the same input gives the same order");
         check(&order, &sizes, &input.budgets);
     }
+    let [balanced, .., gain] = methods.map(|(_, method)| method.order(&sizes).expect("it did above"));
+    let at = sizes.n_weights() + usize::from(input.trust).min(sizes.n_blocks() - sizes.n_weights());
+    let both = balanced.continued(at, &gain, &sizes).expect("both are orders of these sizes");
+    assert_eq!(both.weights()[..at], balanced.weights()[..at]);
+    check(&both, &sizes, &input.budgets);
     // Of any shape, with any numbers.
     let free = Scores::new(input.free_scores.as_deref().unwrap_or(&shaped));
     for method in
