@@ -47,7 +47,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         ("nested, feedback only", DecomposeOptions::nested(8, default.clone().sweeps(0))),
         ("nested", blind),
         ("nested, around level 2.5", DecomposeOptions::nested(8, Nested::around(2.5))),
-        ("nested, around level 5", DecomposeOptions::nested(8, Nested::around(5.0))),
+        ("nested, around level 6", DecomposeOptions::nested(8, Nested::around(6.0))),
         (
             "nested, 4 joint",
             DecomposeOptions::nested(
@@ -55,7 +55,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
                 default.clone().joint(4).range(1.2, 0.5).level_weights(&[0.3, 1.0, 1.0, 1.1]).damping(0.1),
             ),
         ),
-        ("nested, wide range", DecomposeOptions::nested(8, Nested::around(5.0).range(1.97, 0.5))),
+        ("nested, wide range", DecomposeOptions::nested(8, Nested::around(6.0).range(1.97, 0.5))),
     ];
     println!("output error relative to the output, at bits per weight");
     for (name, options) in settings {

@@ -68,7 +68,7 @@ impl Default for Nested {
 
 impl Nested {
     /// The settings for a weight that will be used around this level, two levels more or less: all levels share one code, and what is
-    /// gained at one is lost at another. Between the settings that did best around levels 2.5, 3.5, 4.25 and 5 it interpolates.
+    /// gained at one is lost at another. Between the settings that did best around levels 2.5, 3.5, 4.25 and 6 it interpolates.
     pub fn around(level: f64) -> Self {
         /// Level, range, ratio, weights of the levels.
         type Anchor = (f64, f64, f64, [f64; MAX_JOINT]);
@@ -76,7 +76,7 @@ impl Nested {
             (2.5, 1.15, 0.56, [0.5, 2.0, 2.0, 1.0, 0.5, 0.5, 0.5, 0.5]),
             (3.5, 1.15, 0.56, [0.3, 2.0, 2.0, 2.0, 1.0, 1.0, 1.0, 1.0]),
             (4.25, 1.3, 0.53, [0.3, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]),
-            (5.0, 1.5, 0.53, [0.1, 0.5, 1.0, 2.0, 2.0, 2.0, 1.0, 1.0]),
+            (6.0, 1.65, 0.53, [0.05, 0.35, 1.0, 2.0, 3.0, 3.0, 2.0, 2.0]),
         ];
         let level = level.clamp(ANCHORS[0].0, ANCHORS[ANCHORS.len() - 1].0);
         let next = ANCHORS.iter().position(|anchor| level <= anchor.0).unwrap_or(0).max(1);
@@ -85,7 +85,11 @@ impl Nested {
         let between = |a: f64, b: f64| a + share * (b - a);
         let weight = |b: usize| below.3[b].powf(1.0 - share) * above.3[b].powf(share);
         Self {
-            joint: if level < 4.0 { 6 } else { MAX_JOINT },
+            joint: match level {
+                ..4.0 => 6,
+                ..4.7 => 7,
+                _ => MAX_JOINT,
+            },
             sweeps: 3,
             range: between(below.1, above.1),
             ratio: between(below.2, above.2),

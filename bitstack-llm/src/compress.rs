@@ -25,6 +25,14 @@ const GAIN_WINDOWS: usize = 2;
 /// The level in the middle of those that ordinary budgets give to an ordinary weight.
 const MIDDLE: f64 = 4.0;
 
+/// Blocks of a weight of nested codes that is neither ahead nor behind. One that is ahead by a level gets one more: stacks end where a further
+/// block would gain as little, per byte, on each of them.
+const BLOCKS: f64 = 8.0;
+
+/// The range for those that are ahead or behind.
+const LEAST_BLOCKS: f64 = 4.0;
+const MOST_BLOCKS: f64 = 12.0;
+
 /// What error feedback gains on a typical weight of a trained model ([`bitstack_decomp::feedback_gain`]): 4.5 to 6 for most of one of 14.7
 /// million parameters; 2 in its first layer, whose inputs are hardly correlated.
 const TYPICAL_GAIN: f64 = 5.0;
@@ -90,7 +98,8 @@ pub struct CompressOptions {
     pub method: BlockMethod,
     /// Rank of the blocks' magnitudes; `None`: see [`default_rank`]. Nested codes have rank 1.
     pub rank: Option<usize>,
-    /// Blocks per weight; `None`: 8 for nested codes, which are then nearly exact, 16 for the published method.
+    /// Blocks per weight; `None`: 16 for the published method, and for nested codes 8 on average, which are then nearly exact: of each
+    /// weight those that are worth their bytes by the time all others have theirs.
     pub n_blocks: Option<usize>,
     /// Channel scales.
     pub scaling: Scaling,
@@ -444,7 +453,7 @@ impl Work<'_> {
         let square = if has_gram { cols * cols } else { 0 };
         match self.options.method {
             BlockMethod::Nested => {
-                let n_blocks = self.options.n_blocks.unwrap_or(8) as u64;
+                let n_blocks = self.options.n_blocks.unwrap_or(MOST_BLOCKS as usize) as u64;
                 let per_thread = 512 * cols * (2 * n_blocks + 3);
                 4 * elements + n_blocks * elements / 2 + 12 * square + per_thread * rayon::current_num_threads() as u64
             }
@@ -479,7 +488,8 @@ impl Work<'_> {
                 let weight = self.draft.weight_index(&spec.name).expect("an open weight is in the draft");
                 // Rounding knows of no feedback: a weight that gains less from it needs more levels for the same error.
                 let lead = self.leads[weight] - 0.5 * (gain / TYPICAL_GAIN).log2();
-                DecomposeOptions::nested(self.options.n_blocks.unwrap_or(8), Nested::around(MIDDLE + lead))
+                let depth = (BLOCKS + lead).round().clamp(LEAST_BLOCKS, MOST_BLOCKS) as usize;
+                DecomposeOptions::nested(self.options.n_blocks.unwrap_or(depth), Nested::around(MIDDLE + lead))
                     .parallelism(Parallelism::Rayon)
             }
             BlockMethod::Avd => {
