@@ -157,8 +157,8 @@ impl<'a> Curve<'a> {
 /// level 1, and worth the larger of the two: errors do not add up down there, and to the first that leave level 1 a step is worth more than
 /// to the last. That is two runs per weight, whatever the number of blocks.
 ///
-/// Measured on a model of 14.7 million parameters, nested codes, everything stacked: divergence at 1.98, 2.14 and 2.84 bits per weight with
-/// the larger of the two .048 .042 .0091, with the first alone .056 .037 .0097, with the second alone .064 .058 .021.
+/// Measured on a model of 14.7 million parameters, nested codes, everything stacked: divergence at 1.99, 2.15 and 2.84 bits per weight with
+/// the larger of the two .048 .044 .0093, with the first alone .056 .037 .0097, with the second alone .064 .058 .021.
 pub(crate) fn divergence_curves<S: BlockSource + Sync + ?Sized>(
     reference: &Reference<'_>,
     source: &S,
