@@ -23,7 +23,7 @@ const ORDER_WINDOWS: usize = 16;
 const GAIN_WINDOWS: usize = 2;
 
 /// The level in the middle of those that ordinary budgets give to an ordinary weight.
-const MIDDLE: f64 = 4.0;
+const MIDDLE: f64 = 3.87;
 
 /// Blocks of a weight of nested codes that is neither ahead nor behind. One that is ahead by a level gets one more: stacks end where a further
 /// block would gain as little, per byte, on each of them.

@@ -53,12 +53,15 @@ fn peaks(n_layers: usize, orderings: [Ordering; 2]) -> ([u64; 2], u64) {
 #[test]
 fn memory_does_not_grow_with_the_number_of_layers() {
     let orderings = [Ordering::Gain, Ordering::Perplexity];
+    // Buffers that threads make once, 200 MB of them, are there after a first run.
+    peaks(4, orderings);
     let (few, few_bytes) = peaks(4, orderings);
     let (many, many_bytes) = peaks(16, orderings);
     let added = many_bytes - few_bytes;
     for ((ordering, few), many) in orderings.iter().zip(few).zip(many) {
         println!("{ordering:?}: {few} bytes at 4 layers, {many} at 16, whose further weights take {added} on disk");
-        // Names, norms and lists of blocks grow: a few kilobytes per layer, of 369.
-        assert!(many < few + added / 10, "{ordering:?}: {few}, {many}, {added}");
+        // Names, norms and lists of blocks grow: some 35 kilobytes per layer, of 369 on disk, which are 739 as f32. What the threads happen to
+        // hold at the same time makes another tenth of a layer.
+        assert!(many < few + added / 4, "{ordering:?}: {few}, {many}, {added}");
     }
 }
