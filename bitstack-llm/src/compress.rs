@@ -22,7 +22,9 @@ const ORDER_WINDOWS: usize = 16;
 /// Windows for the order by gain: divergences are far less noisy than perplexities.
 const GAIN_WINDOWS: usize = 2;
 
-/// The level in the middle of those that ordinary budgets give to an ordinary weight.
+/// The level in the middle of those that ordinary budgets give to an ordinary weight. A lower one is better for small models and worse for
+/// large ones: at 3.8, 3.87 and 4 the divergence of one of 14.7 million parameters is .0112 .0116 .0132 at 2.7 bits per weight, and at 5.7
+/// bits 9, 5 and 0 % above the last.
 const MIDDLE: f64 = 3.87;
 
 /// Blocks of a weight of nested codes that is neither ahead nor behind. One that is ahead by a level gets one more: stacks end where a further
