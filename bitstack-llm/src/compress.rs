@@ -40,7 +40,7 @@ const MOST_BLOCKS: f64 = 12.0;
 const TYPICAL_GAIN: f64 = 5.0;
 
 /// Weights are decomposed side by side up to this much memory; the results do not depend on it. A weight that needs more is alone: the
-/// largest of a model of 70 billion weights needs 12 GB.
+/// largest of a model of 70 billion weights needs 13 GB.
 const SIDE_BY_SIDE_BYTES: u64 = 6 << 30;
 
 /// The unit of the finished load order.
@@ -82,7 +82,7 @@ pub enum Scaling {
 /// By what the blocks of the model are ordered.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Ordering {
-    /// Fall of the predicted divergence per byte; two model runs per weight.
+    /// Fall of the predicted divergence per byte: two model runs per weight, and a few at each of eight sizes to check it.
     #[default]
     Gain,
     /// The paper's: level by level, by measured perplexity; one model run per block.

@@ -452,6 +452,7 @@ mod tests {
     use super::*;
     use crate::stack::StackModel;
     use crate::{CompressOptions, Ordering, compress, eval};
+    use bitstack_format::Draft;
 
     #[test]
     fn leads_are_half_the_logarithm_of_the_divergence_per_element_about_a_mean_of_0() {
@@ -481,10 +482,10 @@ mod tests {
         assert_eq!(rounding_error(Array2::zeros((3, 4)).view(), None), 0.0);
     }
 
-    #[test]
-    fn an_order_is_checked_by_what_the_model_says() {
-        let data = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/llama");
-        let checkpoint = Checkpoint::open(data).unwrap();
+    /// A model of the tests, three blocks of each of its weights, and windows of text for it.
+    fn small(name: &str) -> (Checkpoint, Draft, Vec<Vec<u32>>) {
+        let data = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/");
+        let checkpoint = Checkpoint::open(format!("{data}{name}")).unwrap();
         let options = CompressOptions {
             method: crate::BlockMethod::Avd,
             rank: Some(1),
@@ -495,8 +496,13 @@ mod tests {
             ..Default::default()
         };
         let draft = compress(&checkpoint, None, &options, &std::env::temp_dir(), &()).unwrap().draft;
-        let windows: Vec<Vec<u32>> = (0..2).map(|w| (0..20).map(|i| (w * 7 + i * i) % 96).collect()).collect();
-        let windows: Vec<&[u32]> = windows.iter().map(|w| &w[..]).collect();
+        (checkpoint, draft, (0..3).map(|w| (0..20).map(|i| (w * 7 + i * i) % 96).collect()).collect())
+    }
+
+    #[test]
+    fn an_order_is_checked_by_what_the_model_says() {
+        let (checkpoint, draft, windows) = small("llama");
+        let windows: Vec<&[u32]> = windows[..2].iter().map(|w| &w[..]).collect();
         let reference = Reference::new(&checkpoint, &windows).unwrap();
         let sizes = Sizes::new(draft.base_bytes(), draft.block_sizes()).unwrap();
         let nats = |levels: &[u32]| reference.divergence_of(&mut at_levels(&draft, levels).unwrap()).unwrap();
@@ -528,20 +534,8 @@ mod tests {
 
     #[test]
     fn measurements_from_kept_states_equal_those_of_whole_runs() {
-        let data = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/");
         for name in ["llama", "qwen2"] {
-            let checkpoint = Checkpoint::open(format!("{data}{name}")).unwrap();
-            let options = CompressOptions {
-                method: crate::BlockMethod::Avd,
-                rank: Some(1),
-                n_blocks: Some(3),
-                samples: 2,
-                seq_len: Some(16),
-                ordering: Ordering::Random,
-                ..Default::default()
-            };
-            let draft = compress(&checkpoint, None, &options, &std::env::temp_dir(), &()).unwrap().draft;
-            let windows: Vec<Vec<u32>> = (0..3).map(|w| (0..20).map(|i| (w * 7 + i * i) % 96).collect()).collect();
+            let (_, draft, windows) = small(name);
             let windows: Vec<&[u32]> = windows.iter().map(|w| &w[..]).collect();
 
             let scores = block_perplexities(&draft, &windows, &()).unwrap();
