@@ -12,15 +12,22 @@ pub(crate) const fn nodes_before(b: usize) -> usize {
     (2 << b) - 2
 }
 
+/// What is read and written all the time, lane by lane: none of them lies across two lines of the cache.
+#[derive(Clone)]
+#[repr(align(64))]
+pub(crate) struct Aligned<T>(pub(crate) T);
+
+/// A value for each node.
+pub(crate) type Nodes = Aligned<[Lane; nodes_before(MAX_JOINT)]>;
 /// Scratch of [`choose`].
-pub(crate) type Costs = [Lane; 1 << MAX_JOINT];
+pub(crate) type Costs = Aligned<[Lane; 1 << MAX_JOINT]>;
 
 /// For each row the code z (most significant bit first: the sign of plane i is bit `q - 1 - i`) that minimises
 /// Σ_b (targets[b] − table[node of the first b + 1 bits])². Weights of the levels are multiplied into targets and table beforehand.
 /// Ties go to the smaller code.
 #[inline(always)]
-pub(crate) fn choose(targets: &[Lane], table: &[Lane], costs: &mut Costs) -> [u8; LANES] {
-    let q = targets.len();
+pub(crate) fn choose(targets: &[Lane], table: &Nodes, costs: &mut Costs) -> [u8; LANES] {
+    let (q, table, costs) = (targets.len(), &table.0, &mut costs.0);
     let mut best = [f32::INFINITY; LANES];
     let mut code = [0u32; LANES];
     costs[0] = [0.0; LANES];

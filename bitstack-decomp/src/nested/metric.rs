@@ -1,5 +1,6 @@
 //! The quadratic form in which errors are measured, in normalised coordinates: H̃ = diag(v) H diag(v), columns reordered.
 
+use super::signed::Square;
 use faer::dyn_stack::{MemBuffer, MemStack};
 use faer::linalg::cholesky::llt::factor::{LltRegularization, cholesky_in_place, cholesky_in_place_scratch};
 use faer::{Mat, Par};
@@ -21,10 +22,10 @@ pub(crate) struct Metric {
 
 /// A Gram matrix and its factor.
 pub(crate) struct Full {
-    /// H̃ with regularisation, `n x n`, row-major.
-    pub(crate) h: Vec<f32>,
-    /// Ũ, unit upper triangular, of H̃ = Ũ D Ũᵀ, row-major (zero below the diagonal).
-    pub(crate) u: Vec<f32>,
+    /// H̃ with regularisation.
+    pub(crate) h: Square,
+    /// Ũ, unit upper triangular, of H̃ = Ũ D Ũᵀ (zero below the diagonal).
+    pub(crate) u: Square,
     /// The mean of the diagonal of H̃ over the geometric mean of D: what error feedback divides the error by, at best.
     pub(crate) gain: f64,
 }
@@ -55,21 +56,21 @@ impl Metric {
         let largest = if largest > 0.0 { largest } else { 1.0 };
         let scaled = |r: usize, c: usize| gram[[r, c]] / largest * (basis[r] * basis[c]);
         let mean = mean_or_one((0..n).map(|c| scaled(c, c).max(0.0)), n);
-        let mut h = vec![0.0f32; n * n];
+        let mut h = Square::zeros(n);
         let mut added = vec![0.0f32; n];
         for i in 0..n {
             for j in 0..i {
                 let x = (scaled(order[i], order[j]) / mean) as f32;
-                h[i * n + j] = x;
-                h[j * n + i] = x;
+                h.set(i, j, x);
+                h.set(j, i, x);
             }
             // A Gram matrix has no negative diagonal; what is not one is read as the nearest thing that is.
             let x = scaled(order[i], order[i]).max(0.0) / mean;
             added[i] = (regularise.diagonal * x) as f32;
-            h[i * n + i] = x as f32 + added[i];
+            h.set(i, i, x as f32 + added[i]);
         }
-        let diagonal: Vec<f32> = (0..n).map(|i| h[i * n + i]).collect();
-        let (u, log_pivots) = factor(&h, n, regularise.damping);
+        let diagonal: Vec<f32> = (0..n).map(|i| h.get(i, i)).collect();
+        let (u, log_pivots) = factor(&h, regularise.damping);
         let gain = mean_or_one(diagonal.iter().map(|d| f64::from(*d)), n) / log_pivots.exp();
         Self { n, diagonal, added, unit: mean * largest, full: Some(Full { h, u, gain }) }
     }
@@ -83,15 +84,16 @@ fn mean_or_one(values: impl Iterator<Item = f64>, n: usize) -> f64 {
 /// Ũ of H + damping·diag(H) = Ũ D Ũᵀ, and the mean logarithm of D. The Cholesky factor of H with rows and columns reversed, reversed
 /// again, is upper triangular. A matrix that is not positive definite gets ten times the damping until it is; at last only its diagonal
 /// counts (no feedback). In f32: the factor decides what is fed forward, errors are measured without it.
-fn factor(h: &[f32], n: usize, damping: f64) -> (Vec<f32>, f64) {
+fn factor(h: &Square, damping: f64) -> (Square, f64) {
     /// Added to the diagonal, whose mean is 1: keeps columns without any input regular.
     const SLIVER: f32 = 1e-5;
-    let mut out = vec![0.0f32; n * n];
+    let n = h.n;
+    let mut out = Square::zeros(n);
     let mut stack = MemBuffer::new(cholesky_in_place_scratch::<f32>(n, Par::Seq, Default::default()));
     let mut damping = damping;
     for _ in 0..6 {
         let mut flipped = Mat::<f32>::from_fn(n, n, |i, j| {
-            let x = h[(n - 1 - i) * n + (n - 1 - j)];
+            let x = h.get(n - 1 - i, n - 1 - j);
             if i == j { x * (1.0 + damping as f32) + SLIVER } else { x }
         });
         let done = cholesky_in_place(
@@ -102,22 +104,24 @@ fn factor(h: &[f32], n: usize, damping: f64) -> (Vec<f32>, f64) {
             Default::default(),
         );
         if done.is_ok() {
-            let mut log_pivots = 0.0;
+            let (mut log_pivots, mut finite) = (0.0, true);
             for j in 0..n {
                 // Ũ_ij = U_ij / U_jj; a column of U is a column of the factor, from the end.
                 let pivot = flipped[(n - 1 - j, n - 1 - j)];
                 log_pivots += 2.0 * f64::from(pivot).ln() / n as f64;
                 for i in 0..=j {
-                    out[i * n + j] = flipped[(n - 1 - i, n - 1 - j)] / pivot;
+                    let u = flipped[(n - 1 - i, n - 1 - j)] / pivot;
+                    out.set(i, j, u);
+                    finite &= u.is_finite();
                 }
             }
-            if out.iter().all(|x| x.is_finite()) {
+            if finite {
                 return (out, log_pivots);
             }
-            out.fill(0.0);
+            out = Square::zeros(n);
         }
         damping = (damping * 10.0).max(1e-3);
     }
-    (0..n).for_each(|i| out[i * n + i] = 1.0);
+    (0..n).for_each(|i| out.set(i, i, 1.0));
     (out, 0.0)
 }

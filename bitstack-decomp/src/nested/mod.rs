@@ -5,6 +5,7 @@ mod choose;
 mod linear;
 mod metric;
 mod scalar;
+mod signed;
 mod tile;
 
 use crate::report::measured;

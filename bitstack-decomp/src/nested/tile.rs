@@ -3,9 +3,10 @@
 //! Everything is in normalised coordinates: x = W / (a vᵀ), planes are ±1, errors are measured by H̃ of [`Metric`]. Rows lie in lanes
 //! ([`LANES`] at a time); an array over columns has, for each column, `SUBS` groups of lanes, each with one lane array per level or plane.
 
-use super::choose::{Costs, LANES, Lane, MAX_JOINT, choose, nodes_before, signs};
+use super::choose::{Aligned, Costs, LANES, Lane, MAX_JOINT, Nodes, choose, nodes_before, signs};
 use super::linear::solve_symmetric;
 use super::metric::Metric;
+use super::signed::{Square, Sums, WORD, words};
 use faer::linalg::matmul::matmul;
 use faer::{Accum, MatMut, MatRef, Par};
 use pulp::{Simd, WithSimd};
@@ -14,8 +15,10 @@ use pulp::{Simd, WithSimd};
 pub(crate) const SUBS: usize = 8;
 /// Rows of a tile.
 pub(crate) const TILE: usize = SUBS * LANES;
-/// Columns worked on before the rest is brought up to date by a matrix product.
-const BLOCK: usize = 64;
+/// Columns worked on before those of the panel are brought up to date.
+const BLOCK: usize = WORD;
+/// Columns worked on before all others are brought up to date.
+const PANEL: usize = 4 * BLOCK;
 
 /// Planes chosen jointly, and H̃ times them.
 pub(crate) struct Group {
@@ -25,7 +28,7 @@ pub(crate) struct Group {
     q: usize,
     /// Codes, `cols x SUBS`.
     z: Vec<[u8; LANES]>,
-    /// H̃ P for each plane P, `cols x SUBS x q`; empty for a diagonal metric.
+    /// H̃ P for each plane P, `cols x SUBS x q`; empty for a diagonal metric, and while the planes are being chosen.
     ph: Vec<Lane>,
 }
 
@@ -65,6 +68,8 @@ pub(crate) struct Tile<'a> {
     /// a per row.
     row_scale: Vec<f64>,
     groups: Vec<Group>,
+    /// H̃ P for the planes that are being chosen.
+    sums: Option<Sums>,
     /// `pattern[level][plane]`: the magnitude of each plane at each level, in normalised coordinates, the same for all rows.
     pub(crate) pattern: Vec<Vec<f64>>,
     /// P H̃ Pᵀ, `gram[i][k][row]`, k <= i.
@@ -78,8 +83,23 @@ fn matrix(data: &[Lane], rows: usize, width: usize) -> MatRef<'_, f32> {
     MatRef::from_row_major_slice(data.as_flattened(), rows, width * LANES)
 }
 
+/// Some rows of the columns of a block.
+fn strip(data: &Square, block: usize, rows: std::ops::Range<usize>) -> MatRef<'_, f32> {
+    MatRef::from_row_major_slice(data.strip(block, rows.clone()), rows.len(), BLOCK)
+}
+
 fn matrix_mut(data: &mut [Lane], rows: usize, width: usize) -> MatMut<'_, f32> {
     MatMut::from_row_major_slice_mut(data.as_flattened_mut(), rows, width * LANES)
+}
+
+/// The magnitudes of some levels in lanes: `[(level - first) * planes + plane]`.
+fn lanes(pattern: &[Vec<f64>], levels: std::ops::Range<usize>) -> Vec<Lane> {
+    let p = pattern.len();
+    let mut out = vec![[0.0; LANES]; levels.len() * p];
+    for (out, pattern) in out.chunks_exact_mut(p).zip(&pattern[levels]) {
+        out.iter_mut().zip(pattern).for_each(|(out, c)| *out = [*c as f32; LANES]);
+    }
+    out
 }
 
 impl<'a> Tile<'a> {
@@ -89,8 +109,11 @@ impl<'a> Tile<'a> {
         let mut xh = Vec::new();
         if let Some(full) = &metric.full {
             xh = vec![[0.0; LANES]; n * SUBS];
-            let h = MatRef::from_row_major_slice(&full.h, n, n);
-            matmul(matrix_mut(&mut xh, n, SUBS), Accum::Replace, h, matrix(&x, n, SUBS), 1.0, Par::Seq);
+            for (block, xh) in xh.chunks_mut(BLOCK * SUBS).enumerate() {
+                let cols = xh.len() / SUBS;
+                let h = strip(&full.h, block, 0..n).subcols(0, cols).transpose();
+                matmul(matrix_mut(xh, cols, SUBS), Accum::Replace, h, matrix(&x, n, SUBS), 1.0, Par::Seq);
+            }
         }
         let mut xhx = vec![0.0f64; TILE];
         for c in 0..n {
@@ -110,10 +133,11 @@ impl<'a> Tile<'a> {
             xhx,
             row_scale,
             groups: Vec::new(),
+            sums: None,
             pattern: Vec::new(),
             gram: Vec::new(),
             dot: Vec::new(),
-            costs: Box::new([[0.0; LANES]; 1 << MAX_JOINT]),
+            costs: Box::new(Aligned([[0.0; LANES]; 1 << MAX_JOINT])),
         }
     }
 
@@ -121,7 +145,8 @@ impl<'a> Tile<'a> {
         self.pattern.len()
     }
 
-    /// Adds a group of planes; `pattern` has one entry per level of it: the magnitudes of all planes up to that level.
+    /// Adds a group of planes; `pattern` has one entry per level of it: the magnitudes of all planes up to that level. Groups after the
+    /// first have one plane.
     pub(crate) fn stage(&mut self, stage: &Stage<'_>, pattern: &[Vec<f64>]) {
         let (q, lo) = (stage.q, self.planes());
         for (b, pattern) in pattern.iter().enumerate() {
@@ -151,12 +176,25 @@ impl<'a> Tile<'a> {
             self.products();
             self.weigh(stage);
         }
+        if let (Some(sums), Some(group)) = (self.sums.take(), self.groups.last_mut()) {
+            group.ph = vec![[0.0; LANES]; self.n * SUBS * q];
+            let mut columns = vec![[0.0; LANES]; BLOCK * q];
+            for j0 in (0..self.n).step_by(BLOCK) {
+                let range = j0..self.n.min(j0 + BLOCK);
+                for s in 0..SUBS {
+                    sums.rows(s, q, range.clone(), &mut columns);
+                    for (j, column) in range.clone().zip(columns.chunks_exact(q)) {
+                        group.ph[(j * SUBS + s) * q..][..q].copy_from_slice(column);
+                    }
+                }
+            }
+        }
     }
 
     /// Mean magnitude of the residual at the last level.
     pub(crate) fn residual(&self) -> f64 {
         let p = self.planes();
-        let coefficients = self.lanes(p - 1..p);
+        let coefficients = lanes(&self.pattern, p - 1..p);
         let mut sum = 0.0f64;
         for at in 0..self.n * SUBS {
             let value = value(&self.groups, &coefficients, at);
@@ -170,21 +208,11 @@ impl<'a> Tile<'a> {
         sum / (self.n * rows) as f64
     }
 
-    /// The pattern of some levels in lanes: `[(level - first) * planes + plane]`.
-    fn lanes(&self, levels: std::ops::Range<usize>) -> Vec<Lane> {
-        let p = self.planes();
-        let mut out = vec![[0.0; LANES]; levels.len() * p];
-        for (out, pattern) in out.chunks_exact_mut(p).zip(&self.pattern[levels]) {
-            out.iter_mut().zip(pattern).for_each(|(out, c)| *out = [*c as f32; LANES]);
-        }
-        out
-    }
-
     /// All node values of the last group, times the root of each level's weight; and the roots.
-    fn tables(&self, weights: &[Vec<f64>]) -> (Vec<Vec<Lane>>, Vec<Vec<Lane>>) {
+    fn tables(&self, weights: &[Vec<f64>]) -> (Vec<Nodes>, Vec<Vec<Lane>>) {
         let Some(group) = self.groups.last() else { return Default::default() };
         let q = group.q;
-        let mut tables = vec![vec![[0.0; LANES]; nodes_before(q)]; SUBS];
+        let mut tables = vec![Aligned([[0.0; LANES]; nodes_before(MAX_JOINT)]); SUBS];
         let mut roots = vec![vec![[0.0; LANES]; q]; SUBS];
         for r in 0..TILE {
             // Only ratios matter: the largest weight becomes 1.
@@ -200,7 +228,7 @@ impl<'a> Tile<'a> {
                             if (node >> (b - i)) & 1 == 1 { c } else { -c }
                         })
                         .sum();
-                    tables[s][nodes_before(b) + node][l] = (value * root) as f32;
+                    tables[s].0[nodes_before(b) + node][l] = (value * root) as f32;
                 }
             }
         }
@@ -212,66 +240,89 @@ impl<'a> Tile<'a> {
         let (n, p) = (self.n, self.planes());
         let (tables, roots) = self.tables(weights);
         let Some(lo) = self.groups.last().map(|g| g.lo) else { return };
-        let coefficients = self.lanes(lo..p);
+        let coefficients = lanes(&self.pattern, lo..p);
         let Some((group, before)) = self.groups.split_last_mut() else { return };
         let q = group.q;
         let arch = pulp::Arch::new();
+        // What is left to be chosen for: all levels of a joint group have nothing before them, and later groups one level.
+        let mut rest = self.x.clone();
+        if !before.is_empty() {
+            for (at, rest) in rest.iter_mut().enumerate() {
+                let base = value(before, &coefficients, at);
+                (0..LANES).for_each(|l| rest[l] -= base[l]);
+            }
+        }
         let full = self.metric.full.as_ref();
-        // Without H nothing is fed forward, and one block does.
-        let block = if full.is_some() { BLOCK } else { n };
-        let mut carried = vec![[0.0f32; LANES]; if full.is_some() { n * SUBS * q } else { 0 }];
-        let mut errors = vec![[0.0f32; LANES]; if full.is_some() { BLOCK * SUBS * q } else { 0 }];
+        let mut fed = full.map(|full| {
+            // x + (x − v) (Ũ − 1) is x Ũ less what the chosen values v bring.
+            let mut goals = vec![[0.0; LANES]; n * SUBS];
+            for (block, goals) in goals.chunks_mut(BLOCK * SUBS).enumerate() {
+                let cols = goals.len() / SUBS;
+                let rows = block * BLOCK + cols;
+                let u = strip(&full.u, block, 0..rows).subcols(0, cols).transpose();
+                let rest = matrix(&rest[..rows * SUBS], rows, SUBS);
+                matmul(matrix_mut(goals, cols, SUBS), Accum::Replace, u, rest, 1.0, Par::Seq);
+            }
+            rest = goals;
+            Sums::zeros(TILE * q, &full.u)
+        });
         let mut factor = vec![0.0f32; BLOCK * BLOCK];
-        for j0 in (0..n).step_by(block) {
-            let j1 = n.min(j0 + block);
-            if let Some(full) = full {
-                // The block of Ũ on the diagonal, transposed.
-                for j in j0..j1 {
-                    (j0..j).for_each(|i| factor[(j - j0) * BLOCK + i - j0] = full.u[i * n + j]);
+        let mut carried = vec![[0.0f32; LANES]; BLOCK * q];
+        let mut values = vec![[0.0f32; LANES]; BLOCK * q];
+        let mut signs = vec![0u64; PANEL / BLOCK * TILE * q];
+        for panel in (0..n).step_by(PANEL) {
+            let end = n.min(panel + PANEL);
+            for (j0, signs) in (panel..end).step_by(BLOCK).zip(signs.chunks_exact_mut(TILE * q)) {
+                let j1 = end.min(j0 + BLOCK);
+                if let Some(full) = full {
+                    // The block of Ũ on the diagonal, transposed.
+                    for i in j0..j1 {
+                        let row = full.u.row(i, j0 / BLOCK);
+                        (i - j0..j1 - j0).for_each(|k| factor[k * BLOCK + i - j0] = row[k]);
+                    }
+                }
+                for s in 0..SUBS {
+                    if let Some(fed) = &fed {
+                        fed.rows(s, q, j0..j1, &mut carried);
+                    }
+                    let columns = Columns {
+                        range: j0..j1,
+                        s,
+                        q,
+                        lo,
+                        p,
+                        z: &mut group.z,
+                        coefficients: &coefficients,
+                        table: &tables[s],
+                        roots: &roots[s],
+                        costs: &mut self.costs,
+                    };
+                    let fed = full.map(|_| Fed { factor: &factor, carried: &carried, values: &mut values });
+                    arch.dispatch(Feedback { columns, rest: &rest, fed });
+                }
+                if let (Some(full), Some(fed)) = (full, &mut fed) {
+                    words(&group.z[j0 * SUBS..j1 * SUBS], q, signs);
+                    fed.add(&full.u, j0, signs, j1..end);
                 }
             }
-            for s in 0..SUBS {
-                let columns = Columns {
-                    range: j0..j1,
-                    s,
-                    q,
-                    lo,
-                    p,
-                    before,
-                    z: &mut group.z,
-                    coefficients: &coefficients,
-                    table: &tables[s],
-                    roots: &roots[s],
-                    costs: &mut self.costs,
-                };
-                let fed = full.map(|_| Fed { factor: &factor, carried: &carried, errors: &mut errors });
-                arch.dispatch(Feedback { columns, x: &self.x, fed });
-            }
-            if let Some(full) = full
-                && j1 < n
-            {
-                let m = j1 - j0;
-                let lhs = MatRef::from_row_major_slice(&full.u, n, n).submatrix(j0, j1, m, n - j1).transpose();
-                let rhs = matrix(&errors[..m * SUBS * q], m, SUBS * q);
-                let out = matrix_mut(&mut carried[j1 * SUBS * q..], n - j1, SUBS * q);
-                matmul(out, Accum::Add, lhs, rhs, 1.0, Par::Seq);
+            if let (Some(full), Some(fed)) = (full, &mut fed) {
+                let blocks = (end - panel).div_ceil(BLOCK);
+                fed.add(&full.u, panel, &signs[..blocks * TILE * q], end..n);
             }
         }
     }
 
     /// H̃ times the planes of the last group.
     fn multiply(&mut self) {
-        let n = self.n;
-        let (Some(full), Some(group)) = (&self.metric.full, self.groups.last_mut()) else { return };
-        let q = group.q;
-        let mut planes = vec![[0.0f32; LANES]; n * SUBS * q];
-        for (planes, z) in planes.chunks_exact_mut(q).zip(&group.z) {
-            planes.iter_mut().enumerate().for_each(|(i, plane)| *plane = signs(z, q, i));
+        let (Some(full), Some(group)) = (&self.metric.full, self.groups.last()) else { return };
+        let planes = TILE * group.q;
+        let mut signs = vec![0u64; self.n.div_ceil(BLOCK) * planes];
+        for (codes, signs) in group.z.chunks(BLOCK * SUBS).zip(signs.chunks_exact_mut(planes)) {
+            words(codes, group.q, signs);
         }
-        group.ph = vec![[0.0f32; LANES]; n * SUBS * q];
-        let h = MatRef::from_row_major_slice(&full.h, n, n);
-        let out = matrix_mut(&mut group.ph, n, SUBS * q);
-        matmul(out, Accum::Replace, h, matrix(&planes, n, SUBS * q), 1.0, Par::Seq);
+        let mut sums = Sums::zeros(planes, &full.h);
+        sums.add(&full.h, 0, &signs, 0..self.n);
+        self.sums = Some(sums);
     }
 
     /// One round of coordinate descent over the codes of the last group on Σ_b weights_b · (x − x_b) H̃ (x − x_b)ᵀ.
@@ -279,37 +330,44 @@ impl<'a> Tile<'a> {
         let (n, p) = (self.n, self.planes());
         let (tables, roots) = self.tables(weights);
         let Some(lo) = self.groups.last().map(|g| g.lo) else { return };
-        let Some(full) = &self.metric.full else { return };
-        let coefficients = self.lanes(lo..p);
+        let (Some(full), Some(sums)) = (&self.metric.full, &mut self.sums) else { return };
+        let coefficients = lanes(&self.pattern, lo..p);
         let Some((group, before)) = self.groups.split_last_mut() else { return };
         let q = group.q;
         let arch = pulp::Arch::new();
-        let h = MatRef::from_row_major_slice(&full.h, n, n);
+        let mut ph = vec![[0.0f32; LANES]; BLOCK * q];
         let mut changes = vec![[0.0f32; LANES]; BLOCK * q];
-        let mut flips = vec![[0.0f32; LANES]; BLOCK * SUBS * q];
-        for j0 in (0..n).step_by(BLOCK) {
-            let j1 = n.min(j0 + BLOCK);
-            for s in 0..SUBS {
-                let columns = Columns {
-                    range: j0..j1,
-                    s,
-                    q,
-                    lo,
-                    p,
-                    before,
-                    z: &mut group.z,
-                    coefficients: &coefficients,
-                    table: &tables[s],
-                    roots: &roots[s],
-                    costs: &mut self.costs,
-                };
-                let (changes, flips) = (&mut changes[..], &mut flips[..]);
-                arch.dispatch(Sweep { columns, n, h: &full.h, xh: &self.xh, ph: &group.ph, changes, flips });
+        let mut signs = [(); 2].map(|()| vec![0u64; PANEL / BLOCK * TILE * q]);
+        for panel in (0..n).step_by(PANEL) {
+            let end = n.min(panel + PANEL);
+            for (b, j0) in (panel..end).step_by(BLOCK).enumerate() {
+                let j1 = end.min(j0 + BLOCK);
+                let block = b * TILE * q..(b + 1) * TILE * q;
+                words(&group.z[j0 * SUBS..j1 * SUBS], q, &mut signs[0][block.clone()]);
+                for s in 0..SUBS {
+                    sums.rows(s, q, j0..j1, &mut ph);
+                    let columns = Columns {
+                        range: j0..j1,
+                        s,
+                        q,
+                        lo,
+                        p,
+                        z: &mut group.z,
+                        coefficients: &coefficients,
+                        table: &tables[s],
+                        roots: &roots[s],
+                        costs: &mut self.costs,
+                    };
+                    let (ph, changes) = (&ph[..], &mut changes[..]);
+                    arch.dispatch(Sweep { columns, before, h: &full.h, xh: &self.xh, ph, changes });
+                }
+                words(&group.z[j0 * SUBS..j1 * SUBS], q, &mut signs[1][block.clone()]);
+                sums.change(&full.h, j0, [0, 1].map(|i| &signs[i][block.clone()]), panel..end);
             }
-            let m = j1 - j0;
-            let lhs = h.submatrix(0, j0, n, m);
-            let rhs = matrix(&flips[..m * SUBS * q], m, SUBS * q);
-            matmul(matrix_mut(&mut group.ph, n, SUBS * q), Accum::Add, lhs, rhs, 1.0, Par::Seq);
+            let blocks = ..(end - panel).div_ceil(BLOCK) * TILE * q;
+            for others in [0..panel, end..n] {
+                sums.change(&full.h, panel, [0, 1].map(|i| &signs[i][blocks]), others);
+            }
         }
     }
 
@@ -328,9 +386,13 @@ impl<'a> Tile<'a> {
         let mut products = vec![[0.0f32; LANES]; BLOCK * q];
         let mut weights = vec![[0.0f32; LANES]; BLOCK];
         let mut part = vec![[0.0f32; LANES]; q * (p + 1)];
+        let mut ph = vec![[0.0f32; LANES]; BLOCK * q];
         for j0 in (0..n).step_by(BLOCK) {
             let m = BLOCK.min(n - j0);
             for s in 0..SUBS {
+                if let Some(sums) = &self.sums {
+                    sums.rows(s, q, j0..j0 + m, &mut ph);
+                }
                 part.fill([0.0; LANES]);
                 for j in 0..m {
                     let at = (j0 + j) * SUBS + s;
@@ -340,11 +402,11 @@ impl<'a> Tile<'a> {
                         }
                     }
                     for i in 0..q {
-                        products[i * BLOCK + j] = if group.ph.is_empty() {
+                        products[i * BLOCK + j] = if self.sums.is_none() {
                             let h = self.metric.diagonal[j0 + j];
                             plane[(lo + i) * BLOCK + j].map(|x| x * h)
                         } else {
-                            group.ph[at * q + i]
+                            ph[j * q + i]
                         };
                     }
                     weights[j] = self.x[at];
@@ -423,7 +485,7 @@ impl<'a> Tile<'a> {
     /// Errors of every level, `[level][row]`; `scale` weighs the columns for [`RowError::scaled`].
     pub(crate) fn errors(&self, scale: &[f32]) -> Vec<Vec<RowError>> {
         let p = self.planes();
-        let coefficients = self.lanes(0..p);
+        let coefficients = lanes(&self.pattern, 0..p);
         let mut out = vec![vec![RowError::default(); TILE]; p];
         for c in 0..self.n {
             for s in 0..SUBS {
@@ -473,24 +535,25 @@ struct Columns<'a> {
     q: usize,
     lo: usize,
     p: usize,
-    before: &'a [Group],
     z: &'a mut [[u8; LANES]],
     coefficients: &'a [Lane],
-    table: &'a [Lane],
+    table: &'a Nodes,
     roots: &'a [Lane],
     costs: &'a mut Costs,
 }
 
-/// What is fed forward: the block of Ũ on the diagonal, transposed; what came from the blocks before; the errors of this block.
+/// What is fed forward: the block of Ũ on the diagonal, transposed; for each plane, what came from the blocks before; the values of this
+/// block.
 struct Fed<'a> {
     factor: &'a [f32],
     carried: &'a [Lane],
-    errors: &'a mut [Lane],
+    values: &'a mut [Lane],
 }
 
 struct Feedback<'a> {
     columns: Columns<'a>,
-    x: &'a [Lane],
+    /// What is left, under H̃ times Ũ; `cols x SUBS`.
+    rest: &'a [Lane],
     fed: Option<Fed<'a>>,
 }
 
@@ -499,31 +562,27 @@ impl WithSimd for Feedback<'_> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, _: S) {
-        let Self { columns, x, mut fed } = self;
-        let Columns { range, s, q, lo, p, before, z, coefficients, table, roots, costs } = columns;
-        for j in range.clone() {
-            let (at, k) = (j * SUBS + s, j - range.start);
-            let mut rest = [[0.0; LANES]; MAX_JOINT];
+        let Self { columns, rest, mut fed } = self;
+        let Columns { range, s, q, lo, p, z, coefficients, table, roots, costs } = columns;
+        for (k, j) in range.enumerate() {
+            let at = j * SUBS + s;
             let mut goals = [[0.0; LANES]; MAX_JOINT];
             for b in 0..q {
-                rest[b] = x[at];
-                if !before.is_empty() {
-                    let base = value(before, &coefficients[b * p..], at);
-                    for l in 0..LANES {
-                        rest[b][l] -= base[l];
-                    }
-                }
-                let mut goal = rest[b];
-                if let Some(Fed { factor, carried, errors }) = &fed {
-                    let mut sum = carried[at * q + b];
-                    for (i, f) in factor[k * BLOCK..][..k].iter().enumerate() {
-                        let e = &errors[(i * SUBS + s) * q + b];
+                let mut goal = rest[at];
+                if let Some(Fed { factor, carried, values }) = &fed {
+                    let mut sum = [0.0; LANES];
+                    for (u, carried) in coefficients[b * p + lo..][..=b].iter().zip(&carried[k * q..]) {
                         for l in 0..LANES {
-                            sum[l] += f * e[l];
+                            sum[l] += u[l] * carried[l];
+                        }
+                    }
+                    for (f, values) in factor[k * BLOCK..][..k].iter().zip(values.chunks_exact(q)) {
+                        for l in 0..LANES {
+                            sum[l] += f * values[b][l];
                         }
                     }
                     for l in 0..LANES {
-                        goal[l] += sum[l];
+                        goal[l] -= sum[l];
                     }
                 }
                 for l in 0..LANES {
@@ -531,14 +590,9 @@ impl WithSimd for Feedback<'_> {
                 }
             }
             z[at] = choose(&goals[..q], table, costs);
-            if let Some(Fed { errors, .. }) = &mut fed {
-                let values = suffix(&z[at], q, lo, p, coefficients);
-                let errors = &mut errors[(k * SUBS + s) * q..][..q];
-                for b in 0..q {
-                    for l in 0..LANES {
-                        errors[b][l] = rest[b][l] - values[b][l];
-                    }
-                }
+            if let Some(Fed { values, .. }) = &mut fed {
+                let chosen = suffix(&z[at], q, lo, p, coefficients);
+                values[k * q..][..q].copy_from_slice(&chosen[..q]);
             }
         }
     }
@@ -546,14 +600,13 @@ impl WithSimd for Feedback<'_> {
 
 struct Sweep<'a> {
     columns: Columns<'a>,
-    n: usize,
-    h: &'a [f32],
+    before: &'a [Group],
+    h: &'a Square,
     xh: &'a [Lane],
+    /// H̃ times the planes, this block, this group of lanes.
     ph: &'a [Lane],
     /// Of each level's value, this block, this group of lanes.
     changes: &'a mut [Lane],
-    /// Of each plane, this block, all groups of lanes.
-    flips: &'a mut [Lane],
 }
 
 impl WithSimd for Sweep<'_> {
@@ -561,12 +614,12 @@ impl WithSimd for Sweep<'_> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, _: S) {
-        let Self { columns, n, h, xh, ph, changes, flips } = self;
-        let Columns { range, s, q, lo, p, before, z, coefficients, table, roots, costs } = columns;
+        let Self { columns, before, h, xh, ph, changes } = self;
+        let Columns { range, s, q, lo, p, z, coefficients, table, roots, costs } = columns;
         for j in range.clone() {
             let (at, k) = (j * SUBS + s, j - range.start);
-            let hjj = h[j * n + j];
-            let inverse = if hjj > 0.0 { 1.0 / hjj } else { 0.0 };
+            let row = h.row(j, j / BLOCK);
+            let inverse = if row[k] > 0.0 { 1.0 / row[k] } else { 0.0 };
             let old = z[at];
             let values = suffix(&old, q, lo, p, coefficients);
             let mut goals = [[0.0; LANES]; MAX_JOINT];
@@ -582,32 +635,25 @@ impl WithSimd for Sweep<'_> {
                         }
                     }
                 }
-                for i in 0..=b {
-                    let (u, ph) = (&u[lo + i], &ph[at * q + i]);
+                for (u, ph) in u[lo..][..=b].iter().zip(&ph[k * q..]) {
                     for l in 0..LANES {
                         g[l] += u[l] * ph[l];
                     }
                 }
-                for (i, f) in h[j * n + range.start..][..k].iter().enumerate() {
-                    let d = &changes[i * q + b];
+                for (f, changes) in row[..k].iter().zip(changes.chunks_exact(q)) {
                     for l in 0..LANES {
-                        g[l] += f * d[l];
+                        g[l] += f * changes[b][l];
                     }
                 }
                 for l in 0..LANES {
                     goals[b][l] = (values[b][l] - (g[l] - xh[at][l]) * inverse) * roots[b][l];
                 }
             }
-            let new = choose(&goals[..q], table, costs);
-            z[at] = new;
-            let after = suffix(&new, q, lo, p, coefficients);
-            let flips = &mut flips[(k * SUBS + s) * q..][..q];
-            let changes = &mut changes[k * q..][..q];
-            for b in 0..q {
-                let (then, now) = (signs(&old, q, b), signs(&new, q, b));
+            z[at] = choose(&goals[..q], table, costs);
+            let after = suffix(&z[at], q, lo, p, coefficients);
+            for (b, change) in changes[k * q..][..q].iter_mut().enumerate() {
                 for l in 0..LANES {
-                    changes[b][l] = after[b][l] - values[b][l];
-                    flips[b][l] = now[l] - then[l];
+                    change[l] = after[b][l] - values[b][l];
                 }
             }
         }
