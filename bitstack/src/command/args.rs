@@ -348,7 +348,7 @@ impl Memory {
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Bench {
-    /// Fast decomposition against full singular value decompositions.
+    /// Fast decomposition against full singular value decompositions; nested codes per second.
     Decompose(BenchDecompose),
     /// Products with packed blocks, against a plain read of the same memory and against dense products.
     Kernels(BenchKernels),
@@ -436,13 +436,18 @@ pub(crate) enum ModelShape {
     /// Llama 3.2 1B.
     #[value(name = "1b")]
     Llama1b,
-    /// Llama 3.1 8B; needs 3 GB of disk and memory for every 3 levels.
+    /// Llama 3.1 8B; a file of it takes 3 GB for every 3 levels.
     #[value(name = "8b")]
     Llama8b,
 }
 
 #[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  bitstack bench decompose\n  bitstack bench decompose --shape 8b")]
 pub(crate) struct BenchDecompose {
+    /// How long nested codes take on all layers of a model of this shape, from a few rows of a weight of each width; instead of comparing
+    /// decompositions.
+    #[arg(long, value_enum, conflicts_with_all = ["size", "rank", "blocks"])]
+    pub(crate) shape: Option<ModelShape>,
     /// Rows and columns of the square test matrix.
     #[arg(long, value_name = "N", default_value_t = 2048, value_parser = clap::value_parser!(u32).range(2..=16384))]
     pub(crate) size: u32,

@@ -8,12 +8,12 @@ use super::{print, size, usage};
 use anyhow::{Context, Result};
 use bitstack_cpu::measure::{Case, Pool};
 use bitstack_cpu::{Isa, Kernel, Threads};
-use bitstack_decomp::{DecomposeOptions, Nested, Svd, blocks, decompose as decompose_weight};
+use bitstack_decomp::{DecomposeOptions, Nested, Svd, blocks, decompose as decompose_weight, feedback_gain};
 use bitstack_format::Existing;
 use bitstack_llm::{ElasticModel, Progress, measure, synthetic};
 use bitstack_runtime::measure::Operation;
 use bitstack_runtime::{Options, Verify};
-use ndarray::Array2;
+use ndarray::{Array2, Axis};
 use rand::{RngExt, SeedableRng, rngs::StdRng};
 use serde_json::json;
 use std::fmt::Write;
@@ -29,8 +29,11 @@ struct Chain {
 
 /// `bitstack bench decompose`
 pub(crate) fn decompose(args: &BenchDecompose, reporter: &Reporter) -> Result<()> {
+    if let Some(shape) = args.shape {
+        return whole_model(args, shape, reporter);
+    }
     let (n, rank, n_blocks) = (args.size as usize, usize::from(args.rank), usize::from(args.blocks));
-    let weight = test_matrix(n);
+    let weight = test_matrix(n, n);
     reporter.stage("decompose (blocks)", 2 * n_blocks as u64);
     let run = |svd| -> Result<Chain> {
         let mut chain = Chain { seconds: 0.0, errors: Vec::new() };
@@ -66,9 +69,6 @@ pub(crate) fn decompose(args: &BenchDecompose, reporter: &Reporter) -> Result<()
     let _ = writeln!(out, "full SVD      {:11.4} {:10.1}", exact.seconds, 1.0);
     let _ = writeln!(out, "block Krylov  {:11.4} {ratio:10.1}", fast.seconds);
     let _ = writeln!(out, "\nnested codes, {n_blocks} blocks, with H: {:.2} million weights per second", nested / 1e6);
-    let threads = rayon::current_num_threads();
-    let minutes = 8e9 / nested / threads as f64 / 60.0;
-    let _ = writeln!(out, "at that rate 8 billion weights take {minutes:.0} minutes on {threads} threads");
     let _ = writeln!(out, "\nblocks   error, full SVD   error, block Krylov   excess");
     for (b, (e, f)) in exact.errors.iter().zip(&fast.errors).enumerate() {
         let excess = if *e > 0.0 { (f / e - 1.0) * 100.0 } else { 0.0 };
@@ -77,14 +77,108 @@ pub(crate) fn decompose(args: &BenchDecompose, reporter: &Reporter) -> Result<()
     print(&out)
 }
 
-/// Weights per second and thread of nested codes, with a Gram matrix of neighbours that resemble each other: 0.9^|i − j|.
+/// Weights per second and thread of nested codes.
 fn nested_per_second(weight: &Array2<f32>, n_blocks: usize) -> Result<f64> {
-    let cols = weight.ncols();
-    let gram = Array2::from_shape_fn((cols, cols), |(i, j)| 0.9f64.powi(i.abs_diff(j) as i32));
+    let gram = test_gram(weight.ncols());
     let options = DecomposeOptions::nested(n_blocks, Nested::default()).gram(gram.view());
     let start = Instant::now();
     decompose_weight(weight.view(), &options)?;
     Ok(weight.len() as f64 / start.elapsed().as_secs_f64())
+}
+
+/// A Gram matrix of neighbours that resemble each other: 0.9^|i − j|.
+fn test_gram(cols: usize) -> Array2<f64> {
+    let powers: Vec<f64> = (0..cols).map(|i| 0.9f64.powi(i as i32)).collect();
+    Array2::from_shape_fn((cols, cols), |(i, j)| powers[i.abs_diff(j)])
+}
+
+/// What the weights of one input width take in a model.
+struct Width {
+    cols: usize,
+    /// Weights of that width.
+    matrices: usize,
+    rows: usize,
+    /// Once for each weight: factors of H, and the pattern.
+    seconds_per_matrix: f64,
+    weights_per_second: f64,
+}
+
+impl Width {
+    /// From two decompositions, of some rows and of twice as many.
+    fn measure(cols: usize, matrices: usize, rows: usize, reporter: &Reporter) -> Result<Self> {
+        const ROWS: usize = 256;
+        let gram = test_gram(cols);
+        let options = DecomposeOptions::nested(8, Nested::default()).gram(gram.view());
+        let weight = test_matrix(2 * ROWS, cols);
+        let start = Instant::now();
+        feedback_gain(weight.view(), gram.view())?;
+        let gain = start.elapsed().as_secs_f64();
+        reporter.advance(1);
+        let mut seconds = [0.0; 2];
+        for (seconds, rows) in seconds.iter_mut().zip([ROWS, 2 * ROWS]) {
+            let start = Instant::now();
+            decompose_weight(weight.view().split_at(Axis(0), rows).0, &options)?;
+            *seconds = start.elapsed().as_secs_f64();
+            reporter.advance(1);
+        }
+        let more = (seconds[1] - seconds[0]).max(f64::MIN_POSITIVE);
+        Ok(Self {
+            cols,
+            matrices,
+            rows,
+            seconds_per_matrix: gain + (2.0 * seconds[0] - seconds[1]).max(0.0),
+            weights_per_second: (ROWS * cols) as f64 / more,
+        })
+    }
+
+    fn seconds(&self) -> f64 {
+        self.matrices as f64 * self.seconds_per_matrix + (self.rows * self.cols) as f64 / self.weights_per_second
+    }
+}
+
+/// Time for the layers and the head of a model, from measured rates.
+fn whole_model(args: &BenchDecompose, shape: ModelShape, reporter: &Reporter) -> Result<()> {
+    let shape = shape.of();
+    let kv_rows = shape.hidden_size / shape.n_heads * shape.n_kv_heads;
+    let rows = 2 * shape.hidden_size + 2 * kv_rows + 2 * shape.intermediate_size;
+    reporter.stage("nested codes (parts)", 6);
+    let widths = [
+        Width::measure(shape.hidden_size, 6 * shape.n_layers + 1, rows * shape.n_layers + shape.vocab_size, reporter)?,
+        Width::measure(shape.intermediate_size, shape.n_layers, shape.hidden_size * shape.n_layers, reporter)?,
+    ];
+    reporter.finish();
+    let threads = rayon::current_num_threads();
+    let minutes = widths.iter().map(Width::seconds).sum::<f64>() / 60.0;
+    if args.json {
+        let widths = widths.each_ref().map(|w| {
+            json!({
+                "cols": w.cols, "matrices": w.matrices, "weights": w.rows * w.cols, "seconds_per_matrix": w.seconds_per_matrix,
+                "weights_per_second": w.weights_per_second, "thread_minutes": w.seconds() / 60.0,
+            })
+        });
+        let value = json!({ "machine": machine(), "widths": widths, "thread_minutes": minutes, "threads": threads });
+        return print(&format!("{value:#}\n"));
+    }
+    let mut out = format!("nested codes with H, 8 blocks, one thread; {}\n\n", machine());
+    let _ = writeln!(out, "columns   matrices   s/matrix   million weights/s   weights    minutes");
+    for w in &widths {
+        let _ = writeln!(
+            out,
+            "{:7} {:10} {:10.1} {:19.2} {:9.2e} {:10.0}",
+            w.cols,
+            w.matrices,
+            w.seconds_per_matrix,
+            w.weights_per_second / 1e6,
+            (w.rows * w.cols) as f64,
+            w.seconds() / 60.0
+        );
+    }
+    let _ = writeln!(
+        out,
+        "\nall layers and the head: {minutes:.0} minutes of one thread, {:.0} on {threads} threads",
+        minutes / threads as f64
+    );
+    print(&out)
 }
 
 /// The file to measure with: the user's, or one of random planes, which is there as long as the directory.
@@ -97,16 +191,22 @@ fn model_file(
     if let Some(file) = file {
         return Ok((file.to_owned(), None));
     }
-    let shape = match shape {
-        ModelShape::Llama1b => synthetic::ModelShape::LLAMA_1B,
-        ModelShape::Llama8b => synthetic::ModelShape::LLAMA_8B,
-    };
+    let shape = shape.of();
     let scratch = tempfile::tempdir()?;
     let path = scratch.path().join("synthetic.bitstack");
     synthetic::write(&path, Existing::Refuse, &shape, n_blocks, 1, reporter).with_context(|| {
         format!("a model of random planes in {} (TMPDIR chooses another)", scratch.path().display())
     })?;
     Ok((path, Some(scratch)))
+}
+
+impl ModelShape {
+    fn of(self) -> synthetic::ModelShape {
+        match self {
+            Self::Llama1b => synthetic::ModelShape::LLAMA_1B,
+            Self::Llama8b => synthetic::ModelShape::LLAMA_8B,
+        }
+    }
 }
 
 /// `bitstack bench kernels`
@@ -404,15 +504,15 @@ pub(crate) fn decode(args: &BenchDecode, reporter: &Reporter) -> Result<()> {
 }
 
 /// Gaussian entries, columns of log-normal size: the spread of a trained weight times its activation scales.
-fn test_matrix(n: usize) -> Array2<f32> {
+fn test_matrix(rows: usize, cols: usize) -> Array2<f32> {
     let mut rng = StdRng::seed_from_u64(1);
     // Box and Muller's transform of two uniform numbers.
     let mut gauss = move || {
         let (a, b): (f64, f64) = (rng.random(), rng.random());
         ((-2.0 * (1.0 - a).ln()).sqrt() * (std::f64::consts::TAU * b).cos()) as f32
     };
-    let columns: Vec<f32> = (0..n).map(|_| gauss().exp()).collect();
-    Array2::from_shape_fn((n, n), |(_, c)| gauss() * columns[c])
+    let columns: Vec<f32> = (0..cols).map(|_| gauss().exp()).collect();
+    Array2::from_shape_fn((rows, cols), |(_, c)| gauss() * columns[c])
 }
 
 /// The processor's name, as the system gives it.
