@@ -113,8 +113,9 @@ impl Sums {
             ends.push(changes.len());
         }
         let lanes = range.start.div_ceil(LANES)..range.end.div_ceil(LANES);
+        let columns = first..first + before.len() / planes * WORD;
         let (changes, ends) = (&changes[..], &ends[..]);
-        pulp::Arch::new().dispatch(Change { sums: self, matrix, first, changes, ends, lanes });
+        pulp::Arch::new().dispatch(Change { sums: self, matrix, columns, changes, ends, lanes });
     }
 
     /// Some columns, from a multiple of `LANES`, for group `s` of rows, in lanes of rows: `out` is `columns x q`.
@@ -191,7 +192,8 @@ impl WithSimd for Add<'_> {
 struct Change<'a> {
     sums: &'a mut Sums,
     matrix: &'a Square,
-    first: usize,
+    /// Columns of signs, at most `MOST_WORDS` words.
+    columns: Range<usize>,
     changes: &'a [u16],
     ends: &'a [usize],
     lanes: Range<usize>,
@@ -202,19 +204,19 @@ impl WithSimd for Change<'_> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, _: S) {
-        let Self { sums, matrix, first, changes, ends, lanes } = self;
-        let mut columns = Aligned([[0.0f32; LANES]; 2 * MOST_WORDS * WORD]);
-        let columns = &mut columns.0;
+        let Self { sums, matrix, columns, changes, ends, lanes } = self;
+        let mut both = Aligned([[0.0f32; LANES]; 2 * MOST_WORDS * WORD]);
+        let both = &mut both.0;
         for lane in lanes {
-            for (k, [up, down]) in columns.as_chunks_mut::<2>().0.iter_mut().enumerate() {
-                *up = matrix.lane(first + k, lane).map(|x| 2.0 * x);
+            for (column, [up, down]) in columns.clone().zip(both.as_chunks_mut::<2>().0) {
+                *up = matrix.lane(column, lane).map(|x| 2.0 * x);
                 *down = up.map(|x| -x);
             }
             let mut start = 0;
             for (sum, end) in sums.lanes[lane * sums.planes..][..sums.planes].iter_mut().zip(ends) {
                 let mut total = *sum;
                 for change in &changes[start..*end] {
-                    let column = &columns[usize::from(*change) % (2 * MOST_WORDS * WORD)];
+                    let column = &both[usize::from(*change) % (2 * MOST_WORDS * WORD)];
                     for l in 0..LANES {
                         total[l] += column[l];
                     }
