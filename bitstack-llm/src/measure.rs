@@ -79,8 +79,10 @@ pub struct Resizing {
     pub growing: Vec<Token>,
     /// At the larger size, with nothing going on.
     pub large: Vec<Token>,
-    /// From the call that lowered the budget, that call included in the time of the first, until the memory was given back.
+    /// The first of each round after the call that lowered the budget and gave the memory back; the call is part of its time.
     pub shrinking: Vec<Token>,
+    /// Those that follow.
+    pub shrunk: Vec<Token>,
 }
 
 impl Resizing {
@@ -105,7 +107,7 @@ impl Resizing {
     }
 }
 
-/// Decodes while the budget goes from `low` to `high` bytes and back, `tokens` tokens (one at least) at each size.
+/// Decodes while the budget goes from `low` to `high` bytes and back, `rounds` times, `tokens` tokens (one at least) at each size.
 ///
 /// # Errors
 /// Budgets below the smallest size; a file that cannot be read.
@@ -114,6 +116,7 @@ pub fn resizing<S: ReadAt + Send + Sync + 'static>(
     low: u64,
     high: u64,
     tokens: usize,
+    rounds: usize,
 ) -> Result<Resizing, LlmError> {
     let elastic = model.elastic();
     // The same positions again and again, so that tokens differ by what is resident only.
@@ -125,20 +128,24 @@ pub fn resizing<S: ReadAt + Send + Sync + 'static>(
     };
     elastic.set_budget(low)?;
     let small = at_rest(&mut text)?;
-    elastic.set_budget(high)?;
-    let mut growing = Vec::new();
-    while elastic.status().loading {
-        growing.push(text.token()?);
-    }
-    let large = at_rest(&mut text)?;
-    let start = Instant::now();
-    elastic.set_budget(low)?;
-    let call = start.elapsed().as_secs_f64();
-    let mut shrinking = (0..tokens).map(|_| text.token()).collect::<Result<Vec<Token>, _>>()?;
-    if let Some(first) = shrinking.first_mut() {
+    let [mut growing, mut large, mut shrinking, mut shrunk] = [const { Vec::new() }; 4];
+    for _ in 0..rounds {
+        elastic.set_budget(high)?;
+        while elastic.status().loading {
+            growing.push(text.token()?);
+        }
+        large.extend(at_rest(&mut text)?);
+        let start = Instant::now();
+        elastic.set_budget(low)?;
+        let call = start.elapsed().as_secs_f64();
+        let mut first = text.token()?;
         first.seconds += call;
+        shrinking.push(first);
+        for _ in 1..tokens {
+            shrunk.push(text.token()?);
+        }
     }
-    Ok(Resizing { small, growing, large, shrinking })
+    Ok(Resizing { small, growing, large, shrinking, shrunk })
 }
 
 /// A text that goes on at whatever size is resident.
@@ -212,6 +219,7 @@ mod tests {
             growing: [tokens(100, &[1.5]), tokens(200, &[2.0]), tokens(300, &[3.0])].concat(),
             large: tokens(300, &[3.0, 3.0, 9.0]),
             shrinking: tokens(100, &[1.0, 4.0]),
+            shrunk: tokens(100, &[1.0]),
         };
         assert_eq!([100, 200, 300].map(|bytes| all.rest_seconds(bytes)), [1.0, 2.0, 3.0]);
         assert_eq!(all.of_rest(&all.growing), [1.0, 1.0, 1.5]);
