@@ -284,6 +284,26 @@ fn singular_tiny_and_false_gram_matrices_still_give_a_weight() {
 }
 
 #[test]
+fn products_no_inputs_can_have_leave_the_errors_true() {
+    // Found by fuzzing: sums over such a matrix overflowed, and the blocks were others than the ones whose errors were told.
+    let w = Array2::from_elem((3, 5), 5.3125f32);
+    let gram = Array2::from_shape_fn((5, 5), |(i, j)| if (i + j) % 2 == 0 { 2f64.powi(-127) } else { 0.25 });
+    for n_blocks in [1, 3] {
+        let d = decompose(w.view(), &DecomposeOptions::nested(n_blocks, Nested::default()).gram(gram.view())).unwrap();
+        for (b, error) in (1..).zip(&d.errors) {
+            let actual = difference(&w, &d, b).mapv(|x| x * x).sum();
+            let norm = w.mapv(|x| f64::from(x).powi(2)).sum();
+            // As in `reported_errors_are_those_of_the_stored_blocks`.
+            assert!(
+                (actual.sqrt() - error.squared_error.sqrt()).abs() < 1e-3 * norm.sqrt(),
+                "{b}: {error:?}, {actual}"
+            );
+            assert!(error.output.unwrap().squared_error.is_finite(), "{b}: {error:?}");
+        }
+    }
+}
+
+#[test]
 fn dead_channels_constant_rows_and_zeros_are_handled() {
     let (mut w, mut h) = synthetic(70, 48);
     w.row_mut(3).fill(0.0);

@@ -55,17 +55,20 @@ impl Metric {
         let largest = gram.diag().iter().fold(0.0f64, |m, h| m.max(h.abs()));
         let largest = if largest > 0.0 { largest } else { 1.0 };
         let scaled = |r: usize, c: usize| gram[[r, c]] / largest * (basis[r] * basis[c]);
-        let mean = mean_or_one((0..n).map(|c| scaled(c, c).max(0.0)), n);
+        // A Gram matrix has no negative diagonal, and no product is larger than the lengths allow. What is not one is read as something
+        // that at least looks like one: sums stay within f32's range.
+        let lengths: Vec<f64> = (0..n).map(|c| scaled(c, c).max(0.0).sqrt()).collect();
+        let mean = mean_or_one(lengths.iter().map(|x| x * x), n);
         let mut h = Square::zeros(n);
         let mut added = vec![0.0f32; n];
         for i in 0..n {
             for j in 0..i {
-                let x = (scaled(order[i], order[j]) / mean) as f32;
+                let most = lengths[order[i]] * lengths[order[j]];
+                let x = (scaled(order[i], order[j]).clamp(-most, most) / mean) as f32;
                 h.set(i, j, x);
                 h.set(j, i, x);
             }
-            // A Gram matrix has no negative diagonal; what is not one is read as the nearest thing that is.
-            let x = scaled(order[i], order[i]).max(0.0) / mean;
+            let x = lengths[order[i]].powi(2) / mean;
             added[i] = (regularise.diagonal * x) as f32;
             h.set(i, i, x as f32 + added[i]);
         }
