@@ -204,7 +204,7 @@ fn first_layer(shape: &Model) -> u64 {
 }
 
 #[test]
-#[ignore = "takes ten minutes, 2 GB of disk and 8 GB of memory"]
+#[ignore = "takes a quarter of an hour, 3 GB of disk and 6 GB of memory"]
 fn a_model_of_8_billion_weights_needs_less_than_8_gigabytes() {
     let most = first_layer(&LLAMA_8B);
     assert!(most < 8_000_000_000, "{most}");
