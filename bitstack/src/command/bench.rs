@@ -104,18 +104,18 @@ struct Width {
 }
 
 impl Width {
-    /// From two decompositions, of some rows and of twice as many.
+    /// From two decompositions, of some rows and of four times as many.
     fn measure(cols: usize, matrices: usize, rows: usize, reporter: &Reporter) -> Result<Self> {
         const ROWS: usize = 256;
         let gram = test_gram(cols);
         let options = DecomposeOptions::nested(8, Nested::default()).gram(gram.view());
-        let weight = test_matrix(2 * ROWS, cols);
+        let weight = test_matrix(4 * ROWS, cols);
         let start = Instant::now();
         feedback_gain(weight.view(), gram.view())?;
         let gain = start.elapsed().as_secs_f64();
         reporter.advance(1);
         let mut seconds = [0.0; 2];
-        for (seconds, rows) in seconds.iter_mut().zip([ROWS, 2 * ROWS]) {
+        for (seconds, rows) in seconds.iter_mut().zip([ROWS, 4 * ROWS]) {
             let start = Instant::now();
             decompose_weight(weight.view().split_at(Axis(0), rows).0, &options)?;
             *seconds = start.elapsed().as_secs_f64();
@@ -126,8 +126,8 @@ impl Width {
             cols,
             matrices,
             rows,
-            seconds_per_matrix: gain + (2.0 * seconds[0] - seconds[1]).max(0.0),
-            weights_per_second: (ROWS * cols) as f64 / more,
+            seconds_per_matrix: gain + (seconds[0] - more / 3.0).max(0.0),
+            weights_per_second: (3 * ROWS * cols) as f64 / more,
         })
     }
 
