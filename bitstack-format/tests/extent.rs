@@ -68,6 +68,7 @@ fn bytes_of_another_length_or_at_an_odd_address_are_rejected() {
 }
 
 #[test]
+#[cfg_attr(miri, ignore = "hundreds of files under Miri take hours")]
 fn a_changed_byte_anywhere_in_a_block_is_noticed_with_verification_and_only_with_it() {
     let good = samples::file();
     let mut forge = samples::Forge::new(&good);
@@ -123,6 +124,7 @@ fn a_source_that_ends_within_a_block_is_an_error_that_names_it() {
 }
 
 #[test]
+#[cfg_attr(miri, ignore = "megabytes under Miri take hours")]
 fn a_large_block_is_read_by_pieces_with_a_call_after_each() {
     /// Remembers how many bytes each read wanted.
     struct Watched(Vec<u8>, Mutex<Vec<usize>>);

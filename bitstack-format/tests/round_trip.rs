@@ -64,6 +64,7 @@ fn the_same_input_gives_the_same_bytes() {
 }
 
 #[test]
+#[cfg_attr(miri, ignore = "Miri does not know the system call that renames without replacing")]
 fn a_file_on_disk_is_read_by_position() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("sample.bitstack");
@@ -250,6 +251,7 @@ fn a_weight_whose_parts_could_not_be_read_is_rejected() {
 }
 
 #[test]
+#[cfg_attr(miri, ignore = "megabytes under Miri take hours")]
 fn a_header_that_no_reader_would_take_is_not_written() {
     let mut draft = samples::draft();
     draft.set_provenance("much", &"x".repeat(MAX_HEADER_BYTES as usize)).unwrap();
