@@ -13,7 +13,7 @@ use std::ops::Range;
 pub(crate) const WORD: usize = u64::BITS as usize;
 
 /// Most words whose changes are added at once.
-const MOST_WORDS: usize = 4;
+pub(crate) const MOST_WORDS: usize = 4;
 
 /// Lanes whose columns have their signs in one word.
 const STRIP: usize = WORD / LANES;
@@ -90,11 +90,11 @@ impl Sums {
     /// Adds what the signs of some columns say, `WORD` columns from `first` for each of `words` (`words x planes`), in columns
     /// `range` (in whole lanes).
     pub(crate) fn add(&mut self, matrix: &Square, first: usize, words: &[u64], range: Range<usize>) {
-        let lanes = range.start.div_ceil(LANES)..range.end.div_ceil(LANES);
+        let lanes = lanes(range);
         pulp::Arch::new().dispatch(Add { sums: self, matrix, first, words, lanes });
     }
 
-    /// Adds what a change of signs makes, from `before` to `after`.
+    /// Adds what a change of signs makes, from the first of `words` to the second, at most [`MOST_WORDS`] per plane; else as [`Sums::add`].
     pub(crate) fn change(&mut self, matrix: &Square, first: usize, words: [&[u64]; 2], range: Range<usize>) {
         let [before, after] = words;
         let planes = self.planes;
@@ -112,7 +112,7 @@ impl Sums {
             }
             ends.push(changes.len());
         }
-        let lanes = range.start.div_ceil(LANES)..range.end.div_ceil(LANES);
+        let lanes = lanes(range);
         let columns = first..first + before.len() / planes * WORD;
         let (changes, ends) = (&changes[..], &ends[..]);
         pulp::Arch::new().dispatch(Change { sums: self, matrix, columns, changes, ends, lanes });
@@ -129,6 +129,11 @@ impl Sums {
             }
         }
     }
+}
+
+/// The lanes of some columns, which begin with a lane or are none.
+fn lanes(columns: Range<usize>) -> Range<usize> {
+    columns.start.div_ceil(LANES)..columns.end.div_ceil(LANES)
 }
 
 struct Add<'a> {

@@ -6,7 +6,7 @@
 use super::choose::{Aligned, Costs, LANES, Lane, MAX_JOINT, Nodes, choose, nodes_before, signs};
 use super::linear::solve_symmetric;
 use super::metric::Metric;
-use super::signed::{Square, Sums, WORD, words};
+use super::signed::{MOST_WORDS, Square, Sums, WORD, words};
 use faer::linalg::matmul::matmul;
 use faer::{Accum, MatMut, MatRef, Par};
 use pulp::{Simd, WithSimd};
@@ -18,7 +18,7 @@ pub(crate) const TILE: usize = SUBS * LANES;
 /// Columns worked on before those of the panel are brought up to date.
 const BLOCK: usize = WORD;
 /// Columns worked on before all others are brought up to date.
-const PANEL: usize = 4 * BLOCK;
+const PANEL: usize = MOST_WORDS * BLOCK;
 
 /// Planes chosen jointly, and H̃ times them.
 pub(crate) struct Group {
@@ -252,8 +252,7 @@ impl<'a> Tile<'a> {
                 (0..LANES).for_each(|l| rest[l] -= base[l]);
             }
         }
-        let full = self.metric.full.as_ref();
-        let mut fed = full.map(|full| {
+        let mut fed = self.metric.full.as_ref().map(|full| {
             // x + (x − v) (Ũ − 1) is x Ũ less what the chosen values v bring.
             let mut goals = vec![[0.0; LANES]; n * SUBS];
             for (block, goals) in goals.chunks_mut(BLOCK * SUBS).enumerate() {
@@ -264,17 +263,17 @@ impl<'a> Tile<'a> {
                 matmul(matrix_mut(goals, cols, SUBS), Accum::Replace, u, rest, 1.0, Par::Seq);
             }
             rest = goals;
-            Sums::zeros(TILE * q, &full.u)
+            (full, Sums::zeros(TILE * q, &full.u))
         });
         let mut factor = vec![0.0f32; BLOCK * BLOCK];
         let mut carried = vec![[0.0f32; LANES]; BLOCK * q];
         let mut values = vec![[0.0f32; LANES]; BLOCK * q];
-        let mut signs = vec![0u64; PANEL / BLOCK * TILE * q];
+        let mut signs = vec![0u64; MOST_WORDS * TILE * q];
         for panel in (0..n).step_by(PANEL) {
             let end = n.min(panel + PANEL);
             for (j0, signs) in (panel..end).step_by(BLOCK).zip(signs.chunks_exact_mut(TILE * q)) {
                 let j1 = end.min(j0 + BLOCK);
-                if let Some(full) = full {
+                if let Some((full, _)) = &fed {
                     // The block of Ũ on the diagonal, transposed.
                     for i in j0..j1 {
                         let row = full.u.row(i, j0 / BLOCK);
@@ -282,8 +281,8 @@ impl<'a> Tile<'a> {
                     }
                 }
                 for s in 0..SUBS {
-                    if let Some(fed) = &fed {
-                        fed.rows(s, q, j0..j1, &mut carried);
+                    if let Some((_, sums)) = &fed {
+                        sums.rows(s, q, j0..j1, &mut carried);
                     }
                     let columns = Columns {
                         range: j0..j1,
@@ -297,17 +296,17 @@ impl<'a> Tile<'a> {
                         roots: &roots[s],
                         costs: &mut self.costs,
                     };
-                    let fed = full.map(|_| Fed { factor: &factor, carried: &carried, values: &mut values });
+                    let fed = fed.as_ref().map(|_| Fed { factor: &factor, carried: &carried, values: &mut values });
                     arch.dispatch(Feedback { columns, rest: &rest, fed });
                 }
-                if let (Some(full), Some(fed)) = (full, &mut fed) {
+                if let Some((full, sums)) = &mut fed {
                     words(&group.z[j0 * SUBS..j1 * SUBS], q, signs);
-                    fed.add(&full.u, j0, signs, j1..end);
+                    sums.add(&full.u, j0, signs, j1..end);
                 }
             }
-            if let (Some(full), Some(fed)) = (full, &mut fed) {
+            if let Some((full, sums)) = &mut fed {
                 let blocks = (end - panel).div_ceil(BLOCK);
-                fed.add(&full.u, panel, &signs[..blocks * TILE * q], end..n);
+                sums.add(&full.u, panel, &signs[..blocks * TILE * q], end..n);
             }
         }
     }
@@ -337,7 +336,7 @@ impl<'a> Tile<'a> {
         let arch = pulp::Arch::new();
         let mut ph = vec![[0.0f32; LANES]; BLOCK * q];
         let mut changes = vec![[0.0f32; LANES]; BLOCK * q];
-        let mut signs = [(); 2].map(|()| vec![0u64; PANEL / BLOCK * TILE * q]);
+        let mut signs = [(); 2].map(|()| vec![0u64; MOST_WORDS * TILE * q]);
         for panel in (0..n).step_by(PANEL) {
             let end = n.min(panel + PANEL);
             for (b, j0) in (panel..end).step_by(BLOCK).enumerate() {
