@@ -3,12 +3,13 @@
 use crate::catalog::{BlockParts, Catalog, FactorParts, Stored};
 use crate::{FormatError, ReadAt};
 use bitstack_core::{
-    BasisRef, BlockLayout, BlockRef, CoefficientsRef, CoreError, SignLayout, SignView, ValuesRef, f16, to_strips,
+    BasisRef, BlockLayout, BlockRef, CoefficientsRef, CoreError, Shape, SignLayout, SignView, ValuesRef, f16,
 };
+use bitstack_pack::{STRIP_ROWS, row_bytes, to_strips};
 use std::io;
 use std::ops::Range;
 
-/// Read at once, and hashed while still in the cache.
+/// Read at once, hashed and arranged while still in the cache.
 const PIECE_BYTES: usize = 256 << 10;
 
 /// Whether bytes are compared with their BLAKE3 hashes as they are read.
@@ -62,22 +63,8 @@ impl BlockExtent {
         self.view_in(SignLayout::Rows, bytes)
     }
 
-    /// Rearranges the signs among bytes that [`StackFile::read_block_bytes`](crate::StackFile::read_block_bytes) has read, for
-    /// [`view_in`](Self::view_in) the same layout.
-    ///
-    /// # Errors
-    /// [`CoreError::Mismatch`] when there are not [`len_bytes`](Self::len_bytes) of them.
-    pub fn arrange(&self, layout: SignLayout, bytes: &mut [u8]) -> Result<(), CoreError> {
-        self.check_len(bytes)?;
-        let shape = self.layout.shape;
-        match layout {
-            SignLayout::Rows => Ok(()),
-            SignLayout::Strips => to_strips(shape.rows(), shape.cols(), &mut bytes[self.signs.clone()])
-                .map_err(|source| CoreError::Signs { shape, source }),
-        }
-    }
-
-    /// As [`view`](Self::view), of bytes whose signs are in another layout.
+    /// As [`view`](Self::view), of bytes whose signs are in another layout, as
+    /// [`StackFile::read_block_bytes_in`](crate::StackFile::read_block_bytes_in) reads them.
     ///
     /// # Errors
     /// As [`view`](Self::view).
@@ -162,12 +149,12 @@ impl Catalog {
         })
     }
 
-    /// Reads the bytes of a block; those of pads stay as they are.
+    /// Reads the bytes of block `block` of weight `weight`, with its signs in `layout`; those of pads stay as they are.
     pub(crate) fn read_block_bytes(
         &self,
         source: &(impl ReadAt + ?Sized),
-        weight: usize,
-        block: usize,
+        (weight, block): (usize, usize),
+        layout: SignLayout,
         verify: Verify,
         bytes: &mut [u8],
         after_piece: &mut dyn FnMut(),
@@ -177,19 +164,25 @@ impl Catalog {
         let info = &self.weights[weight];
         extent.check_len(bytes).map_err(|source| FormatError::Block { weight: info.name.clone(), block, source })?;
         let start = self.tensors[parts.signs].offset_bytes;
+        let shape = (layout == SignLayout::Strips).then_some(extent.layout.shape);
         match verify {
             Verify::Never => {
-                read_pieces(source, start, bytes, |_| after_piece()).map_err(|source| FormatError::Read {
-                    what: format!("block {block} of weight {}", info.name),
-                    source,
-                })?;
+                let (signs, as_it_is) = bytes.split_at_mut(shape.map_or(0, |_| extent.signs.end));
+                let offset = start + signs.len() as u64;
+                read_pieces(source, start, signs, shape, None, after_piece)
+                    .and_then(|()| read_pieces(source, offset, as_it_is, None, None, after_piece))
+                    .map_err(|source| FormatError::Read {
+                        what: format!("block {block} of weight {}", info.name),
+                        source,
+                    })?;
             }
             Verify::Always => {
                 for i in parts.tensors() {
                     let tensor = &self.tensors[i];
                     // The length was checked: the ends of its tensors are within the block.
                     let part = (tensor.offset_bytes - start) as usize..(tensor.end_bytes() - start) as usize;
-                    read_verified(source, tensor, &mut bytes[part], after_piece)?;
+                    let shape = shape.filter(|_| i == parts.signs);
+                    read_verified(source, tensor, &mut bytes[part], shape, after_piece)?;
                 }
             }
         }
@@ -198,18 +191,16 @@ impl Catalog {
     }
 }
 
+/// As [`read_pieces`], for all of a tensor.
 fn read_verified(
     source: &(impl ReadAt + ?Sized),
     tensor: &Stored,
     bytes: &mut [u8],
+    strips: Option<Shape>,
     after_piece: &mut dyn FnMut(),
 ) -> Result<(), FormatError> {
     let mut hasher = blake3::Hasher::new();
-    let hash = |piece: &[u8]| {
-        hasher.update(piece);
-        after_piece();
-    };
-    read_pieces(source, tensor.offset_bytes, bytes, hash)
+    read_pieces(source, tensor.offset_bytes, bytes, strips, Some(&mut hasher), after_piece)
         .map_err(|source| FormatError::Read { what: format!("tensor {}", tensor.info.name), source })?;
     if *hasher.finalize().as_bytes() == tensor.hash {
         return Ok(());
@@ -217,17 +208,28 @@ fn read_verified(
     Err(FormatError::Damaged { name: tensor.info.name.clone() })
 }
 
-/// Fills `bytes` with those from `offset_bytes` on, and shows each piece when it is there.
+/// Fills `bytes` with those from `offset_bytes` on, hashed in that order. The signs of a matrix of shape `strips` are put in strips then.
 fn read_pieces(
     source: &(impl ReadAt + ?Sized),
     mut offset_bytes: u64,
     bytes: &mut [u8],
-    mut seen: impl FnMut(&[u8]),
+    strips: Option<Shape>,
+    mut hasher: Option<&mut blake3::Hasher>,
+    after_piece: &mut dyn FnMut(),
 ) -> io::Result<()> {
-    for piece in bytes.chunks_mut(PIECE_BYTES) {
+    let row_bytes = strips.map_or(1, |shape| row_bytes(shape.cols()));
+    let strip_bytes = STRIP_ROWS * row_bytes;
+    let piece_bytes = strip_bytes.max(PIECE_BYTES / strip_bytes * strip_bytes);
+    for piece in bytes.chunks_mut(piece_bytes) {
         source.read_exact_at(piece, offset_bytes)?;
-        seen(piece);
         offset_bytes += piece.len() as u64;
+        if let Some(hasher) = &mut hasher {
+            hasher.update(piece);
+        }
+        if let Some(shape) = strips {
+            to_strips(piece.len() / row_bytes, shape.cols(), piece).map_err(io::Error::other)?;
+        }
+        after_piece();
     }
     Ok(())
 }

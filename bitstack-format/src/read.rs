@@ -14,7 +14,7 @@ use crate::{
     ALIGNMENT, BlockExtent, BlockKind, BlockSource, Dtype, FormatError, MAX_HEADER_BYTES, ReadAt, Tensor, TensorInfo,
     VERSION, Verify, WeightInfo, order,
 };
-use bitstack_core::{Block, BlockLayout, FactorType, Shape};
+use bitstack_core::{Block, BlockLayout, FactorType, Shape, SignLayout};
 use bitstack_pack::row_bytes;
 use std::collections::{BTreeMap, HashSet};
 use std::fmt;
@@ -324,23 +324,25 @@ impl<S: ReadAt> StackFile<S> {
         verify: Verify,
         bytes: &mut [u8],
     ) -> Result<(), FormatError> {
-        self.read_block_bytes_by_pieces(weight, block, verify, bytes, &mut || {})
+        self.read_block_bytes_in(weight, block, SignLayout::Rows, verify, bytes, &mut || {})
     }
 
-    /// As [`read_block_bytes`](Self::read_block_bytes), calling `after_piece` each time that at most 256 KiB more have been read (and
-    /// hashed): for those who read beside work that must not wait, and rest now and then.
+    /// As [`read_block_bytes`](Self::read_block_bytes), with the signs in `layout`, for [`BlockExtent::view_in`]. `after_piece` is called
+    /// each time that some more has been read (and hashed), at most 256 KiB or the rows of one strip: for those who read beside
+    /// work that must not wait, and rest now and then.
     ///
     /// # Errors
     /// As [`read_block_bytes`](Self::read_block_bytes).
-    pub fn read_block_bytes_by_pieces(
+    pub fn read_block_bytes_in(
         &self,
         weight: usize,
         block: usize,
+        layout: SignLayout,
         verify: Verify,
         bytes: &mut [u8],
         after_piece: &mut dyn FnMut(),
     ) -> Result<(), FormatError> {
-        self.placed(self.catalog.read_block_bytes(&self.source, weight, block, verify, bytes, after_piece))
+        self.placed(self.catalog.read_block_bytes(&self.source, (weight, block), layout, verify, bytes, after_piece))
     }
 
     /// The catalog, offsets being from the start of the file.

@@ -2,7 +2,7 @@
 
 mod samples;
 
-use bitstack_core::{CoreError, FactorType, Shape};
+use bitstack_core::{BlockRef, CoreError, FactorType, Shape, SignLayout};
 use bitstack_format::{BlockSource, Draft, FormatError, ReadAt, StackFile, Verify};
 use std::sync::{Arc, Mutex};
 
@@ -150,18 +150,26 @@ fn a_large_block_is_read_by_pieces_with_a_call_after_each() {
     let source = Arc::new(Watched(bytes, Mutex::default()));
     let file = StackFile::open(source.clone()).unwrap();
     let extent = file.block_extent(0, 1).unwrap();
-    let rest = extent.len_bytes() - (256 << 10);
-    // With hashes tensor by tensor: signs, basis, coefficients.
-    let hashed = vec![256 << 10, 24 << 10, 2 * 2048, 2 * 1120];
-    for (verify, expected) in [(Verify::Never, vec![256 << 10, rest]), (Verify::Always, hashed)] {
+    let (len, signs) = (extent.len_bytes(), [256 << 10, 24 << 10]);
+    // As it is, at once; in strips, and what is not signs after them. With hashes tensor by tensor: signs, basis, coefficients.
+    let hashed = [&signs[..], &[2 * 2048, 2 * 1120]].concat();
+    for (layout, verify, expected) in [
+        (SignLayout::Rows, Verify::Never, vec![256 << 10, len - (256 << 10)]),
+        (SignLayout::Rows, Verify::Always, hashed.clone()),
+        (SignLayout::Strips, Verify::Never, [&signs[..], &[len - (280 << 10)]].concat()),
+        (SignLayout::Strips, Verify::Always, hashed),
+    ] {
         source.1.lock().unwrap().clear();
         let mut buffer = Vec::new();
         let buffer = at_phase(&mut buffer, extent.len_bytes(), 0);
         let mut n_reads = Vec::new();
         let mut after_piece = || n_reads.push(source.1.lock().unwrap().len());
-        file.read_block_bytes_by_pieces(0, 1, verify, buffer, &mut after_piece).unwrap();
-        assert_eq!(*source.1.lock().unwrap(), expected);
+        file.read_block_bytes_in(0, 1, layout, verify, buffer, &mut after_piece).unwrap();
+        assert_eq!(*source.1.lock().unwrap(), expected, "{layout:?}, {verify:?}");
         assert_eq!(n_reads, (1..=expected.len()).collect::<Vec<_>>());
-        assert_eq!(extent.view(buffer).unwrap(), block.view());
+        let view = extent.view_in(layout, buffer).unwrap();
+        assert_eq!(view.signs.layout(), layout);
+        assert_eq!(BlockRef { signs: block.view().signs, ..view }, block.view());
+        assert_eq!(view.signs.to_owned(), block.signs, "{layout:?}, {verify:?}");
     }
 }

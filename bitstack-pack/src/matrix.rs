@@ -58,7 +58,8 @@ pub fn pack_into_at(level: Level, rows: usize, cols: usize, values: &[f32], byte
 }
 
 /// Rearranges the bytes of a packed matrix from [`SignLayout::Rows`] to [`SignLayout::Strips`], in place. It takes a buffer of one strip
-/// meanwhile, and about as long as copying the bytes.
+/// meanwhile, and about as long as copying the bytes. Whole strips, sixteen rows each, are a matrix of their own in both layouts, which
+/// may be arranged before the rest is there.
 ///
 /// # Errors
 /// [`PackError::Length`] when `bytes` is not of [`packed_len`], [`PackError::TooLarge`] when nothing could be; nothing is changed then.

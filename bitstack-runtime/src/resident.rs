@@ -166,7 +166,7 @@ impl Run {
         Ok(Self { signs, map, start, first, blocks, n_read: 0, entry: Entry::new(account, bytes) })
     }
 
-    /// Reads the next block, checks its values and arranges its signs; `after_piece` is called after each piece of it.
+    /// Reads the next block and checks its values; `after_piece` is called after each piece of it.
     pub(crate) fn read_next<S: ReadAt>(
         &mut self,
         file: &StackFile<S>,
@@ -180,10 +180,8 @@ impl Run {
         let unusable = |source| wrong(FormatError::Block { weight: table.name(position), block, source });
         let place = self.place(self.n_read);
         let (extent, bytes) = (&self.blocks[self.n_read].0, &mut self.map[place]);
-        file.read_block_bytes_by_pieces(weight, block, verify, bytes, after_piece).map_err(wrong)?;
-        extent.view(bytes).map_err(unusable)?;
-        extent.arrange(self.signs, bytes).map_err(unusable)?;
-        after_piece();
+        file.read_block_bytes_in(weight, block, self.signs, verify, bytes, after_piece).map_err(wrong)?;
+        extent.view_in(self.signs, bytes).map_err(unusable)?;
         self.n_read += 1;
         Ok(())
     }

@@ -1,6 +1,6 @@
 //! What several targets do with a `.bitstack` file: everything that can be done with one.
 
-use bitstack_core::Level;
+use bitstack_core::{Level, SignLayout};
 use bitstack_format::{BlockSource, FormatError, StackFile, Verify};
 use bitstack_sort::{LoadOrder, Sizes};
 
@@ -37,6 +37,10 @@ pub fn exercise(bytes: &[u8]) -> Vec<String> {
                 Ok(block) => {
                     in_place.expect("what can be read can be read in place");
                     assert_eq!(extent.view(buffer).expect("and viewed"), block.view());
+                    let strips = SignLayout::Strips;
+                    file.read_block_bytes_in(w, number, strips, Verify::Never, buffer, &mut || {})
+                        .expect("and arranged");
+                    assert_eq!(extent.view_in(strips, buffer).expect("and viewed").signs.to_owned(), block.signs);
                     read.push(format!("{block:?}"));
                     blocks.push(block);
                 }
