@@ -2,8 +2,9 @@
 //!
 //! The yardstick is a read of the whole file as `cat` does it, on one thread into one small buffer that stays in the processor's cache,
 //! with the file in the page cache. Growing reads into new memory, which the system must find and clear first, and may hash what it
-//! read. Before anything is timed the file is read once and the model grown once: the first puts the file in the page cache, the second
-//! makes the host of a virtual machine supply the memory, which it may do ten times slower than memory is cleared.
+//! read. Before it is timed the file is read once, which puts it in the page cache; and each model grows and shrinks once just before it
+//! does so on time: the host of a virtual machine then has supplied the memory, which it may do ten times slower than memory is cleared,
+//! and has not yet taken it back.
 
 use crate::{Elastic, Options, RuntimeError, Verify, load_order, process_resident_bytes};
 use bitstack_core::SignLayout;
@@ -57,26 +58,29 @@ impl Row {
 /// A file that cannot be opened or read; whatever growing fails with.
 pub fn load(path: impl AsRef<Path>, signs: SignLayout, rounds: usize) -> Result<Vec<Row>, RuntimeError> {
     let path = path.as_ref();
-    let mut rows = Vec::new();
-    for round in 0..=rounds {
-        rows.push(read(path).map_err(|source| {
+    let read = || {
+        read(path).map_err(|source| {
             let source = FormatError::File { operation: "read", path: path.to_owned(), source };
             RuntimeError::File { source: Arc::new(source) }
-        })?);
-        rows.extend(grow_and_shrink(path, signs, Verify::Never)?);
-        if round == 0 {
-            rows.clear();
-        } else {
-            rows.extend(grow_and_shrink(path, signs, Verify::Always)?);
+        })
+    };
+    read()?;
+    let mut rows = Vec::new();
+    for _ in 0..rounds {
+        rows.push(read()?);
+        for verify in [Verify::Never, Verify::Always] {
+            let file = StackFile::open_path(path).map_err(|source| RuntimeError::File { source: Arc::new(source) })?;
+            let minimum_bytes = load_order(&file)?.minimum_bytes();
+            let model = Elastic::open(file, minimum_bytes, Options { verify, signs, ..Options::default() })?;
+            grow_and_shrink(&model, verify)?;
+            rows.extend(grow_and_shrink(&model, verify)?);
         }
     }
     Ok(rows)
 }
 
-fn grow_and_shrink(path: &Path, signs: SignLayout, verify: Verify) -> Result<[Row; 2], RuntimeError> {
-    let file = StackFile::open_path(path).map_err(|source| RuntimeError::File { source: Arc::new(source) })?;
-    let minimum_bytes = load_order(&file)?.minimum_bytes();
-    let model = Elastic::open(file, minimum_bytes, Options { verify, signs, ..Options::default() })?;
+fn grow_and_shrink(model: &Elastic<File>, verify: Verify) -> Result<[Row; 2], RuntimeError> {
+    let minimum_bytes = model.order().minimum_bytes();
     let bytes = model.order().total_bytes() - minimum_bytes;
     let grow = timed(Operation::Grow(verify), bytes, || {
         model.set_budget(u64::MAX)?;
