@@ -1,6 +1,6 @@
 //! How fast a model decodes on this machine, beside how fast the machine reads the same memory.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use bitstack_format::ReadAt;
 use bitstack_runtime::Snapshot;
@@ -107,7 +107,9 @@ impl Resizing {
     }
 }
 
-/// Decodes while the budget goes from `low` to `high` bytes and back, `rounds` times, `tokens` tokens (one at least) at each size.
+/// Decodes while the budget goes from `low` to `high` bytes and back, `rounds` times, `tokens` tokens (one at least) at each size. Each
+/// time it grows after a `pause`: what was freed before goes back to the host of a virtual machine some two seconds later, and that holds
+/// up everything that runs.
 ///
 /// # Errors
 /// Budgets below the smallest size; a file that cannot be read.
@@ -117,6 +119,7 @@ pub fn resizing<S: ReadAt + Send + Sync + 'static>(
     high: u64,
     tokens: usize,
     rounds: usize,
+    pause: Duration,
 ) -> Result<Resizing, LlmError> {
     let elastic = model.elastic();
     // The same positions again and again, so that tokens differ by what is resident only.
@@ -127,9 +130,13 @@ pub fn resizing<S: ReadAt + Send + Sync + 'static>(
         (0..tokens).map(|_| text.token()).collect()
     };
     elastic.set_budget(low)?;
+    std::thread::sleep(pause);
     let small = at_rest(&mut text)?;
     let [mut growing, mut large, mut shrinking, mut shrunk] = [const { Vec::new() }; 4];
-    for _ in 0..rounds {
+    for round in 0..rounds {
+        if round > 0 {
+            std::thread::sleep(pause);
+        }
         elastic.set_budget(high)?;
         while elastic.status().loading {
             growing.push(text.token()?);

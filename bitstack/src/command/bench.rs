@@ -354,6 +354,8 @@ impl Phase {
 pub(crate) fn load(args: &BenchLoad, reporter: &Reporter) -> Result<()> {
     /// Times that the model grows and shrinks while it decodes.
     const ROUNDS: usize = 3;
+    /// Until the host of a virtual machine has taken back what was freed.
+    const PAUSE: Duration = Duration::from_secs(5);
     let (path, _scratch) = model_file(args.file.as_deref(), args.shape, args.blocks.into(), reporter)?;
     // As the model that follows has it.
     let layout = Kernel::detect().layout();
@@ -376,14 +378,12 @@ pub(crate) fn load(args: &BenchLoad, reporter: &Reporter) -> Result<()> {
     ];
     let yardstick = median(Operation::Read).map_or(f64::NAN, |(bytes, seconds, _)| bytes as f64 / seconds);
 
-    // What tokens take meanwhile. The memory that the rounds freed goes back to the host of a virtual machine some two seconds later,
-    // which holds up everything that runs.
-    std::thread::sleep(Duration::from_secs(5));
+    // What tokens take meanwhile.
     let stack = Stack::open(&path, reporter)?;
     let (least, most) = (stack.order.minimum_bytes(), stack.order.total_bytes());
     let model = ElasticModel::open(stack.file, least, Options::default(), reporter)?;
     reporter.finish();
-    let tokens = measure::resizing(&model, least, most, 64, ROUNDS)?;
+    let tokens = measure::resizing(&model, least, most, 64, ROUNDS, PAUSE)?;
     let growing_seconds = tokens.growing.iter().map(|t| t.seconds).sum::<f64>() / ROUNDS as f64;
     let phases = [
         ("at rest, smallest", "rest_smallest", &tokens.small),
