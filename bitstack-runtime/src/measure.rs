@@ -2,9 +2,9 @@
 //!
 //! The yardstick is a read of the whole file as `cat` does it, on one thread into one small buffer that stays in the processor's cache,
 //! with the file in the page cache. Growing reads into new memory, which the system must find and clear first, and may hash what it
-//! read. Before it is timed the file is read once, which puts it in the page cache; and each model grows and shrinks once just before it
-//! does so on time: the host of a virtual machine then has supplied the memory, which it may do ten times slower than memory is cleared,
-//! and has not yet taken it back.
+//! read. Before it is timed the file is read once, which puts it in the page cache; and each model grows and shrinks once just before it is
+//! timed: the host of a virtual machine then has supplied the memory, which it may do ten times slower than memory is cleared, and has not
+//! yet taken it back.
 
 use crate::{Elastic, Options, RuntimeError, Verify, load_order, process_resident_bytes};
 use bitstack_core::SignLayout;
