@@ -7,7 +7,10 @@
 use std::hint::black_box;
 use std::time::Duration;
 
-use bitstack_core::{Basis, Block, Coefficients, Shape, SignMatrix, Values, WeightStack, f16};
+use bitstack_core::{
+    Basis, Block, BlockRef, Coefficients, Level, Shape, SignLayout, SignMatrix, SignView, Values, WeightStack, f16,
+    to_strips,
+};
 use bitstack_cpu::{Isa, Kernel, Scratch, Threads};
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 #[cfg(not(target_arch = "aarch64"))]
@@ -41,7 +44,25 @@ fn stack() -> WeightStack {
 
 fn bench(c: &mut Criterion) {
     let stack = stack();
-    let level = stack.level(LEVEL).expect("there are as many blocks");
+    let shape = stack.shape();
+    let strips: Vec<Vec<u8>> = stack
+        .blocks()
+        .iter()
+        .map(|block| {
+            let mut bytes = block.signs.as_bytes().to_vec();
+            to_strips(ROWS, COLS, &mut bytes).expect("a matrix");
+            bytes
+        })
+        .collect();
+    // As a model in memory has them.
+    let level_in = |layout| {
+        let blocks = stack.blocks().iter().zip(&strips).map(|(block, strips)| {
+            let bytes = if layout == SignLayout::Strips { strips } else { block.signs.as_bytes() };
+            let signs = SignView::with_layout(ROWS, COLS, layout, bytes).expect("a matrix");
+            BlockRef { signs, ..block.view() }
+        });
+        Level::new(shape, blocks).expect("the blocks fit")
+    };
     #[cfg(not(target_arch = "aarch64"))]
     let dense = Mat::from_fn(ROWS, COLS, |r, c| ((r * 7 + c * 3) % 251) as f32 / 125.0 - 1.0);
     for tokens in [1, 4, 16, 64] {
@@ -53,6 +74,7 @@ fn bench(c: &mut Criterion) {
         for threads in [Threads::One, Threads::Pool] {
             for isa in Isa::available() {
                 let kernel = Kernel::with_isa(isa).expect("it is available");
+                let level = level_in(kernel.layout());
                 let mut scratch = Scratch::default();
                 group.bench_function(BenchmarkId::new(isa.to_string(), format!("{threads:?}")), |b| {
                     b.iter(|| kernel.apply(&level, black_box(&x), &mut y, threads, &mut scratch).expect("lengths fit"));
