@@ -8,8 +8,7 @@ use std::hint::black_box;
 use std::time::Duration;
 
 use bitstack_core::{
-    Basis, Block, BlockRef, Coefficients, Level, Shape, SignLayout, SignMatrix, SignView, Values, WeightStack, f16,
-    to_strips,
+    Basis, Block, BlockRef, Coefficients, Level, Shape, SignMatrix, SignView, Values, WeightStack, f16,
 };
 use bitstack_cpu::{Isa, Kernel, Scratch, Threads};
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
@@ -44,24 +43,14 @@ fn stack() -> WeightStack {
 
 fn bench(c: &mut Criterion) {
     let stack = stack();
-    let shape = stack.shape();
-    let strips: Vec<Vec<u8>> = stack
-        .blocks()
-        .iter()
-        .map(|block| {
-            let mut bytes = block.signs.as_bytes().to_vec();
-            to_strips(ROWS, COLS, &mut bytes).expect("a matrix");
-            bytes
-        })
-        .collect();
-    // As a model in memory has them.
+    // Signs as a model in memory has them; which ones they are does not matter to the time.
     let level_in = |layout| {
-        let blocks = stack.blocks().iter().zip(&strips).map(|(block, strips)| {
-            let bytes = if layout == SignLayout::Strips { strips } else { block.signs.as_bytes() };
-            let signs = SignView::with_layout(ROWS, COLS, layout, bytes).expect("a matrix");
+        let blocks = stack.blocks().iter().map(|block| {
+            let bytes = block.signs.as_bytes();
+            let signs = SignView::with_layout(ROWS, COLS, layout, bytes).expect("the bytes fit every layout");
             BlockRef { signs, ..block.view() }
         });
-        Level::new(shape, blocks).expect("the blocks fit")
+        Level::new(stack.shape(), blocks).expect("the blocks fit")
     };
     #[cfg(not(target_arch = "aarch64"))]
     let dense = Mat::from_fn(ROWS, COLS, |r, c| ((r * 7 + c * 3) % 251) as f32 / 125.0 - 1.0);
