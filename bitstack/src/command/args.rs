@@ -418,7 +418,7 @@ pub(crate) struct BenchDecode {
     #[arg(long, value_enum, default_value_t = ModelShape::Llama1b, conflicts_with = "file")]
     pub(crate) shape: ModelShape,
     /// Blocks of every weight to measure with.
-    #[arg(long, value_name = "N,..", value_delimiter = ',', default_values_t = [2, 3], conflicts_with = "memory")]
+    #[arg(long, value_name = "N,..", value_delimiter = ',', default_values_t = [2, 3], conflicts_with = "memory", value_parser = clap::value_parser!(u8).range(1..=16))]
     pub(crate) levels: Vec<u8>,
     /// A memory size to measure at; may be given several times.
     #[arg(long, short, value_name = "SIZE", value_parser = size::parse)]

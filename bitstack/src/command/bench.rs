@@ -446,7 +446,7 @@ pub(crate) fn load(args: &BenchLoad, reporter: &Reporter) -> Result<()> {
 
 /// `bitstack bench decode`
 pub(crate) fn decode(args: &BenchDecode, reporter: &Reporter) -> Result<()> {
-    let n_blocks = args.levels.iter().copied().max().unwrap_or(1).max(1);
+    let n_blocks = args.levels.iter().copied().max().unwrap_or(1);
     let (path, _scratch) = model_file(args.file.as_deref(), args.shape, n_blocks.into(), reporter)?;
     let stack = Stack::open(&path, reporter)?;
     let bits = stack.bits;
