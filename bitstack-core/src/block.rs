@@ -1,4 +1,4 @@
-use crate::{BlockLayout, CoreError, Shape};
+use crate::{BlockLayout, CoreError, Shape, Spikes, SpikesRef};
 use bitstack_pack::{SignMatrix, SignView};
 use half::f16;
 
@@ -298,6 +298,8 @@ pub struct Block {
     pub basis: Option<Basis>,
     /// The coefficients, `rows x planes x rank`.
     pub coefficients: Coefficients,
+    /// The spikes of the weight, in block 1 only.
+    pub spikes: Option<Spikes>,
 }
 
 /// One block of a stack, borrowed.
@@ -309,6 +311,8 @@ pub struct BlockRef<'a> {
     pub basis: Option<BasisRef<'a>>,
     /// The coefficients, `rows x planes x rank`.
     pub coefficients: CoefficientsRef<'a>,
+    /// The spikes of the weight, in block 1 only.
+    pub spikes: Option<SpikesRef<'a>>,
 }
 
 impl Block {
@@ -318,6 +322,7 @@ impl Block {
             signs: self.signs.view(),
             basis: self.basis.as_ref().map(Basis::view),
             coefficients: self.coefficients.view(),
+            spikes: self.spikes.as_ref().map(Spikes::view),
         }
     }
 }
@@ -331,6 +336,7 @@ impl BlockRef<'_> {
             planes: self.coefficients.planes,
             basis: self.basis.map(|v| v.values.factor_type()),
             coefficients: self.coefficients.values.factor_type(),
+            spike_words: self.spikes.map_or(0, |s| s.words().len()),
         })
     }
 
@@ -360,6 +366,13 @@ impl BlockRef<'_> {
         let codes = first.is_some_and(|first| first.values.factor_type() == FactorType::I8);
         if self.coefficients.values.factor_type() == FactorType::Scales && !codes {
             return Err(CoreError::NoCodes { block: number });
+        }
+        if let Some(spikes) = self.spikes {
+            equal("rows of the spikes", shape.rows(), spikes.shape().rows())?;
+            equal("columns of the spikes", shape.cols(), spikes.shape().cols())?;
+            if number != 1 {
+                return Err(CoreError::SpikesLate { block: number });
+            }
         }
         let planes = self.coefficients.planes;
         if planes != 1 && planes != number {
@@ -406,6 +419,7 @@ mod tests {
             signs: SignMatrix::from_bytes(1, 1, vec![1]).unwrap(),
             basis: (planes == 1).then(|| Basis::new(1, 1, halves(&[2.0])).unwrap()),
             coefficients: Coefficients::new(1, planes, 1, values).unwrap(),
+            spikes: None,
         };
         let alone = block(1, Values::Scales(vec![f16::ONE]));
         assert_eq!(stack.push(alone), Err(CoreError::NoCodes { block: 1 }));

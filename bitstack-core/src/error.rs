@@ -60,6 +60,28 @@ pub enum CoreError {
         /// The flat index of the first such value.
         index: usize,
     },
+    /// A size in a list of spikes is negative or not finite.
+    #[error("size {index} of a list of spikes is {value}; sizes are finite and not negative")]
+    SpikeSize {
+        /// Which size, from 0.
+        index: usize,
+        /// Its value.
+        value: f32,
+    },
+    /// An entry of a list of spikes lies outside the weight, or has a size that there is not.
+    #[error("entry {index} of a list of spikes has no place in a {shape} weight, or no size")]
+    SpikePlace {
+        /// Which entry, from 0.
+        index: usize,
+        /// The shape of the weight.
+        shape: Shape,
+    },
+    /// A block after the first has a list of spikes.
+    #[error("block {block} has a list of spikes; only block 1 has one")]
+    SpikesLate {
+        /// The number of the block, counted from 1.
+        block: usize,
+    },
     /// A sign matrix is not what it should be.
     #[error("signs of a {shape} weight: {source}")]
     Signs {

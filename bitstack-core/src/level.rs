@@ -1,4 +1,4 @@
-use crate::{BasisRef, BlockRef, CoefficientsRef, CoreError, Shape};
+use crate::{BasisRef, BlockRef, CoefficientsRef, CoreError, LevelSpikes, SPIKE_ROWS, Shape};
 use bitstack_pack::SignView;
 
 /// One plane of a level: signs, the basis it uses, and where its coefficients are.
@@ -22,6 +22,7 @@ pub struct Plane<'a> {
 pub struct Level<'a> {
     shape: Shape,
     planes: Vec<Plane<'a>>,
+    spikes: Option<LevelSpikes<'a>>,
 }
 
 impl<'a> Level<'a> {
@@ -31,12 +32,15 @@ impl<'a> Level<'a> {
     /// When a block does not fit the shape or the blocks before it; [`CoreError::NoSuchLevel`] when there is none.
     pub fn new(shape: Shape, blocks: impl IntoIterator<Item = BlockRef<'a>>) -> Result<Self, CoreError> {
         let mut planes: Vec<Plane<'a>> = Vec::new();
-        let mut first = None;
+        let (mut first, mut spikes) = (None, None);
         for block in blocks {
             block.check(shape, planes.len() + 1, first)?;
             let basis = block.basis.or(planes.last().map(|p| p.basis)).ok_or(CoreError::NoBasis)?;
             let coefficients = block.coefficients.with_first(*first.get_or_insert(block.coefficients));
             planes.push(Plane { signs: block.signs, basis, coefficients, plane: 0 });
+            if let Some(list) = block.spikes {
+                spikes = Some(LevelSpikes { list, basis, coefficients });
+            }
             if coefficients.planes() > 1 {
                 for (plane, p) in planes.iter_mut().enumerate() {
                     (p.coefficients, p.plane) = (coefficients, plane);
@@ -46,7 +50,7 @@ impl<'a> Level<'a> {
         if planes.is_empty() {
             return Err(CoreError::NoSuchLevel { level: 0, blocks: 0 });
         }
-        Ok(Self { shape, planes })
+        Ok(Self { shape, planes, spikes })
     }
 
     /// The weight's shape.
@@ -59,7 +63,13 @@ impl<'a> Level<'a> {
         &self.planes
     }
 
-    /// Rebuilds rows `first_row..` of W in f32: `out` is `n x cols`, row-major, and overwritten. Sums run over rank, then planes.
+    /// The spikes P, added at every level.
+    pub fn spikes(&self) -> Option<LevelSpikes<'a>> {
+        self.spikes
+    }
+
+    /// Rebuilds rows `first_row..` of W in f32: `out` is `n x cols`, row-major, and overwritten. Sums run over rank, then planes;
+    /// then come the spikes.
     ///
     /// # Errors
     /// [`CoreError::Mismatch`] when `out` is not whole rows, or more rows than there are.
@@ -96,6 +106,17 @@ impl<'a> Level<'a> {
                 }
             }
         }
+        if let Some(spikes) = self.spikes
+            && n > 0
+        {
+            for tile in first_row / SPIKE_ROWS..=(first_row + n - 1) / SPIKE_ROWS {
+                for (r, c, value) in spikes.list.entries(tile) {
+                    if (first_row..first_row + n).contains(&r) {
+                        out[(r - first_row) * cols + c] += value * (spikes.row_unit(r) * spikes.basis.get(0, c));
+                    }
+                }
+            }
+        }
         Ok(())
     }
 
@@ -124,6 +145,12 @@ impl<'a> Level<'a> {
                     let t: f64 = (0..cols).map(|c| f64::from(p.signs.get(r, c)) * z[c]).sum();
                     *y += f64::from(p.coefficients.get(r, p.plane, k)) * t;
                 }
+            }
+        }
+        if let Some(spikes) = self.spikes {
+            for (r, c, value) in (0..spikes.list.n_tiles()).flat_map(|tile| spikes.list.entries(tile)) {
+                let unit = f64::from(spikes.row_unit(r)) * f64::from(spikes.basis.get(0, c));
+                y[r] += f64::from(value) * unit * f64::from(x[c]);
             }
         }
         Ok(y)

@@ -7,10 +7,12 @@
 //! - optionally a **basis** Vᵢ, `rank x cols` ([`Basis`]); absent means the basis of the last block that has one;
 //! - **coefficients** U, `rows x planes x rank` ([`Coefficients`]).
 //!
+//! Block 1 may also bring **spikes**, a sparse P of the few weights far outside the others' magnitudes ([`Spikes`]).
+//!
 //! With `b` blocks resident the weight is at **level** `b`:
 //!
 //! ```text
-//! W_b = Σ_{i<=b} S_i ⊙ ( U_i^(b) · V_i )        U_i^(b): rows x rank
+//! W_b = P + Σ_{i<=b} S_i ⊙ ( U_i^(b) · V_i )        U_i^(b): rows x rank
 //! ```
 //!
 //! - *additive* blocks (arXiv 2410.23918, section 3.1) bring the coefficients of their own plane only, `planes = 1`, once and for all;
@@ -32,6 +34,7 @@ mod error;
 mod level;
 mod scale;
 mod shape;
+mod spikes;
 mod stack;
 mod stats;
 
@@ -42,5 +45,6 @@ pub use half::f16;
 pub use level::{Level, Plane};
 pub use scale::Scales;
 pub use shape::{BlockLayout, Shape};
+pub use spikes::{LevelSpikes, SPIKE_ROWS, SPIKE_SIZES, Spike, Spikes, SpikesRef};
 pub use stack::WeightStack;
 pub use stats::{ActivationStats, Collect};

@@ -52,6 +52,8 @@ pub struct BlockLayout {
     pub basis: Option<FactorType>,
     /// The stored type of the coefficients.
     pub coefficients: FactorType,
+    /// 16-bit words of the list of spikes; 0 when there is none.
+    pub spike_words: usize,
 }
 
 impl BlockLayout {
@@ -64,10 +66,10 @@ impl BlockLayout {
     /// # Ok::<(), bitstack_core::CoreError>(())
     /// ```
     pub const fn paper(shape: Shape, rank: usize) -> Self {
-        Self { shape, rank, planes: 1, basis: Some(FactorType::F16), coefficients: FactorType::F16 }
+        Self { shape, rank, planes: 1, basis: Some(FactorType::F16), coefficients: FactorType::F16, spike_words: 0 }
     }
 
-    /// Bytes of all tensors of the block: packed signs, basis, coefficients and their scales. `None` when that overflows `u64`.
+    /// Bytes of all tensors of the block: packed signs, basis, coefficients and their scales, spikes. `None` when that overflows `u64`.
     pub fn bytes(&self) -> Option<u64> {
         let [rows, cols, rank, planes] = [self.shape.rows, self.shape.cols, self.rank, self.planes].map(|n| n as u64);
         let signs = rows.checked_mul(cols.div_ceil(8))?;
@@ -77,7 +79,8 @@ impl BlockLayout {
         };
         let vectors = planes.checked_mul(rank)?;
         let coefficients = self.coefficients.bytes(rows.checked_mul(vectors)?, vectors)?;
-        signs.checked_add(basis)?.checked_add(coefficients)
+        let spikes = (self.spike_words as u64).checked_mul(2)?;
+        signs.checked_add(basis)?.checked_add(coefficients)?.checked_add(spikes)
     }
 }
 
@@ -104,9 +107,16 @@ mod tests {
     #[test]
     fn eight_bit_factors_cost_one_byte_a_value_and_one_half_a_vector() {
         let shape = Shape::new(10, 20).unwrap();
-        let block =
-            BlockLayout { shape, rank: 2, planes: 3, basis: Some(FactorType::I8), coefficients: FactorType::I8 };
+        let block = BlockLayout {
+            shape,
+            rank: 2,
+            planes: 3,
+            basis: Some(FactorType::I8),
+            coefficients: FactorType::I8,
+            spike_words: 0,
+        };
         assert_eq!(block.bytes(), Some(10 * 3 + (2 * 20 + 2 * 2) + (10 * 3 * 2 + 3 * 2 * 2)));
+        assert_eq!(BlockLayout { spike_words: 7, ..block }.bytes(), Some(block.bytes().unwrap() + 14));
         assert_eq!(BlockLayout { basis: None, ..block }.bytes(), Some(10 * 3 + (10 * 3 * 2 + 3 * 2 * 2)));
     }
 

@@ -1,8 +1,8 @@
 //! What a level is: the definition, element by element, against the crate's arithmetic, over every kind of stack.
 
 use bitstack_core::{
-    Basis, Block, BlockRef, Coefficients, CoreError, FactorType, Level, Shape, SignMatrix, Values, ValuesRef,
-    WeightStack, f16,
+    Basis, Block, BlockRef, Coefficients, CoreError, FactorType, Level, SPIKE_ROWS, SPIKE_SIZES, Shape, SignMatrix,
+    Spike, Spikes, Values, ValuesRef, WeightStack, f16,
 };
 use proptest::prelude::*;
 
@@ -51,7 +51,20 @@ impl Numbers {
                 self.values(rows * planes * rank, planes * rank, factor),
             )
             .unwrap(),
+            spikes: None,
         }
+    }
+
+    fn spikes(&mut self, shape: Shape) -> Spikes {
+        let sizes = std::array::from_fn(|i| f16::from_f32((i + 1) as f32 / 8.0));
+        let n = self.next() as usize % 9;
+        let entry = |_| Spike {
+            row: self.next() as usize % shape.rows(),
+            col: self.next() as usize % shape.cols(),
+            size: [1, -1][self.next() as usize % 2] * (1 + self.next() as usize % SPIKE_SIZES) as i8,
+        };
+        let entries: Vec<Spike> = (0..n).map(entry).collect();
+        Spikes::encode(shape, sizes, &entries).unwrap()
     }
 }
 
@@ -77,7 +90,28 @@ fn definition(blocks: &[BlockRef<'_>], r: usize, c: usize) -> f64 {
             sum += f64::from(blocks[i].signs.get(r, c)) * u * f64::from(basis.get(k, c));
         }
     }
-    sum
+    sum + spike(blocks[0], r, c)
+}
+
+/// P[r, c] from the words of the list, as its documentation has them.
+fn spike(block: BlockRef<'_>, r: usize, c: usize) -> f64 {
+    let (Some(spikes), Some(basis)) = (block.spikes, block.basis) else { return 0.0 };
+    let words = spikes.words();
+    let n_tiles = spikes.shape().rows().div_ceil(SPIKE_ROWS);
+    let end = |tile: usize| {
+        usize::from(words[SPIKE_SIZES + 2 * tile]) + (usize::from(words[SPIKE_SIZES + 2 * tile + 1]) << 16)
+    };
+    let tile = r / SPIKE_ROWS;
+    let (mut col, mut sum) = (0, 0.0);
+    for i in if tile == 0 { 0 } else { end(tile - 1) }..end(tile) {
+        let word = words[SPIKE_SIZES + 2 * n_tiles + i];
+        let (row, gap, size) = (word & 63, (word >> 6) & 31, (word >> 11) & 15);
+        col += usize::from(gap);
+        if (usize::from(row), col) == (r % SPIKE_ROWS, c) && size > 0 {
+            sum += f16::from_bits(words[usize::from(size) - 1]).to_f64() * if word >> 15 == 1 { -1.0 } else { 1.0 };
+        }
+    }
+    sum * f64::from(block.coefficients.get(r, 0, 0)) * f64::from(basis.get(0, c))
 }
 
 /// What scales multiply.
@@ -92,8 +126,8 @@ proptest! {
 
     #[test]
     fn every_level_of_every_kind_of_stack_is_its_definition(
-        rows in 1usize..7, cols in 1usize..20, rank in 1usize..4, seed: u64,
-        kinds in prop::collection::vec((any::<bool>(), any::<bool>(), 0usize..3), 1..6),
+        rows in prop_oneof![1usize..7, 60usize..70], cols in prop_oneof![1usize..20, 30usize..80], rank in 1usize..4, seed: u64,
+        with_spikes: bool, kinds in prop::collection::vec((any::<bool>(), any::<bool>(), 0usize..3), 1..6),
     ) {
         let shape = Shape::new(rows, cols).unwrap();
         let mut numbers = Numbers(seed);
@@ -103,7 +137,9 @@ proptest! {
             let codes = i > 0 && kinds[0].2 == 1;
             let factor = [F16, I8, if codes { Scales } else { F16 }][factor];
             let planes = if refitted { i + 1 } else { 1 };
-            stack.push(numbers.block(shape, rank, planes, with_basis || i == 0, factor)).unwrap();
+            let mut block = numbers.block(shape, rank, planes, with_basis || i == 0, factor);
+            block.spikes = (with_spikes && i == 0).then(|| numbers.spikes(shape));
+            stack.push(block).unwrap();
         }
         let x: Vec<f32> = (0..cols).map(|_| numbers.small()).collect();
         for level in 1..=kinds.len() {
@@ -137,6 +173,8 @@ fn blocks_that_do_not_fit_are_rejected_and_leave_the_stack_as_it_was() {
     );
     stack.push(numbers.block(shape, 2, 1, true, FactorType::F16)).unwrap();
     let other = Shape::new(3, 6).unwrap();
+    let late = Block { spikes: Some(numbers.spikes(shape)), ..numbers.block(shape, 2, 1, false, FactorType::F16) };
+    assert_eq!(stack.push(late), Err(CoreError::SpikesLate { block: 2 }));
     for bad in [
         numbers.block(other, 2, 1, true, FactorType::F16),
         numbers.block(Shape::new(4, 5).unwrap(), 2, 1, true, FactorType::F16),

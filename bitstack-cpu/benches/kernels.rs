@@ -35,6 +35,7 @@ fn stack() -> WeightStack {
             signs: SignMatrix::from_f32(ROWS, COLS, &signs).expect("the length is rows * cols"),
             basis: (planes == 1).then(|| Basis::new(1, COLS, values(COLS, 1)).expect("the length is cols")),
             coefficients: Coefficients::new(ROWS, planes, 1, values(ROWS * planes, planes)).expect("the lengths fit"),
+            spikes: None,
         };
         stack.push(block).expect("the blocks fit");
     }

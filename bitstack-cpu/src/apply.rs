@@ -579,6 +579,7 @@ mod tests {
                 signs: SignMatrix::from_f32(rows, cols, &signs).unwrap(),
                 basis: own_basis.then(|| Basis::new(rank, cols, halves(rank * cols)).unwrap()),
                 coefficients: Coefficients::new(rows, 1, rank, halves(rows * rank)).unwrap(),
+                spikes: None,
             };
             stack.push(block).unwrap();
         }

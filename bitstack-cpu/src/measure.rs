@@ -219,7 +219,7 @@ impl Factors {
                 .map_err(|source| CoreError::Signs { shape, source })?;
             let basis: Option<BasisRef<'_>> = self.bases.get(i).map(Basis::view);
             let coefficients: CoefficientsRef<'_> = coefficients.view();
-            Ok(BlockRef { signs, basis, coefficients })
+            Ok(BlockRef { signs, basis, coefficients, spikes: None })
         });
         Level::new(shape, blocks.collect::<Result<Vec<_>, CoreError>>()?)
     }

@@ -39,6 +39,7 @@ fn a_call_allocates_nothing_once_its_buffers_have_grown() {
                 signs: SignMatrix::from_f32(rows, cols, &signs).unwrap(),
                 basis: (planes == 1).then(|| Basis::new(1, cols, halves(cols)).unwrap()),
                 coefficients: Coefficients::new(rows, planes, 1, halves(rows * planes)).unwrap(),
+                spikes: None,
             })
             .unwrap();
     }

@@ -352,6 +352,7 @@ fn random_block(shape: Shape, rank: usize, index: usize) -> Block {
         basis: (index == 0 || rank > 1)
             .then(|| Basis::new(rank, cols, values(rank * cols, 1.0)).expect("finite values")),
         coefficients: Coefficients::new(rows, planes, rank, values(rows * planes * rank, size)).expect("finite values"),
+        spikes: None,
     }
 }
 

@@ -113,6 +113,7 @@ impl Blocks {
             signs: std::mem::replace(&mut self.signs, next),
             basis: Some(Basis::new(rank, cols, Values::F16(v))?),
             coefficients: Coefficients::new(rows, 1, rank, Values::F16(u))?,
+            spikes: None,
         };
         Ok(Step { block, error: self.error() })
     }

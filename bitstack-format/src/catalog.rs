@@ -364,6 +364,7 @@ impl Catalog {
                     .map_err(|source| CoreError::Signs { shape: info.shape, source })?,
                 basis: basis.map(|values| Basis::new(rank, cols, values)).transpose()?,
                 coefficients: Coefficients::new(rows, layout.planes, rank, coefficients)?,
+                spikes: None,
             })
         };
         build().map_err(|source| FormatError::Block { weight: info.name.clone(), block, source })

@@ -78,7 +78,7 @@ impl BlockExtent {
             None => None,
         };
         let coefficients = CoefficientsRef::new(shape.rows(), planes, rank, self.coefficients.view(bytes)?)?;
-        Ok(BlockRef { signs, basis, coefficients })
+        Ok(BlockRef { signs, basis, coefficients, spikes: None })
     }
 
     pub(crate) fn check_len(&self, bytes: &[u8]) -> Result<(), CoreError> {

@@ -644,6 +644,7 @@ impl<'a> Places<'a> {
             planes,
             basis: basis.map(|(factor, _)| factor),
             coefficients: coefficients.0,
+            spike_words: 0,
         };
         Ok((layout, BlockParts { signs, basis: basis.map(|(_, parts)| parts), coefficients: coefficients.1 }))
     }

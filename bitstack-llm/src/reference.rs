@@ -142,6 +142,7 @@ fn read_block(
                 .map_err(|source| CoreError::Signs { shape, source })?,
             basis: Some(Basis::new(rank, cols, Values::F16(basis))?),
             coefficients: Coefficients::new(rows, 1, rank, Values::F16(coefficients))?,
+            spikes: None,
         })
     };
     build().map_err(|source| FormatError::Block { weight: spec.name.clone(), block: block + 1, source }.into())

@@ -115,6 +115,7 @@ pub fn draft(
                 signs: SignView::new(spec.rows, spec.cols, &signs).expect("a buffer of this shape"),
                 basis: (block == 1).then(|| BasisRef::new(1, spec.cols, basis)).transpose().map_err(in_weight)?,
                 coefficients: CoefficientsRef::new(spec.rows, block, 1, coefficients).map_err(in_weight)?,
+                spikes: None,
             };
             draft.push_block(weight, block)?;
             progress.advance(1);

@@ -465,6 +465,7 @@ fn blocks_that_share_a_basis_are_not_in_the_published_layout() {
         signs: SignMatrix::from_f32(2, 3, &[1.0, -1.0, 1.0, -1.0, -1.0, 1.0]).unwrap(),
         basis,
         coefficients: Coefficients::new(2, 1, 1, halves(2)).unwrap(),
+        spikes: None,
     };
     let mut draft = Draft::create_in(&home).unwrap();
     let weight = draft.add_weight("model.layers.0.mlp.up_proj", Shape::new(2, 3).unwrap(), 1, "mine").unwrap();

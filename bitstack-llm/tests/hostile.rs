@@ -508,6 +508,7 @@ fn stack_file() -> Vec<u8> {
                 signs: SignMatrix::from_f32(weight.rows, weight.cols, &signs).unwrap(),
                 basis: Some(Basis::new(1, weight.cols, values(weight.cols)).unwrap()),
                 coefficients: Coefficients::new(weight.rows, 1, 1, values(weight.rows)).unwrap(),
+                spikes: None,
             };
             draft.push_block(w, block.view()).unwrap();
         }

@@ -84,6 +84,7 @@ fn block(shape: Shape, rank: usize, number: usize, kind: &Kind) -> Block {
             let values = values(&mut next, kind.eight_bit, rows * vectors, vectors);
             Coefficients::new(rows, planes, rank, values).expect("finite values, as many")
         },
+        spikes: None,
     }
 }
 

@@ -129,6 +129,7 @@ pub(crate) fn steps(
             signs: SignMatrix::from_bytes(rows, cols, signs)?,
             basis: (b == 0).then(|| basis.clone()),
             coefficients,
+            spikes: None,
         })?;
     }
     if !normal {

@@ -50,6 +50,7 @@ pub(crate) fn block(shape: Shape, rank: usize, like: Like, numbers: &mut Numbers
             let values = numbers.values(like.coefficients, rows * vectors, vectors);
             Coefficients::new(rows, like.planes, rank, values).unwrap()
         },
+        spikes: None,
     }
 }
 
@@ -139,6 +140,7 @@ pub(crate) fn smallest() -> Vec<u8> {
         signs: SignMatrix::from_f32(1, 1, &[1.0]).unwrap(),
         basis: Some(Basis::new(1, 1, one(2.0)).unwrap()),
         coefficients: Coefficients::new(1, 1, 1, one(0.5)).unwrap(),
+        spikes: None,
     };
     draft.push_block(w, block.view()).unwrap();
     let mut bytes = Vec::new();
