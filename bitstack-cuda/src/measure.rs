@@ -329,6 +329,7 @@ fn rows_of(block: BlockRef<'_>, rows: &[usize]) -> Block {
         basis: v.transpose().expect("the same basis"),
         coefficients: Coefficients::new(rows.len(), planes, rank, Values::F16(values.collect()))
             .expect("some of the coefficients"),
+        spikes: None,
     }
 }
 
