@@ -7,6 +7,7 @@ mod error;
 mod nested;
 mod options;
 mod report;
+mod spikes;
 mod svd;
 
 pub use blocks::{Blocks, blocks, decompose};

@@ -57,6 +57,8 @@ pub struct Nested {
     pub(crate) diagonal: f64,
     pub(crate) damping: f64,
     pub(crate) factors: FactorType,
+    /// See [`DecomposeOptions::spikes`].
+    pub(crate) spikes: Option<f64>,
 }
 
 impl Default for Nested {
@@ -76,7 +78,7 @@ impl Nested {
             (2.5, 1.15, 0.56, [0.5, 2.0, 2.0, 1.0, 0.5, 0.5, 0.5, 0.5]),
             (3.5, 1.15, 0.56, [0.3, 2.0, 2.0, 2.0, 1.0, 1.0, 1.0, 1.0]),
             (4.25, 1.3, 0.53, [0.3, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]),
-            (6.0, 1.65, 0.53, [0.05, 0.35, 1.0, 2.0, 3.0, 3.0, 2.0, 2.0]),
+            (6.0, 1.4, 0.51, [0.05, 0.35, 1.0, 2.0, 3.0, 3.0, 2.0, 2.0]),
         ];
         let level = level.clamp(ANCHORS[0].0, ANCHORS[ANCHORS.len() - 1].0);
         let next = ANCHORS.iter().position(|anchor| level <= anchor.0).unwrap_or(0).max(1);
@@ -97,6 +99,7 @@ impl Nested {
             diagonal: 0.0,
             damping: 0.01,
             factors: FactorType::I8,
+            spikes: Some(4.0 * 0.25f64.powf(level)),
         }
     }
 
@@ -168,6 +171,7 @@ pub struct DecomposeOptions<'a> {
     pub(crate) svd: Svd,
     pub(crate) method: Method,
     pub(crate) parallelism: Parallelism,
+    pub(crate) spikes: Option<f64>,
     pub(crate) scales: Option<&'a Scales>,
     pub(crate) gram: Option<ArrayView2<'a, f64>>,
 }
@@ -182,6 +186,7 @@ impl<'a> DecomposeOptions<'a> {
             svd: Svd::default(),
             method: Method::default(),
             parallelism: Parallelism::default(),
+            spikes: None,
             scales: None,
             gram: None,
         }
@@ -189,12 +194,21 @@ impl<'a> DecomposeOptions<'a> {
 
     /// `n_blocks` blocks of nested codes, which have rank 1. They need no seed.
     pub fn nested(n_blocks: usize, nested: Nested) -> Self {
-        Self::new(1, n_blocks).method(Method::Nested(nested))
+        let spikes = nested.spikes;
+        Self::new(1, n_blocks).method(Method::Nested(nested)).spikes(spikes)
     }
 
     /// How the blocks are found.
     pub fn method(self, method: Method) -> Self {
         Self { method, ..self }
+    }
+
+    /// Weights far outside the envelope go to a list beside block 1 ([`bitstack_core::Spikes`]), where that pays. The number is the squared
+    /// error that the planes leave of an ordinary weight at the level that counts, in units of its mean square: the smaller, the more
+    /// entries pay, up to one weight in 200. `None`: no list. [`DecomposeOptions::nested`] sets it from [`Nested::around`]; the published
+    /// method has no list.
+    pub fn spikes(self, error: Option<f64>) -> Self {
+        Self { spikes: error, ..self }
     }
 
     /// The seed of the random start of [`Svd::Fast`]. The same input, options and seed give the same blocks.
@@ -242,6 +256,7 @@ impl<'a> DecomposeOptions<'a> {
             svd: self.svd,
             method: self.method,
             parallelism: self.parallelism,
+            spikes: self.spikes,
             scales: self.scales,
             gram: self.gram.map(ArrayView2::reborrow),
         }

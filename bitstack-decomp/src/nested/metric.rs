@@ -16,6 +16,8 @@ pub(crate) struct Metric {
     pub(crate) added: Vec<f32>,
     /// The factor that was divided out.
     pub(crate) unit: f64,
+    /// D of H̃ = Ũ D Ũᵀ, what an error costs that feedback has made the best of; the diagonal when H is not known.
+    pub(crate) pivots: Vec<f64>,
     /// Off-diagonal parts, when H is known.
     pub(crate) full: Option<Full>,
 }
@@ -44,8 +46,9 @@ impl Metric {
     pub(crate) fn diagonal(weights: &[f64], order: &[usize]) -> Self {
         let n = weights.len();
         let unit = mean_or_one(weights.iter().copied(), n);
+        let pivots = order.iter().map(|&c| weights[c] / unit).collect();
         let diagonal = order.iter().map(|&c| (weights[c] / unit) as f32).collect();
-        Self { n, diagonal, added: vec![0.0; n], unit, full: None }
+        Self { n, diagonal, added: vec![0.0; n], unit, pivots, full: None }
     }
 
     /// `gram` is `n x n`, symmetric and finite; `basis` the column magnitudes v; column `j` here is column `order[j]` there.
@@ -73,9 +76,10 @@ impl Metric {
             h.set(i, i, x as f32 + added[i]);
         }
         let diagonal: Vec<f32> = (0..n).map(|i| h.get(i, i)).collect();
-        let (u, log_pivots) = factor(&h, regularise.damping);
+        let (u, pivots) = factor(&h, regularise.damping);
+        let log_pivots = pivots.iter().map(|d| d.ln()).sum::<f64>() / n as f64;
         let gain = mean_or_one(diagonal.iter().map(|d| f64::from(*d)), n) / log_pivots.exp();
-        Self { n, diagonal, added, unit: mean * largest, full: Some(Full { h, u, gain }) }
+        Self { n, diagonal, added, unit: mean * largest, pivots, full: Some(Full { h, u, gain }) }
     }
 }
 
@@ -84,10 +88,10 @@ fn mean_or_one(values: impl Iterator<Item = f64>, n: usize) -> f64 {
     if mean > 0.0 && mean.is_finite() { mean } else { 1.0 }
 }
 
-/// Ũ of H + damping·diag(H) = Ũ D Ũᵀ, and the mean logarithm of D. The Cholesky factor of H with rows and columns reversed, reversed
+/// Ũ of H + damping·diag(H) = Ũ D Ũᵀ, and D. The Cholesky factor of H with rows and columns reversed, reversed
 /// again, is upper triangular. A matrix that is not positive definite gets ten times the damping until it is; at last only its diagonal
 /// counts (no feedback). In f32: the factor decides what is fed forward, errors are measured without it.
-fn factor(h: &Square, damping: f64) -> (Square, f64) {
+fn factor(h: &Square, damping: f64) -> (Square, Vec<f64>) {
     /// Added to the diagonal, whose mean is 1: keeps columns without any input regular.
     const SLIVER: f32 = 1e-5;
     let n = h.n;
@@ -107,11 +111,11 @@ fn factor(h: &Square, damping: f64) -> (Square, f64) {
             Default::default(),
         );
         if done.is_ok() {
-            let (mut log_pivots, mut finite) = (0.0, true);
+            let (mut pivots, mut finite) = (vec![0.0; n], true);
             for j in 0..n {
                 // Ũ_ij = U_ij / U_jj; a column of U is a column of the factor, from the end.
                 let pivot = flipped[(n - 1 - j, n - 1 - j)];
-                log_pivots += 2.0 * f64::from(pivot).ln() / n as f64;
+                pivots[j] = f64::from(pivot).powi(2);
                 for i in 0..=j {
                     let u = flipped[(n - 1 - i, n - 1 - j)] / pivot;
                     out.set(i, j, u);
@@ -119,12 +123,12 @@ fn factor(h: &Square, damping: f64) -> (Square, f64) {
                 }
             }
             if finite {
-                return (out, log_pivots);
+                return (out, pivots);
             }
             out = Square::zeros(n);
         }
         damping = (damping * 10.0).max(1e-3);
     }
     (0..n).for_each(|i| out.set(i, i, 1.0));
-    (out, 0.0)
+    (out, vec![1.0; n])
 }

@@ -9,6 +9,7 @@ mod signed;
 mod tile;
 
 use crate::report::measured;
+use crate::spikes::{self, List, Reach};
 use crate::{DecompError, DecomposeOptions, LevelError, Nested, OutputError, Parallelism, Step};
 use bitstack_core::{Basis, Block, Coefficients, FactorType, Shape, SignMatrix, Values, ValuesRef, WeightStack};
 use bitstack_pack::{packed_len, row_bytes};
@@ -23,6 +24,8 @@ use tile::{RowError, SUBS, Stage, TILE, Tile};
 /// Rounds of Lloyd's iteration on the level values before any row is seen. More take the ratio of the planes to the 1/2 that is best for
 /// a weight without neighbours, and worse under H.
 const LLOYD_ROUNDS: usize = 1;
+/// Weights beyond so many standard deviations count for no more in the envelope, where they can go to a list.
+const CLEAR: f64 = 3.0;
 /// The first magnitude of a plane after the joint ones, in mean magnitudes of the residual: more than 1, for the sake of its tails.
 const GAIN: f64 = 1.15;
 
@@ -45,7 +48,7 @@ pub(crate) fn steps(
         }
     };
 
-    let envelope = balance(weight, s);
+    let envelope = balance(weight, s, if options.spikes.is_some() { CLEAR } else { f64::INFINITY });
     let (a_max, v_max) = (largest(&envelope.rows), largest(&envelope.cols));
     // No plane is larger than all of them together, with room for what is learned.
     let reach = nested.range / (1.0 - nested.ratio);
@@ -73,10 +76,26 @@ pub(crate) fn steps(
     });
     let metric = full.as_ref().unwrap_or(&columns);
 
+    // Spikes are found once; their sizes are rounded again in the units of what is stored.
+    let planes = nested.range / (1.0 - nested.ratio);
+    let places = options.spikes.map(|error| {
+        let reach = Reach { clear: 0.9 * planes, rest: 0.75 * planes, error };
+        let mut column_weights = vec![0.0; cols];
+        order.iter().zip(&metric.pivots).for_each(|(&c, d)| column_weights[c] = *d);
+        let envelope = spikes::Envelope { rows: &envelope.rows, inverse_cols: &inverse };
+        (reach, spikes::find(weight, envelope, &column_weights, reach))
+    });
+    let list = |rows: &[f64], unit: f64| {
+        let envelope = spikes::Envelope { rows, inverse_cols: &inverse };
+        places.as_ref().map(|(reach, places)| List::new(weight, envelope, places, *reach, unit))
+    };
+    let first_list = list(&envelope.rows, 1.0);
+
     let q = nested.joint.min(options.n_blocks);
     let weights: Vec<f64> = (0..q).map(|b| nested.level_weight(b)).collect();
     let start: Vec<f64> = (0..q).map(|i| nested.range * nested.ratio.powi(i as i32)).collect();
-    let levels = scalar::design(&sample(weight, &envelope.rows, &inverse), &weights, &start, LLOYD_ROUNDS);
+    let sample = sample(weight, &envelope.rows, &inverse, planes);
+    let levels = scalar::design(&sample, &weights, &start, LLOYD_ROUNDS);
     let mut plan = Plan {
         metric,
         columns: &columns,
@@ -85,13 +104,18 @@ pub(crate) fn steps(
         pattern: levels.coefficients,
         sweeps: nested.sweeps,
         rows: envelope.rows,
+        spikes: first_list,
+        position: vec![0; cols],
         order,
-        inverse,
+        inverse: &inverse,
     };
+    plan.order.iter().enumerate().for_each(|(j, &c)| plan.position[c] = j);
     plan.learn(weight, options.n_blocks);
     let rows_before = plan.rows.clone();
     let coefficients = plan.store(nested.factors)?;
     normal &= is_normal(coefficients[0].view().values(), &rows_before);
+    plan.spikes = list(&plan.rows, plan.pattern[0][0]);
+    let mut spikes = plan.spikes.as_ref().map(|list| list.stored(shape)).transpose()?.flatten();
     let starts: Vec<usize> = (0..rows).step_by(TILE).collect();
     let tiles: Vec<Done> = match options.parallelism {
         Parallelism::Seq => starts.iter().map(|&first| plan.tile(weight, first)).collect(),
@@ -129,7 +153,7 @@ pub(crate) fn steps(
             signs: SignMatrix::from_bytes(rows, cols, signs)?,
             basis: (b == 0).then(|| basis.clone()),
             coefficients,
-            spikes: None,
+            spikes: spikes.take(),
         })?;
     }
     if !normal {
@@ -219,8 +243,12 @@ struct Plan<'a> {
     /// a of every row.
     rows: Vec<f64>,
     order: Vec<usize>,
+    /// Which place in the order each column has.
+    position: Vec<usize>,
     /// 1 / v, 0 where v is.
-    inverse: Vec<f32>,
+    inverse: &'a [f32],
+    /// The weights that are not the planes' alone.
+    spikes: Option<List>,
 }
 
 /// A finished tile, one entry per level, errors in normalised columns.
@@ -241,6 +269,9 @@ impl<'a> Plan<'a> {
             for (j, &c) in self.order.iter().enumerate() {
                 x[j * SUBS + r / LANES][r % LANES] =
                     (f64::from(weight[[row, c]]) * scale * f64::from(self.inverse[c])) as f32;
+            }
+            for spike in self.spikes.iter().flat_map(|list| list.row(row)) {
+                x[self.position[spike.col] * SUBS + r / LANES][r % LANES] -= spike.value;
             }
         }
         Tile::new(self.metric, x, a)
@@ -331,10 +362,17 @@ impl<'a> Plan<'a> {
             }
             sum
         };
+        let mut norms = tile.norms();
+        if let Some(list) = &self.spikes {
+            for (r, norm) in norms[..here].iter_mut().enumerate() {
+                let spikes: Vec<_> = list.row(first + r).iter().map(|e| (self.position[e.col], e.value)).collect();
+                *norm += tile.norm_of_spikes(r, &spikes);
+            }
+        }
         Done {
             signs,
             errors: errors.iter().map(sum).collect(),
-            output_norm: tile.norms().iter().zip(a).map(|(n, a)| n * a * a).sum(),
+            output_norm: norms.iter().zip(a).map(|(n, a)| n * a * a).sum(),
         }
     }
 }
@@ -345,27 +383,37 @@ struct Envelope {
     cols: Vec<f64>,
 }
 
-/// Rows and columns of W·diag(s) / (a bᵀ) get root mean square 1; v = b / s.
-fn balance(weight: ArrayView2<'_, f32>, s: &[f32]) -> Envelope {
-    const ROUNDS: usize = 6;
+/// Rows and columns of W·diag(s) / (a bᵀ) get root mean square 1, nothing in them counting for more than `most`; v = b / s.
+fn balance(weight: ArrayView2<'_, f32>, s: &[f32], most: f64) -> Envelope {
+    /// Rounds in which everything counts, and in which nothing counts for more than `most`. A single weight 10⁴ times all others raises its
+    /// row by hundreds at first; each round then takes an eighth of what is left of it.
+    const ROUNDS: [usize; 2] = [4, 6];
     let (rows, cols) = weight.dim();
     let (mut a, mut b) = (vec![1.0f64; rows], vec![1.0f64; cols]);
-    for _ in 0..ROUNDS {
+    for round in 0..ROUNDS[0] + ROUNDS[1] {
+        let most = if round < ROUNDS[0] { f64::INFINITY } else { most * most };
         let inverse: Vec<f64> =
             b.iter().zip(s).map(|(b, s)| if *b > 0.0 { (f64::from(*s) / b).powi(2) } else { 0.0 }).collect();
         let live_cols = b.iter().filter(|b| **b > 0.0).count().max(1) as f64;
         let mut live_rows = 0usize;
         let mut sums = vec![0.0f64; cols];
         for (row, a) in weight.rows().into_iter().zip(&mut a) {
-            *a = (row.iter().zip(&inverse).map(|(w, i)| f64::from(*w).powi(2) * i).sum::<f64>() / live_cols).sqrt();
+            let last = if *a > 0.0 { 1.0 / (*a * *a) } else { 0.0 };
+            let squares = |last: f64| {
+                row.iter().zip(&inverse).map(|(w, i)| (f64::from(*w).powi(2) * i * last).min(most)).sum::<f64>()
+                    / live_cols
+            };
+            *a = if last > 0.0 { (squares(last) / last).sqrt() } else { 0.0 };
             if *a > 0.0 {
                 live_rows += 1;
-                let inverse = 1.0 / (*a * *a);
-                sums.iter_mut().zip(row).for_each(|(s, w)| *s += f64::from(*w).powi(2) * inverse);
+                let scale = 1.0 / (*a * *a);
+                for ((sum, w), i) in sums.iter_mut().zip(row).zip(&inverse) {
+                    *sum += (f64::from(*w).powi(2) * i * scale).min(most);
+                }
             }
         }
-        for ((b, sum), s) in b.iter_mut().zip(&sums).zip(s) {
-            *b = (sum / live_rows.max(1) as f64).sqrt() * f64::from(*s);
+        for (b, sum) in b.iter_mut().zip(&sums) {
+            *b *= (sum / live_rows.max(1) as f64).sqrt();
         }
     }
     let mut v: Vec<f64> = b.iter().zip(s).map(|(b, s)| b / f64::from(*s)).collect();
@@ -413,8 +461,8 @@ fn is_normal(stored: ValuesRef<'_>, values: &[f64]) -> bool {
     }
 }
 
-/// Normalised weights, evenly spread over the matrix.
-fn sample(weight: ArrayView2<'_, f32>, a: &[f64], inverse: &[f32]) -> Vec<f32> {
+/// Normalised weights, evenly spread over the matrix, none beyond `most`.
+fn sample(weight: ArrayView2<'_, f32>, a: &[f64], inverse: &[f32], most: f64) -> Vec<f32> {
     const SIZE: usize = 2048;
     let (rows, cols) = weight.dim();
     let n = SIZE.min(rows * cols);
@@ -422,7 +470,8 @@ fn sample(weight: ArrayView2<'_, f32>, a: &[f64], inverse: &[f32]) -> Vec<f32> {
         .map(|k| {
             // Rows evenly spaced, columns by a stride that no ordinary width is a multiple of.
             let (r, c) = ((k as u128 * rows as u128 / n as u128) as usize, k.wrapping_mul(7919) % cols);
-            if a[r] > 0.0 { (f64::from(weight[[r, c]]) / a[r] * f64::from(inverse[c])) as f32 } else { 0.0 }
+            let x = if a[r] > 0.0 { f64::from(weight[[r, c]]) / a[r] * f64::from(inverse[c]) } else { 0.0 };
+            x.clamp(-most, most) as f32
         })
         .collect()
 }

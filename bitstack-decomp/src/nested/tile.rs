@@ -470,6 +470,33 @@ impl<'a> Tile<'a> {
         out
     }
 
+    /// What (x + p) H̃ (x + p)ᵀ is more than x H̃ xᵀ, without regularisation, for a row and some spikes p, each a place among the columns
+    /// here and a value.
+    pub(crate) fn norm_of_spikes(&self, row: usize, spikes: &[(usize, f32)]) -> f64 {
+        let (s, l) = (row / LANES, row % LANES);
+        let mut sum = 0.0;
+        for &(j, p) in spikes {
+            let at = j * SUBS + s;
+            let x = self.x[at][l];
+            let xh = if self.xh.is_empty() {
+                self.metric.diagonal[j] * x
+            } else {
+                self.xh[at][l] - self.metric.added[j] * x
+            };
+            let mut ph = 0.0;
+            for &(k, q) in spikes {
+                let h = match &self.metric.full {
+                    Some(full) if j != k => full.h.get(j, k),
+                    _ if j == k => self.metric.diagonal[j] - self.metric.added[j],
+                    _ => 0.0,
+                };
+                ph += f64::from(h) * f64::from(q);
+            }
+            sum += f64::from(p) * (2.0 * f64::from(xh) + ph);
+        }
+        sum
+    }
+
     /// x H̃ xᵀ of each row, without regularisation.
     pub(crate) fn norms(&self) -> Vec<f64> {
         let mut norms = self.xhx.clone();

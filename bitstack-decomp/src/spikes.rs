@@ -1,0 +1,171 @@
+//! Spikes: which weights go to the list beside block 1, and as which sizes.
+
+use crate::DecompError;
+use bitstack_core::{SPIKE_SIZES, Shape, Spike, Spikes, f16};
+use ndarray::ArrayView2;
+
+/// Bits of an entry of the list.
+const ENTRY_BITS: f64 = 16.0;
+
+/// Most entries per weight: more would cost more time than they save bytes. A list of so many takes a fifth of the time of four planes.
+const MOST_SHARE: f64 = 0.005;
+
+/// Most entries at one place.
+const MOST_AT_ONE: usize = 64;
+
+/// How planes see a normalised weight.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Reach {
+    /// From here on, an error begins that no plane mends.
+    pub(crate) clear: f64,
+    /// What is left of a spike to the planes.
+    pub(crate) rest: f64,
+    /// The squared error of a weight inside, at the level that the weight is made for.
+    pub(crate) error: f64,
+}
+
+/// An envelope a vᵀ: magnitudes of rows, and one over those of columns (0 for a column of zeros).
+#[derive(Clone, Copy)]
+pub(crate) struct Envelope<'a> {
+    pub(crate) rows: &'a [f64],
+    pub(crate) inverse_cols: &'a [f32],
+}
+
+impl Envelope<'_> {
+    /// One over the magnitude of a row; 0 for a row of zeros.
+    fn inverse(&self, row: usize) -> f64 {
+        if self.rows[row] > 0.0 { 1.0 / self.rows[row] } else { 0.0 }
+    }
+
+    fn normal(&self, weight: ArrayView2<'_, f32>, row: usize, col: usize) -> f64 {
+        f64::from(weight[[row, col]]) * self.inverse(row) * f64::from(self.inverse_cols[col])
+    }
+}
+
+/// The weights that are worth an entry, by rows.
+///
+/// A bit per weight more would divide the error by four. So a bit is well spent where it takes ln 4 / n of the error of n weights, and an
+/// entry where what it takes away, a² D (|x| − clear)², is above 16 · ln 4 times the mean of a² D · error. D are the errors' weights
+/// of the columns: under error feedback the pivots of H̃.
+pub(crate) fn find(
+    weight: ArrayView2<'_, f32>,
+    envelope: Envelope<'_>,
+    column_weights: &[f64],
+    reach: Reach,
+) -> Vec<(usize, usize)> {
+    let (rows, cols) = weight.dim();
+    let mean = |values: &mut dyn Iterator<Item = f64>, n: usize| values.sum::<f64>() / n as f64;
+    let row_mean = mean(&mut envelope.rows.iter().map(|a| a * a), rows);
+    let col_mean = mean(&mut column_weights.iter().copied(), cols);
+    if row_mean.partial_cmp(&0.0) != Some(std::cmp::Ordering::Greater)
+        || col_mean.partial_cmp(&0.0) != Some(std::cmp::Ordering::Greater)
+    {
+        return Vec::new();
+    }
+    let price = ENTRY_BITS * 4.0f64.ln() * reach.error;
+    // How far beyond the planes' reach a weight of an average row must be, column by column.
+    let beyond: Vec<f32> = column_weights.iter().map(|d| (price * col_mean / d.max(1e-30)).sqrt() as f32).collect();
+    let mut found = Vec::new();
+    for (r, row) in weight.rows().into_iter().enumerate() {
+        let inverse = envelope.inverse(r) as f32;
+        let of_row = (row_mean.sqrt() * envelope.inverse(r)) as f32;
+        for (c, w) in row.iter().enumerate() {
+            let over = w.abs() * inverse * envelope.inverse_cols[c] - reach.clear as f32;
+            if over > 0.0 && over > beyond[c] * of_row {
+                let gain = f64::from(over).powi(2) * column_weights[c] * envelope.rows[r].powi(2);
+                found.push((gain, r, c));
+            }
+        }
+    }
+    let most = (MOST_SHARE * (rows * cols) as f64).ceil() as usize;
+    if found.len() > most {
+        found.select_nth_unstable_by(most, |a, b| b.0.total_cmp(&a.0).then((a.1, a.2).cmp(&(b.1, b.2))));
+        found.truncate(most);
+        found.sort_unstable_by_key(|f| (f.1, f.2));
+    }
+    found.into_iter().map(|(_, r, c)| (r, c)).collect()
+}
+
+/// An entry of the list: its column, the number of its size with its sign, its value in normalised weights.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Entry {
+    pub(crate) col: usize,
+    pub(crate) size: i8,
+    pub(crate) value: f32,
+}
+
+/// Entries by rows.
+#[derive(Debug, Clone)]
+pub(crate) struct List {
+    sizes: [f16; SPIKE_SIZES],
+    entries: Vec<Entry>,
+    /// Where the entries of each row begin, and those of the last end.
+    starts: Vec<usize>,
+}
+
+impl List {
+    /// `places` by rows; `unit`: what a size of 1 is in normalised weights.
+    pub(crate) fn new(
+        weight: ArrayView2<'_, f32>,
+        envelope: Envelope<'_>,
+        places: &[(usize, usize)],
+        reach: Reach,
+        unit: f64,
+    ) -> Self {
+        let wanted = |(r, c): (usize, usize)| {
+            let x = envelope.normal(weight, r, c);
+            x.signum() * (x.abs() - reach.rest)
+        };
+        let largest = places.iter().map(|place| wanted(*place).abs()).fold(0.0, f64::max);
+        // The smallest is about what the least spike needs; what an entry is wrong by is left to the planes, or to another entry.
+        const LEAST: f64 = 0.6;
+        let ratio = (largest / LEAST).max(1.0).powf(1.0 / (SPIKE_SIZES - 1) as f64).clamp(1.1, 1.6);
+        let sizes: [f16; SPIKE_SIZES] =
+            std::array::from_fn(|i| f16::from_f64((LEAST * ratio.powi(i as i32) / unit).min(f16::MAX.to_f64())));
+        let values = sizes.map(|size| size.to_f64() * unit);
+        let mut list =
+            Self { sizes, entries: Vec::with_capacity(places.len()), starts: Vec::with_capacity(weight.nrows() + 1) };
+        let mut places = places.iter().copied().peekable();
+        for r in 0..weight.nrows() {
+            list.starts.push(list.entries.len());
+            while let Some(place) = places.next_if(|place| place.0 == r) {
+                let mut left = wanted(place);
+                for _ in 0..MOST_AT_ONE {
+                    let distance = |v: &f64| (v - left.abs()).abs();
+                    let (i, value) = values
+                        .iter()
+                        .enumerate()
+                        .min_by(|a, b| distance(a.1).total_cmp(&distance(b.1)))
+                        .expect("there are sizes");
+                    if distance(value) >= left.abs() {
+                        break;
+                    }
+                    let (size, value) = ((i + 1) as i8, value.copysign(left));
+                    left -= value;
+                    let size = if value < 0.0 { -size } else { size };
+                    list.entries.push(Entry { col: place.1, size, value: value as f32 });
+                    if left.abs() < LEAST {
+                        break;
+                    }
+                }
+            }
+        }
+        list.starts.push(list.entries.len());
+        list
+    }
+
+    /// The entries of a row.
+    pub(crate) fn row(&self, row: usize) -> &[Entry] {
+        &self.entries[self.starts[row]..self.starts[row + 1]]
+    }
+
+    /// As it is stored; `None` without entries.
+    pub(crate) fn stored(&self, shape: Shape) -> Result<Option<Spikes>, DecompError> {
+        if self.entries.is_empty() {
+            return Ok(None);
+        }
+        let of_row = |row| self.row(row).iter().map(move |e| Spike { row, col: e.col, size: e.size });
+        let entries: Vec<Spike> = (0..self.starts.len() - 1).flat_map(of_row).collect();
+        Ok(Some(Spikes::encode(shape, self.sizes, &entries)?))
+    }
+}
