@@ -55,6 +55,7 @@ pub struct Nested {
     pub(crate) ratio: f64,
     pub(crate) level_weights: Vec<f64>,
     pub(crate) diagonal: f64,
+    pub(crate) floor: f64,
     pub(crate) damping: f64,
     pub(crate) factors: FactorType,
     /// See [`DecomposeOptions::spikes`].
@@ -80,6 +81,9 @@ impl Nested {
             (4.25, 1.3, 0.53, [0.3, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]),
             (6.0, 1.4, 0.51, [0.05, 0.35, 1.0, 2.0, 3.0, 3.0, 2.0, 2.0]),
         ];
+        /// The list is made for this level at least: weights that are used below it are at last used above it too, and what no plane
+        /// reaches is left at every level.
+        const LEAST_LISTED: f64 = 4.0;
         let level = level.clamp(ANCHORS[0].0, ANCHORS[ANCHORS.len() - 1].0);
         let next = ANCHORS.iter().position(|anchor| level <= anchor.0).unwrap_or(0).max(1);
         let (below, above) = (ANCHORS[next - 1], ANCHORS[next]);
@@ -87,19 +91,16 @@ impl Nested {
         let between = |a: f64, b: f64| a + share * (b - a);
         let weight = |b: usize| below.3[b].powf(1.0 - share) * above.3[b].powf(share);
         Self {
-            joint: match level {
-                ..4.0 => 6,
-                ..4.7 => 7,
-                _ => MAX_JOINT,
-            },
+            joint: MAX_JOINT,
             sweeps: 3,
             range: between(below.1, above.1),
             ratio: between(below.2, above.2),
             level_weights: (0..MAX_JOINT).map(weight).collect(),
-            diagonal: 0.0,
+            diagonal: 0.1,
+            floor: 0.002,
             damping: 0.01,
             factors: FactorType::I8,
-            spikes: Some(4.0 * 0.25f64.powf(level)),
+            spikes: Some(4.0 * 0.25f64.powf(level.max(LEAST_LISTED))),
         }
     }
 
@@ -133,6 +134,12 @@ impl Nested {
     /// Share of the diagonal of the Gram matrix that is added to it, for Gram matrices of few tokens.
     pub fn diagonal(self, share: f64) -> Self {
         Self { diagonal: share, ..self }
+    }
+
+    /// Share of the mean diagonal of the Gram matrix, in normalised columns, that is added to every element of the diagonal: a limit to how
+    /// far weights move whose inputs were hardly there in the calibration.
+    pub fn floor(self, share: f64) -> Self {
+        Self { floor: share, ..self }
     }
 
     /// Share of the diagonal that is added, beyond [`Nested::diagonal`], for the error feedback only.

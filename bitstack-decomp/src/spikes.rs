@@ -7,8 +7,16 @@ use ndarray::ArrayView2;
 /// Bits of an entry of the list.
 const ENTRY_BITS: f64 = 16.0;
 
-/// Most entries per weight: more would cost more time than they save bytes. A list of so many takes a fifth of the time of four planes.
-const MOST_SHARE: f64 = 0.005;
+/// Most entries per weight of those found beforehand, and of those that codes leave: more would cost more time than they save bytes.
+/// A list of 4 in a thousand takes a tenth of the time of four planes.
+const MOST_SHARE: f64 = 0.004;
+pub(crate) const MOST_LEFT: f64 = 0.003;
+
+/// The smallest size, in normalised weights.
+const LEAST: f64 = 0.25;
+
+/// An entry that is wrong by no more than this is good enough: planes see to the rest.
+const GOOD: f64 = 0.6;
 
 /// Most entries at one place.
 const MOST_AT_ONE: usize = 64;
@@ -42,11 +50,16 @@ impl Envelope<'_> {
     }
 }
 
-/// The weights that are worth an entry, by rows.
+/// What an entry has to take away, in means of the errors' weights, where codes leave the squared error `error`.
 ///
 /// A bit per weight more would divide the error by four. So a bit is well spent where it takes ln 4 / n of the error of n weights, and an
-/// entry where what it takes away, a² D (|x| − clear)², is above 16 · ln 4 times the mean of a² D · error. D are the errors' weights
-/// of the columns: under error feedback the pivots of H̃.
+/// entry of 16 bits where it takes 16 · ln 4 times the mean error of a weight (our own derivation).
+pub(crate) fn price(error: f64) -> f64 {
+    ENTRY_BITS * 4.0f64.ln() * error
+}
+
+/// The weights that are worth an entry, by rows: where a² D (|x| − clear)² is above the price. D are the errors' weights of the columns:
+/// under error feedback the pivots of H̃.
 pub(crate) fn find(
     weight: ArrayView2<'_, f32>,
     envelope: Envelope<'_>,
@@ -62,7 +75,7 @@ pub(crate) fn find(
     {
         return Vec::new();
     }
-    let price = ENTRY_BITS * 4.0f64.ln() * reach.error;
+    let price = price(reach.error);
     // How far beyond the planes' reach a weight of an average row must be, column by column.
     let beyond: Vec<f32> = column_weights.iter().map(|d| (price * col_mean / d.max(1e-30)).sqrt() as f32).collect();
     let mut found = Vec::new();
@@ -98,6 +111,8 @@ pub(crate) struct Entry {
 #[derive(Debug, Clone)]
 pub(crate) struct List {
     sizes: [f16; SPIKE_SIZES],
+    /// The sizes in normalised weights.
+    values: [f64; SPIKE_SIZES],
     entries: Vec<Entry>,
     /// Where the entries of each row begin, and those of the last end.
     starts: Vec<usize>,
@@ -118,33 +133,26 @@ impl List {
         };
         let largest = places.iter().map(|place| wanted(*place).abs()).fold(0.0, f64::max);
         // The smallest is about what the least spike needs; what an entry is wrong by is left to the planes, or to another entry.
-        const LEAST: f64 = 0.6;
         let ratio = (largest / LEAST).max(1.0).powf(1.0 / (SPIKE_SIZES - 1) as f64).clamp(1.1, 1.6);
         let sizes: [f16; SPIKE_SIZES] =
             std::array::from_fn(|i| f16::from_f64((LEAST * ratio.powi(i as i32) / unit).min(f16::MAX.to_f64())));
         let values = sizes.map(|size| size.to_f64() * unit);
-        let mut list =
-            Self { sizes, entries: Vec::with_capacity(places.len()), starts: Vec::with_capacity(weight.nrows() + 1) };
+        let mut list = Self {
+            sizes,
+            values,
+            entries: Vec::with_capacity(places.len()),
+            starts: Vec::with_capacity(weight.nrows() + 1),
+        };
         let mut places = places.iter().copied().peekable();
         for r in 0..weight.nrows() {
             list.starts.push(list.entries.len());
             while let Some(place) = places.next_if(|place| place.0 == r) {
                 let mut left = wanted(place);
                 for _ in 0..MOST_AT_ONE {
-                    let distance = |v: &f64| (v - left.abs()).abs();
-                    let (i, value) = values
-                        .iter()
-                        .enumerate()
-                        .min_by(|a, b| distance(a.1).total_cmp(&distance(b.1)))
-                        .expect("there are sizes");
-                    if distance(value) >= left.abs() {
-                        break;
-                    }
-                    let (size, value) = ((i + 1) as i8, value.copysign(left));
-                    left -= value;
-                    let size = if value < 0.0 { -size } else { size };
-                    list.entries.push(Entry { col: place.1, size, value: value as f32 });
-                    if left.abs() < LEAST {
+                    let Some((size, value)) = list.nearest(left) else { break };
+                    left -= f64::from(value);
+                    list.entries.push(Entry { col: place.1, size, value });
+                    if left.abs() < GOOD {
                         break;
                     }
                 }
@@ -152,6 +160,29 @@ impl List {
         }
         list.starts.push(list.entries.len());
         list
+    }
+
+    /// The size nearest to a value, with its sign, and what it is; none where nothing is nearer.
+    pub(crate) fn nearest(&self, value: f64) -> Option<(i8, f32)> {
+        let distance = |v: f64| (v - value.abs()).abs();
+        let (i, size) = self.values.iter().enumerate().min_by(|a, b| distance(*a.1).total_cmp(&distance(*b.1)))?;
+        let number = (i + 1) as i8;
+        (distance(*size) < value.abs())
+            .then(|| (if value < 0.0 { -number } else { number }, size.copysign(value) as f32))
+    }
+
+    /// Puts further entries beside those that are there.
+    pub(crate) fn extend(&mut self, more: &[(usize, Entry)]) {
+        let rows = self.starts.len() - 1;
+        let mut by_row: Vec<Vec<Entry>> = (0..rows).map(|row| self.row(row).to_vec()).collect();
+        more.iter().for_each(|(row, entry)| by_row[*row].push(*entry));
+        self.starts = std::iter::once(0)
+            .chain(by_row.iter().scan(0, |n, row| {
+                *n += row.len();
+                Some(*n)
+            }))
+            .collect();
+        self.entries = by_row.into_iter().flatten().collect();
     }
 
     /// The entries of a row.

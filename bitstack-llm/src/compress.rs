@@ -33,15 +33,18 @@ const MIDDLE: f64 = 3.87;
 
 /// Blocks of a weight of nested codes that is neither ahead nor behind. One that is ahead by a level gets one more: stacks end where a further
 /// block would gain as little, per byte, on each of them.
-const BLOCKS: f64 = 8.0;
+const BLOCKS: f64 = 9.0;
 
 /// The range for those that are ahead or behind.
-const LEAST_BLOCKS: f64 = 4.0;
+const LEAST_BLOCKS: f64 = 8.0;
 const MOST_BLOCKS: f64 = 12.0;
 
 /// What error feedback gains on a typical weight of a trained model ([`bitstack_decomp::feedback_gain`]): 4.5 to 6 for most of one of 14.7
 /// million parameters; 2 in its first layer, whose inputs are hardly correlated.
 const TYPICAL_GAIN: f64 = 5.0;
+
+/// What the errors of an embedding count where it is looked up, in means of what they count where it is also the head.
+const LOOKED_UP: f64 = 1.0;
 
 /// Weights are decomposed side by side up to this much memory; the results do not depend on it. A weight that needs more is alone: the
 /// largest of a model of 70 billion weights needs 13 GB.
@@ -426,6 +429,15 @@ impl Work<'_> {
         let specs = self.checkpoint.config().weights();
         // Once for all weights that read the same input: it is as large as they are.
         let mut grams: Vec<_> = inputs.iter_mut().map(|group| group.stats.take_gram()).collect();
+        for (group, gram) in inputs.iter().zip(&mut grams) {
+            // A head that is also the embedding is looked up as well as multiplied: there all columns count alike.
+            if let Some(gram) = gram
+                && group.weights.iter().any(|w| specs[*w].role == WeightRole::Embedding)
+            {
+                let mean = gram.diag().mean().unwrap_or(0.0);
+                gram.diag_mut().mapv_inplace(|h| h + LOOKED_UP * mean);
+            }
+        }
         let jobs: Vec<(&WeightSpec, usize)> = inputs
             .iter()
             .enumerate()

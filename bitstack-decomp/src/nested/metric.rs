@@ -37,6 +37,8 @@ pub(crate) struct Full {
 pub(crate) struct Regularisation {
     /// Share of the diagonal added to it, for everything.
     pub(crate) diagonal: f64,
+    /// Share of the mean diagonal added to it, for everything.
+    pub(crate) floor: f64,
     /// Further share of the diagonal added to it for the factor behind error feedback.
     pub(crate) damping: f64,
 }
@@ -72,7 +74,7 @@ impl Metric {
                 h.set(j, i, x);
             }
             let x = lengths[order[i]].powi(2) / mean;
-            added[i] = (regularise.diagonal * x) as f32;
+            added[i] = (regularise.diagonal * x + regularise.floor) as f32;
             h.set(i, i, x as f32 + added[i]);
         }
         let diagonal: Vec<f32> = (0..n).map(|i| h.get(i, i)).collect();

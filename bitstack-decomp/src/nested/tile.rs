@@ -66,7 +66,7 @@ pub(crate) struct Tile<'a> {
     /// x H̃ xᵀ per row.
     xhx: Vec<f64>,
     /// a per row.
-    row_scale: Vec<f64>,
+    pub(crate) row_scale: Vec<f64>,
     groups: Vec<Group>,
     /// H̃ P for the planes that are being chosen.
     sums: Option<Sums>,
@@ -176,6 +176,11 @@ impl<'a> Tile<'a> {
             self.products();
             self.weigh(stage);
         }
+        self.keep(stage.q);
+    }
+
+    /// Keeps H̃ times the planes of the last group, which are chosen.
+    fn keep(&mut self, q: usize) {
         if let (Some(sums), Some(group)) = (self.sums.take(), self.groups.last_mut()) {
             group.ph = vec![[0.0; LANES]; self.n * SUBS * q];
             let mut columns = vec![[0.0; LANES]; BLOCK * q];
@@ -189,6 +194,71 @@ impl<'a> Tile<'a> {
                 }
             }
         }
+    }
+
+    /// Takes from the weights what no plane reaches: where the error at the last level of the first group weighs more than `price`, its
+    /// weight being the pivot of its column times `row_weights`. `nearest` gives the entry for an error. The worst `most` at most; their
+    /// rows, columns and entries. The codes then see one more sweep.
+    pub(crate) fn mend(
+        &mut self,
+        stage: &Stage<'_>,
+        row_weights: &[f64],
+        price: f64,
+        most: usize,
+        nearest: impl Fn(f64) -> Option<(i8, f32)>,
+    ) -> Vec<(usize, usize, i8, f32)> {
+        let p = self.planes();
+        let coefficients = lanes(&self.pattern, p - 1..p);
+        let mut found = Vec::new();
+        for at in 0..self.n * SUBS {
+            let value = value(&self.groups, &coefficients, at);
+            let (j, s) = (at / SUBS, at % SUBS);
+            for l in 0..LANES {
+                let error = f64::from(self.x[at][l] - value[l]);
+                let row = s * LANES + l;
+                let weight = error * error * self.metric.pivots[j] * row_weights[row];
+                if weight > price {
+                    found.push((weight, row, j, error));
+                }
+            }
+        }
+        if found.len() > most {
+            found.select_nth_unstable_by(most, |a, b| b.0.total_cmp(&a.0).then((a.1, a.2).cmp(&(b.1, b.2))));
+            found.truncate(most);
+        }
+        let mut out = Vec::with_capacity(found.len());
+        for (_, row, j, error) in found {
+            let Some((size, value)) = nearest(error) else { continue };
+            let (s, l) = (row / LANES, row % LANES);
+            let (own, old) = (self.metric.diagonal[j], self.x[j * SUBS + s][l]);
+            self.x[j * SUBS + s][l] -= value;
+            match &self.metric.full {
+                Some(full) => {
+                    self.xhx[row] += f64::from(value) * f64::from(value * own - 2.0 * self.xh[j * SUBS + s][l]);
+                    for k in 0..self.n {
+                        self.xh[k * SUBS + s][l] -= value * full.h.get(j, k);
+                    }
+                }
+                None => self.xhx[row] += f64::from(own) * f64::from(value) * f64::from(value - 2.0 * old),
+            }
+            out.push((row, j, size, value));
+        }
+        if !out.is_empty() && self.metric.full.is_some() {
+            self.multiply();
+            for _ in 0..2 {
+                self.products();
+                let weights = self.weigh(stage);
+                self.sweep(&weights);
+            }
+            self.keep(stage.q);
+        } else if !out.is_empty() {
+            for _ in 0..2 {
+                self.products();
+                let weights = self.weigh(stage);
+                self.feedback(&weights);
+            }
+        }
+        out
     }
 
     /// Mean magnitude of the residual at the last level.
