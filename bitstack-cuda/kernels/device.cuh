@@ -36,6 +36,18 @@ DEVICE u16 float_to_bfloat(float f) {
 DEVICE u32 warp_max(u32 value) { return __reduce_max_sync(~0u, value); }
 DEVICE int warp_sum(int value) { return __reduce_add_sync(~0u, value); }
 
+// The sum over the lanes up to this one, and the lanes that have the same value, as bits.
+DEVICE u32 warp_prefix(u32 value) {
+    const u32 lane = threadIdx.x % 32;
+#pragma unroll
+    for (u32 step = 1; step < 32; step *= 2) {
+        const u32 below = __shfl_up_sync(~0u, value, step);
+        value += lane >= step ? below : 0;
+    }
+    return value;
+}
+DEVICE u32 warp_match(u32 value) { return __match_any_sync(~0u, value); }
+
 // 16 bytes from global to shared memory, past the registers and the first-level cache; both 16-byte aligned.
 DEVICE void copy_async(void* shared, const void* global) {
     u32 to = (u32)__cvta_generic_to_shared(shared);

@@ -7,8 +7,35 @@ struct ReconstructParameters {
     u32 unused;
 };
 
-// out = W, rows x cols. Sums over rank, then over planes, in f32.
-// Grid: row tiles x units. Block: 4 warps of 4 rows each; a lane does 4 columns. No shared memory.
+// Sums the values of the spikes of 4 rows, from `first_row` on, and 128 columns, from `first_col` on, in shared memory of this warp, 4 x 128,
+// which it returns. The warp walks the list of the rows' tile up to there.
+DEVICE const float* gather_spikes(const Weight& weight, u32 first_row, u32 first_col) {
+    DYNAMIC_SHARED(shared);
+    const u32 lane = threadIdx.x % 32, first = first_row % SPIKE_ROWS;
+    float* own = (float*)shared + threadIdx.x / 32 * 4 * UNIT_COLS;
+    for (u32 i = lane; i < 4 * UNIT_COLS; i += 32) {
+        own[i] = 0;
+    }
+    __syncwarp();
+    const SpikeTile tile = spike_tile(weight, first_row / SPIKE_ROWS);
+    u32 col_before = 0;
+    for (u64 at = 0; at < tile.count && col_before < first_col + UNIT_COLS; at += 32) {
+        const u32 entry = spike_entry(tile, at + lane), gap = spike_gap(entry);
+        const u32 crossed = (u32)warp_sum((int)gap);
+        if (col_before + crossed >= first_col) {
+            const u32 r = entry % SPIKE_ROWS - first, c = col_before + warp_prefix(gap) - first_col;
+            // Below the first ones, the unsigned differences are large.
+            const bool live = r < 4 && c < UNIT_COLS;
+            in_turn(live, r * UNIT_COLS + c, [&]() { own[r * UNIT_COLS + c] += spike_value(weight, entry); });
+        }
+        col_before += crossed;
+    }
+    return own;
+}
+
+// out = W, rows x cols. Sums over rank, then over planes, in f32; then come the spikes.
+// Grid: row tiles x units. Block: 4 warps of 4 rows each; a lane does 4 columns. Shared memory: for each warp the spikes of its rows and
+// the unit (4 x 4 x 128 floats, 8 KiB).
 KERNEL(128, 4) reconstruct(PARAMETERS ReconstructParameters p) {
     const Weight& weight = *(const Weight*)p.weight;
     const u32 lane = threadIdx.x % 32, first = threadIdx.x / 32 * 4;
@@ -43,6 +70,18 @@ KERNEL(128, 4) reconstruct(PARAMETERS ReconstructParameters p) {
 #pragma unroll
             for (u32 c = 0; c < 4; c++) {
                 w[r][c] += bits >> c & 1 ? magnitude[r][c] : -magnitude[r][c];
+            }
+        }
+    }
+    if (weight.spikes.words != 0) {
+        const u32 first_row = tile * TILE_ROWS + first;
+        const float* values = gather_spikes(weight, first_row, unit * UNIT_COLS);
+#pragma unroll
+        for (u32 r = 0; r < 4; r++) {
+            const float row_unit = spike_row_unit(weight, first_row + r);
+#pragma unroll
+            for (u32 c = 0; c < 4; c++) {
+                w[r][c] += values[r * UNIT_COLS + lane * 4 + c] * (row_unit * spike_col_unit(weight, col + c));
             }
         }
     }

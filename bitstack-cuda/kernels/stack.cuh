@@ -29,16 +29,29 @@ struct Product {
     u64 unused;
 };
 
+// The spikes of a weight, see spikes.cu.
+struct SpikeList {
+    u64 words;               // the list, or null: there are none
+    u64 basis;               // of block 1, as in its first product
+    u64 basis_scales;
+    u64 coefficients;        // of block 1, even where later blocks bring others for its plane
+    u64 coefficient_scales;
+    u32 rank;                // coefficients from one row to the next
+    u32 unused;
+};
+
 struct Weight {
     u32 rows;
     u32 cols;
     u32 units;
     u32 products;
     Product product[MAX_PRODUCTS];
+    SpikeList spikes;
 };
 
 static_assert(sizeof(Product) == 64, "src/layout.rs says 64");
-static_assert(sizeof(Weight) == 16 + 64 * MAX_PRODUCTS, "src/layout.rs says 16 + 64 a product");
+static_assert(sizeof(SpikeList) == 48, "src/layout.rs says 48");
+static_assert(sizeof(Weight) == 16 + 64 * MAX_PRODUCTS + 48, "src/layout.rs says 16 + 64 a product + 48");
 
 DEVICE float load_value(const void* values, u32 type, u64 index) {
     if (type == F32) {

@@ -7,6 +7,7 @@
 #include "../kernels/device.cuh"
 #include "../kernels/stack.cuh"
 #include "../kernels/fused.cu"
+#include "../kernels/spikes.cu"
 #include "../kernels/rebuild.cu"
 
 #include <deque>
@@ -115,6 +116,7 @@ const std::map<std::string, std::function<void(const std::vector<u8>&)>> kernels
     {"fused_prepared_1", bind(fused_prepared_1)},
     {"fused_prepared_2", bind(fused_prepared_2)},
     {"fused_prepared_4", bind(fused_prepared_4)},
+    {"spikes", bind(spikes)},
     {"reconstruct", bind(reconstruct)},
     {"batch_half", bind(batch_half)},
     {"batch_bfloat", bind(batch_bfloat)},

@@ -28,7 +28,7 @@ struct Copy {
     const void* from;
 };
 
-enum class Instruction { SYNC, MAX, SUM, MMA_U8_S8, MMA_HALF, MMA_BFLOAT };
+enum class Instruction { SYNC, MAX, SUM, PREFIX, MATCH, MMA_U8_S8, MMA_HALF, MMA_BFLOAT };
 
 // What a lane brings to an instruction of its warp.
 struct Deposit {
@@ -100,6 +100,7 @@ DEVICE float __uint_as_float(u32 bits) {
     std::memcpy(&f, &bits, 4);
     return f;
 }
+DEVICE int __popc(u32 bits) { return __builtin_popcount(bits); }
 DEVICE int __float2int_rn(float f) { return (int)std::nearbyint(f); }
 
 DEVICE float half_to_float(u16 h) {
@@ -150,6 +151,23 @@ DEVICE int warp_sum(int value) {
         sum += (int)all[i].words[0];
     }
     return sum;
+}
+
+DEVICE u32 warp_prefix(u32 value) {
+    const shim::Deposit* all = shim::exchange({shim::Instruction::PREFIX, {value}});
+    u32 sum = 0;
+    for (u32 i = 0; i <= threadIdx.x % 32; i++) {
+        sum += all[i].words[0];
+    }
+    return sum;
+}
+DEVICE u32 warp_match(u32 value) {
+    const shim::Deposit* all = shim::exchange({shim::Instruction::MATCH, {value}});
+    u32 lanes = 0;
+    for (u32 i = 0; i < 32; i++) {
+        lanes |= (u32)(all[i].words[0] == value) << i;
+    }
+    return lanes;
 }
 
 DEVICE void copy_async(void* to, const void* from) {

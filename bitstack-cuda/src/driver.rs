@@ -8,7 +8,7 @@ use crate::error::{CudaError, Doing, at_most, equal};
 use crate::module::Kernels;
 use crate::plan::{
     BatchParameters, FusedParameters, FusedPlan, Launch, MAX_WEIGHTS, ReconstructParameters, Size, batch_launch,
-    reconstruct_launch,
+    reconstruct_launch, spikes_launch,
 };
 use crate::stack::DeviceStack;
 use bytemuck::Pod;
@@ -179,14 +179,16 @@ impl Kernels {
     }
 
     /// yᵢ = x Wᵢᵀ for up to 4 weights with the same input, straight from the bits: for few tokens. All planes of all weights go in one
-    /// launch, preceded by a small one that prepares x unless all weights have rank 1 with a shared basis and there are at most 4 tokens.
+    /// launch, preceded by a small one that prepares x unless all weights have rank 1 with a shared basis and there are at most 4 tokens,
+    /// and followed by one that adds the spikes where a weight has any.
     ///
     /// # Shapes
     /// `x`: tokens x cols · `ys[i]`: tokens x rows of weight i · row-major, overwritten.
     ///
     /// # Numerics
     /// v ⊙ x is rounded to 16 bits relative to the largest of 512 columns; sums are integers, then f32. Errors about 1e-4 of ‖y‖
-    /// (README). A token with an x that is not finite gets NaN throughout. Results do not depend on the device's size.
+    /// (README). A token with an x that is not finite gets NaN throughout. Results do not depend on the device's size. Spikes are f32 products
+    /// and sums, added to the y that is stored: one in f16 or bf16 is then rounded twice.
     ///
     /// # Errors
     /// Sizes that disagree, another context, [`CudaError::NoPlanes`], [`CudaError::WorkspaceTooSmall`], and the driver's.
@@ -225,9 +227,9 @@ impl Kernels {
             parameters.weight[i] = crate::plan::FusedWeight { weight: table, y, operands, unused: 0 };
             guards.extend([table_guard, y_guard]);
         }
-        for launch in plan.prepare.iter().chain([&plan.product]) {
-            // SAFETY: `prepare` and the fused kernels take these parameters; x and y have the sizes checked above, the tables those of
-            // their stacks, the workspace what the plan needs for each weight.
+        for launch in plan.launches() {
+            // SAFETY: `prepare`, the fused kernels and `spikes` take these parameters; x and y have the sizes checked above, the tables those
+            // of their stacks, the workspace what the plan needs for each weight.
             unsafe { self.launch(stream, launch, &parameters) }?;
         }
         let_wait(stream, stacks)
@@ -239,7 +241,8 @@ impl Kernels {
     /// `x`: tokens x cols · `y`: tokens x rows · row-major, `y` overwritten.
     ///
     /// # Numerics
-    /// W is rebuilt in f32 and rounded to the type of x (values beyond 65504 overflow in f16); sums in f32.
+    /// W is rebuilt in f32 and rounded to the type of x (values beyond 65504 overflow in f16); sums in f32. Spikes as in [`Self::fused`],
+    /// by a launch of their own.
     ///
     /// # Errors
     /// Sizes that disagree, another context, [`CudaError::NoPlanes`], and the driver's.
@@ -272,6 +275,11 @@ impl Kernels {
         let launch = batch_launch(X::BATCH_KERNEL, stack.shape().rows(), tokens);
         // SAFETY: the batch kernels take these parameters; x and y have the sizes checked above, the table that of its stack.
         unsafe { self.launch(stream, &launch, &parameters) }?;
+        if let Some(launch) = spikes_launch(&[stack.size()], tokens) {
+            let parameters = parameters.for_spikes();
+            // SAFETY: `spikes` takes these parameters, which have the same buffers.
+            unsafe { self.launch(stream, &launch, &parameters) }?;
+        }
         let_wait(stream, &[stack])
     }
 
@@ -281,7 +289,7 @@ impl Kernels {
     /// `out`: rows x cols, row-major, overwritten.
     ///
     /// # Numerics
-    /// f32 sums over rank, then planes, rounded to the type of `out`.
+    /// f32 sums over rank, then planes, then the spikes, rounded to the type of `out`.
     ///
     /// # Errors
     /// Sizes that disagree, another context, [`CudaError::NoPlanes`], and the driver's.

@@ -102,6 +102,9 @@ pub enum CudaError {
         /// The number of the block, counted from 1.
         block: usize,
     },
+    /// A block 1 with spikes for a stack whose first one had none.
+    #[error("block 1 brings spikes to a stack whose first block 1 had none; make a new stack for it")]
+    SpikesUnexpected,
     /// The stack has no planes.
     #[error("the stack has no planes")]
     NoPlanes,

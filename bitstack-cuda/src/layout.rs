@@ -1,6 +1,6 @@
 //! A weight as it lies in device memory: the mirror of `kernels/stack.cuh`, which describes the order of the bytes.
 
-use bitstack_core::{BasisRef, BlockRef, CoefficientsRef, Shape, SignView, ValuesRef};
+use bitstack_core::{BasisRef, BlockRef, CoefficientsRef, Shape, SignView, SpikesRef, ValuesRef};
 use bytemuck::{Pod, Zeroable};
 
 /// Rows of a tile of signs.
@@ -30,6 +30,19 @@ pub(crate) struct Product {
     unused: u64,
 }
 
+/// `SpikeList` of `stack.cuh`.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Pod, Zeroable)]
+pub(crate) struct SpikeList {
+    words: u64,
+    basis: u64,
+    basis_scales: u64,
+    coefficients: u64,
+    coefficient_scales: u64,
+    rank: u32,
+    unused: u32,
+}
+
 /// `Weight` of `stack.cuh`.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, PartialEq, Pod, Zeroable)]
@@ -39,9 +52,11 @@ pub(crate) struct WeightTable {
     units: u32,
     products: u32,
     product: [Product; MAX_PRODUCTS],
+    spikes: SpikeList,
 }
 
-const _: () = assert!(size_of::<Product>() == 64 && size_of::<WeightTable>() == 16 + 64 * MAX_PRODUCTS);
+const _: () = assert!(size_of::<Product>() == 64 && size_of::<SpikeList>() == 48);
+const _: () = assert!(size_of::<WeightTable>() == 16 + 64 * MAX_PRODUCTS + 48);
 
 /// Units of a row.
 pub(crate) fn units(cols: usize) -> usize {
@@ -124,6 +139,11 @@ fn pack_values(values: ValuesRef<'_>, len: usize, places: impl Iterator<Item = (
     }
 }
 
+/// A list of spikes: its words as they are.
+pub(crate) fn pack_spikes(spikes: SpikesRef<'_>) -> Vec<u8> {
+    spikes.words().iter().flat_map(|w| w.to_le_bytes()).collect()
+}
+
 /// Where a factor lies on the device.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct FactorAddress {
@@ -151,6 +171,7 @@ pub(crate) struct BlockAddress {
     pub(crate) coefficients: FactorAddress,
     /// Planes the coefficients are for: 1, or the number of the block.
     pub(crate) planes: usize,
+    pub(crate) spikes: Option<u64>,
 }
 
 /// The table of a weight with these blocks, by the rule of [`bitstack_core::Level`]: a plane without a basis takes the one before, and
@@ -166,7 +187,22 @@ pub(crate) fn weight_table(shape: Shape, rank: usize, blocks: &[BlockAddress]) -
         units: units(cols) as u32,
         products: (blocks.len() * per_plane) as u32,
         product: [Product::default(); MAX_PRODUCTS],
+        spikes: SpikeList::default(),
     };
+    // A list is in units of its own block's factors, whatever later blocks bring.
+    if let Some(first) = blocks.first()
+        && let (Some(words), Some(basis)) = (first.spikes, first.basis)
+    {
+        table.spikes = SpikeList {
+            words,
+            basis: basis.values.unwrap_or(0),
+            basis_scales: basis.scales_from(0),
+            coefficients: first.coefficients.values.unwrap_or(0),
+            coefficient_scales: first.coefficients.scales_from(0),
+            rank: PRODUCT_RANK.min(rank) as u32,
+            unused: 0,
+        };
+    }
     let (mut basis, mut operands) = (None, 0);
     for (plane, block) in blocks.iter().enumerate() {
         basis = block.basis.or(basis);
@@ -213,4 +249,5 @@ pub(crate) fn device_bytes(block: &BlockRef<'_>) -> usize {
     padded_rows * padded_cols / 8
         + block.basis.map_or(0, |v| bytes(v.values(), v.rank() * padded_cols))
         + bytes(block.coefficients.values(), padded_rows * vectors)
+        + block.spikes.map_or(0, |s| size_of_val(s.words()))
 }

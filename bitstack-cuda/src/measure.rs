@@ -316,7 +316,7 @@ fn relative_error(shape: Shape, blocks: &[Block], x: &[f16], y: &[f32]) -> f64 {
     errors / norm(&mut expected.iter().copied())
 }
 
-/// The block of some rows of a weight; f16 factors.
+/// The block of some rows of a weight; f16 factors, no spikes.
 fn rows_of(block: BlockRef<'_>, rows: &[usize]) -> Block {
     let (signs, u) = (block.signs, block.coefficients);
     let bits = rows.iter().flat_map(|&r| signs.row(r).into_owned()).collect();

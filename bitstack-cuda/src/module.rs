@@ -16,6 +16,7 @@ pub(crate) const SOURCE: &str = concat!(
     include_str!("../kernels/device.cuh"),
     include_str!("../kernels/stack.cuh"),
     include_str!("../kernels/fused.cu"),
+    include_str!("../kernels/spikes.cu"),
     include_str!("../kernels/rebuild.cu"),
 );
 

@@ -17,6 +17,10 @@ const STAGE_ROW: usize = 17;
 pub(crate) const BATCH_ROWS: usize = 64;
 pub(crate) const BATCH_TOKENS: usize = 128;
 const BATCH_STRIDE: usize = 72;
+/// Rows of a block of the kernel of spikes, its warps, and the tokens of one pass.
+const SPIKE_ROWS: usize = bitstack_core::SPIKE_ROWS;
+const SPIKE_WARPS: usize = 32;
+const SPIKE_TOKENS: usize = 4;
 /// Tokens up to which each block prepares Z for itself: beyond, a launch of its own is cheaper than doing it in every block.
 const OWN_TOKENS: usize = 4;
 
@@ -73,6 +77,16 @@ pub(crate) struct BatchParameters {
     pub(crate) aligned: u32,
 }
 
+impl BatchParameters {
+    /// What the kernel of spikes takes to add those of the same weight to the same product.
+    pub(crate) fn for_spikes(self) -> FusedParameters {
+        let Self { weight, x, y, tokens, x_type, y_type, aligned: _ } = self;
+        let mut parameters = FusedParameters { x, x_type, y_type, tokens, weights: 1, ..FusedParameters::default() };
+        parameters.weight[0] = FusedWeight { weight, y, ..FusedWeight::default() };
+        parameters
+    }
+}
+
 /// What a device can run at once.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Limits {
@@ -91,15 +105,18 @@ pub(crate) struct Size {
     pub(crate) rank: usize,
     /// Bases there may be.
     pub(crate) bases: usize,
+    /// Whether block 1 has spikes.
+    pub(crate) spikes: bool,
 }
 
 /// The kernels by name.
-pub(crate) const KERNELS: [&str; 8] = [
+pub(crate) const KERNELS: [&str; 9] = [
     "prepare",
     "fused_own",
     "fused_prepared_1",
     "fused_prepared_2",
     "fused_prepared_4",
+    "spikes",
     "reconstruct",
     "batch_half",
     "batch_bfloat",
@@ -114,11 +131,13 @@ pub(crate) struct Launch {
     pub(crate) shared_bytes: usize,
 }
 
-/// A product of a few tokens: the launch that prepares Z, if any, and that of the product. Parameters without addresses.
+/// A product of a few tokens: the launch that prepares Z, if any, that of the product, and that which adds spikes, if any. Parameters without
+/// addresses.
 #[derive(Debug, Clone)]
 pub(crate) struct FusedPlan {
     pub(crate) prepare: Option<Launch>,
     pub(crate) product: Launch,
+    pub(crate) spikes: Option<Launch>,
     pub(crate) parameters: FusedParameters,
     /// Bytes of prepared operands of each weight, 0 when nothing is prepared.
     pub(crate) operand_bytes: usize,
@@ -177,13 +196,31 @@ impl FusedPlan {
             ..FusedParameters::default()
         };
         let operand_bytes = if own { 0 } else { capacity * passes * chunks * record_bytes };
-        Self { prepare: (!own).then_some(prepare), product, parameters, operand_bytes }
+        let spikes = spikes_launch(weights, tokens);
+        Self { prepare: (!own).then_some(prepare), product, spikes, parameters, operand_bytes }
     }
+
+    /// All launches, in order.
+    pub(crate) fn launches(&self) -> impl Iterator<Item = &Launch> {
+        self.prepare.iter().chain([&self.product]).chain(&self.spikes)
+    }
+}
+
+/// The launch that adds spikes to the products of some weights with the same tokens; none where no weight has any.
+pub(crate) fn spikes_launch(weights: &[Size], tokens: usize) -> Option<Launch> {
+    let rows = weights.iter().filter(|w| w.spikes).map(|w| w.rows).max()?;
+    Some(Launch {
+        kernel: "spikes",
+        grid: [rows.div_ceil(SPIKE_ROWS), weights.len(), tokens.div_ceil(SPIKE_TOKENS).min(65535)],
+        threads: SPIKE_WARPS * 32,
+        shared_bytes: SPIKE_WARPS * (SPIKE_TOKENS * SPIKE_ROWS * 4 + 2 * 4),
+    })
 }
 
 /// The launch that writes W out.
 pub(crate) fn reconstruct_launch(rows: usize, cols: usize) -> Launch {
-    Launch { kernel: "reconstruct", grid: [tiles(rows), units(cols), 1], threads: 128, shared_bytes: 0 }
+    let shared_bytes = TILE_ROWS * UNIT_COLS * 4;
+    Launch { kernel: "reconstruct", grid: [tiles(rows), units(cols), 1], threads: 128, shared_bytes }
 }
 
 /// The launch of a product with many tokens.
@@ -193,6 +230,7 @@ pub(crate) fn batch_launch(kernel: &'static str, rows: usize, tokens: usize) -> 
 }
 
 const _: () = assert!(BATCH_ROWS.is_multiple_of(TILE_ROWS) && UNIT_COLS.is_multiple_of(64));
+const _: () = assert!(SPIKE_ROWS == 64 && SPIKE_ROWS.is_multiple_of(TILE_ROWS));
 const _: () = assert!(size_of::<FusedParameters>() == 56 + 32 * MAX_WEIGHTS);
 
 #[cfg(test)]
@@ -206,13 +244,14 @@ mod tests {
         for cols in [1, 128, 129, 512, 896, 4096, 14336, 28672, 65535 * 128] {
             for rank in [1, 2, 3, 4, 7, 8, 16, 17, 64] {
                 for (tokens, bases) in (1..=20).chain([257, 65535]).flat_map(|t| [(t, 1), (t, 16)]) {
-                    let weights = [Size { rows: 1000, cols, rank, bases }; 3];
+                    let weights = [Size { rows: 1000, cols, rank, bases, spikes: true }; 3];
                     let plan = FusedPlan::new(limits, &weights, tokens);
                     let p = &plan.parameters;
                     assert!(plan.product.shared_bytes <= limits.shared_per_block, "{plan:?}");
                     assert!((p.pass_tokens * p.passes) as usize >= tokens && p.passes as usize <= tokens, "{plan:?}");
                     assert!(p.columns <= 32 && 1 << p.column_shift <= p.chunks.min(8), "{plan:?}");
-                    for launch in plan.prepare.iter().chain([&plan.product]) {
+                    assert_eq!(plan.spikes.as_ref().map(|s| s.grid), Some([16, 3, tokens.div_ceil(4)]));
+                    for launch in plan.launches() {
                         assert!(KERNELS.contains(&launch.kernel));
                         assert!(launch.grid.iter().all(|&n| n > 0) && launch.grid[1..].iter().all(|&n| n <= 65535));
                     }
@@ -222,6 +261,13 @@ mod tests {
                 }
             }
         }
-        assert!(batch_launch("batch_half", 1000, 1000).shared_bytes <= 48 << 10);
+        // These ask for no more than every launch may have.
+        let tall = [Size { rows: 1000, cols: 64, rank: 1, bases: 1, spikes: true }];
+        let spikes = spikes_launch(&tall, 1 << 23).unwrap();
+        assert_eq!(spikes.grid, [16, 1, 65535]);
+        for launch in [spikes, batch_launch("batch_half", 1000, 1000), reconstruct_launch(1000, 1000)] {
+            assert!(launch.shared_bytes <= 48 << 10);
+        }
+        assert_eq!(spikes_launch(&[Size { spikes: false, ..tall[0] }], 1), None);
     }
 }

@@ -6,12 +6,17 @@
 #![expect(clippy::print_stdout, reason = "tests say what they skip and what they find")]
 
 use crate::layout::{
-    BlockAddress, FactorAddress, PackedFactor, device_bytes, pack_basis, pack_coefficients, pack_signs, weight_table,
+    BlockAddress, FactorAddress, PackedFactor, device_bytes, pack_basis, pack_coefficients, pack_signs, pack_spikes,
+    weight_table,
 };
 use crate::plan::{
     BatchParameters, FusedPlan, Launch, Limits, ReconstructParameters, Size, batch_launch, reconstruct_launch,
+    spikes_launch,
 };
-use bitstack_core::{Basis, Block, Coefficients, Level, Shape, SignMatrix, Values, WeightStack, f16};
+use bitstack_core::{
+    Basis, Block, BlockRef, Coefficients, Level, SPIKE_SIZES, Shape, SignMatrix, Spike, Spikes, SpikesRef, Values,
+    WeightStack, f16,
+};
 use bytemuck::Pod;
 use half::bf16;
 use rand::{RngExt, SeedableRng, rngs::StdRng};
@@ -112,22 +117,28 @@ impl Shim {
 
     /// A weight's table and parts.
     fn weight(&mut self, stack: &WeightStack) -> u64 {
-        let mut blocks = Vec::new();
-        for block in stack.blocks() {
-            let view = block.view();
+        self.weight_of(stack.shape(), stack.blocks().iter().map(Block::view))
+    }
+
+    fn weight_of<'a>(&mut self, shape: Shape, views: impl IntoIterator<Item = BlockRef<'a>>) -> u64 {
+        let (mut blocks, mut rank) = (Vec::new(), 1);
+        for view in views {
+            rank = view.coefficients.rank();
             let (signs, coefficients) = (pack_signs(view.signs), pack_coefficients(view.coefficients));
             let basis = view.basis.map(pack_basis);
+            let spikes = view.spikes.map(pack_spikes);
             let packed = [Some(&coefficients), basis.as_ref()].into_iter().flatten();
             let factors: usize = packed.map(|f| f.values.len() + f.scales.as_ref().map_or(0, Vec::len)).sum();
-            assert_eq!(device_bytes(&view), signs.len() + factors);
+            assert_eq!(device_bytes(&view), signs.len() + factors + spikes.as_ref().map_or(0, Vec::len));
             blocks.push(BlockAddress {
                 signs: self.upload(&signs),
                 basis: basis.map(|v| self.factor(&v)),
                 coefficients: self.factor(&coefficients),
                 planes: view.coefficients.planes(),
+                spikes: spikes.map(|s| self.upload(&s)),
             });
         }
-        let table = weight_table(stack.shape(), stack.rank().unwrap_or(1), &blocks);
+        let table = weight_table(shape, rank, &blocks);
         self.upload(bytemuck::bytes_of(&table))
     }
 
@@ -146,10 +157,9 @@ impl Shim {
             }
         }
         assert_eq!(plan.prepare.is_none(), case.own, "{:?}", plan.product);
-        if let Some(prepare) = plan.prepare {
-            self.launch(prepare, order, &plan.parameters);
+        for launch in plan.launches() {
+            self.launch(*launch, order, &plan.parameters);
         }
-        self.launch(plan.product, order, &plan.parameters);
         (0..sizes.len()).map(|i| case.y.read(&self.download(plan.parameters.weight[i].y, y_bytes[i]))).collect()
     }
 }
@@ -226,7 +236,8 @@ const SMALL: Limits = Limits { multiprocessors: 2, shared_per_multiprocessor: 23
 /// As the plan sees a stack.
 fn size(stack: &WeightStack) -> Size {
     let bases = stack.blocks().iter().filter(|b| b.basis.is_some()).count();
-    Size { rows: stack.shape().rows(), cols: stack.shape().cols(), rank: stack.rank().unwrap(), bases }
+    let spikes = stack.blocks()[0].spikes.is_some();
+    Size { rows: stack.shape().rows(), cols: stack.shape().cols(), rank: stack.rank().unwrap(), bases, spikes }
 }
 
 fn gauss(rng: &mut StdRng) -> f32 {
@@ -240,10 +251,27 @@ struct Kinds {
     own_bases: bool,
     refitted: bool,
     eight_bit: bool,
+    /// How many.
+    spikes: usize,
 }
 
-const SHARED: Kinds = Kinds { own_bases: false, refitted: true, eight_bit: false };
-const ADDITIVE: Kinds = Kinds { own_bases: true, refitted: false, eight_bit: false };
+const SHARED: Kinds = Kinds { own_bases: false, refitted: true, eight_bit: false, spikes: 0 };
+const ADDITIVE: Kinds = Kinds { own_bases: true, refitted: false, eight_bit: false, spikes: 0 };
+
+/// At random places, every fourth once more at the place before; sizes from 1 to 19.
+fn spikes(rng: &mut StdRng, shape: Shape, n: usize) -> Spikes {
+    let mut entries: Vec<Spike> = Vec::new();
+    while entries.len() < n {
+        let size = rng.random_range(1..=SPIKE_SIZES as i8) * if rng.random() { 1 } else { -1 };
+        let (row, col) = match entries.last() {
+            Some(last) if entries.len() % 4 == 3 => (last.row, last.col),
+            _ => (rng.random_range(0..shape.rows()), rng.random_range(0..shape.cols())),
+        };
+        entries.push(Spike { row, col, size });
+    }
+    let sizes = std::array::from_fn(|i| f16::from_f32(1.235f32.powi(i as i32)));
+    Spikes::encode(shape, sizes, &entries).unwrap()
+}
 
 fn stack(rng: &mut StdRng, (rows, cols): (usize, usize), rank: usize, planes: usize, kinds: Kinds) -> WeightStack {
     let mut stack = WeightStack::new(Shape::new(rows, cols).unwrap());
@@ -267,12 +295,41 @@ fn stack(rng: &mut StdRng, (rows, cols): (usize, usize), rank: usize, planes: us
         let signs: Vec<f32> = (0..rows * cols).map(|_| gauss(rng)).collect();
         let signs = SignMatrix::from_f32(rows, cols, &signs).unwrap();
         let coefficients = Coefficients::new(rows, count, rank, u).unwrap();
-        stack.push(Block { signs, basis, coefficients }).unwrap();
+        let spikes = (i == 1 && kinds.spikes > 0).then(|| spikes(rng, stack.shape(), kinds.spikes));
+        stack.push(Block { signs, basis, coefficients, spikes }).unwrap();
     }
     stack
 }
 
-/// For each row, the most that y may be off by: every z is rounded to a multiple of the largest z of its 512 columns over 32512, or of
+/// What the spikes add to a row of y.
+#[derive(Debug, Clone, Copy, Default)]
+struct SpikeSum {
+    exact: f64,
+    /// Σ of the terms' absolute values.
+    size: f64,
+    /// The most that f32 may be off by: a term is a product of five factors, some of them products themselves, and the sum has as many
+    /// additions as terms, and one more to what y was.
+    bound: f64,
+}
+
+fn spike_sums(level: &Level<'_>, x: &[f32]) -> Vec<SpikeSum> {
+    let mut sums = vec![SpikeSum::default(); level.shape().rows()];
+    let Some(spikes) = level.spikes() else { return sums };
+    let mut terms = vec![0; sums.len()];
+    for (r, c, value) in (0..spikes.list.n_tiles()).flat_map(|tile| spikes.list.entries(tile)) {
+        let unit = f64::from(spikes.row_unit(r)) * f64::from(spikes.basis.get(0, c));
+        let term = f64::from(value) * unit * f64::from(x[c]);
+        sums[r].exact += term;
+        sums[r].size += term.abs();
+        terms[r] += 1;
+    }
+    for (sum, terms) in sums.iter_mut().zip(terms) {
+        sum.bound = f64::from(terms + 8) * f64::from(f32::EPSILON) * sum.size;
+    }
+    sums
+}
+
+/// For each row, the most that y may be off by, spikes aside: every z is rounded to a multiple of the largest z of its 512 columns over 32512, or of
 /// twice that, so is off by at most that largest over 32512; the rest is f32 arithmetic on terms that add up to Σ |U| |z| at most.
 fn fused_bound(level: &Level<'_>, x: &[f32]) -> Vec<f64> {
     let mut bound = vec![0.0; level.shape().rows()];
@@ -302,11 +359,13 @@ fn check_fused(stack: &WeightStack, x: &Numbers, tokens: usize, y: &[f32], kind:
     let (mut errors, mut exact) = (Vec::new(), Vec::new());
     for token in 0..tokens {
         let x = &x.values[token * cols..][..cols];
-        let (expected, bound) = (level.matvec(x).unwrap(), fused_bound(&level, x));
+        let (expected, bound, spikes) = (level.matvec(x).unwrap(), fused_bound(&level, x), spike_sums(&level, x));
         for r in 0..rows {
             let error = (f64::from(y[token * rows + r]) - expected[r]).abs();
-            // Halves have a smallest step of 2^-24.
-            let bound = bound[r] + kind.rounding() * (expected[r].abs() + bound[r]) + 2f64.powi(-24);
+            let bound = bound[r] + spikes[r].bound;
+            // y is rounded with the spikes and, where there are any, before; halves have a smallest step of 2^-24.
+            let before = if spikes[r].size > 0.0 { expected[r].abs() + spikes[r].size } else { 0.0 };
+            let bound = bound + kind.rounding() * (expected[r].abs() + before + 2.0 * bound) + 2f64.powi(-24);
             assert!(
                 error <= bound,
                 "{what}: token {token}, row {r}: {} for {}, {error:e} > {bound:e}",
@@ -333,7 +392,8 @@ fn fused_products_of_one_shared_basis_are_the_definition() {
     for (i, shape) in shapes.into_iter().enumerate() {
         for planes in [1, 2, 3, 5] {
             for tokens in [1, 3, 4] {
-                let kinds = Kinds { eight_bit: planes == 3, refitted: planes != 2, ..SHARED };
+                let kinds =
+                    Kinds { eight_bit: planes == 3, refitted: planes != 2, spikes: (planes - 1) * 20, ..SHARED };
                 let stacks = [stack(&mut rng, shape, 1, planes, kinds)];
                 let x = inputs(&mut rng, [Kind::F32, Kind::F16, Kind::Bf16][i % 3], tokens * shape.1);
                 let case = Fused { stacks: &stacks, tokens, y: Kind::F32, limits: SMALL, own: true };
@@ -361,7 +421,12 @@ fn fused_products_of_any_rank_and_batch_are_the_definition() {
                 continue;
             }
             let shape = [(33, 600), (17, 130), (5, 1100)][tokens % 3];
-            let kinds = Kinds { own_bases: tokens % 2 == 0, refitted: tokens % 3 == 0, eight_bit: tokens % 5 == 0 };
+            let kinds = Kinds {
+                own_bases: tokens % 2 == 0,
+                refitted: tokens % 3 == 0,
+                eight_bit: tokens % 5 == 0,
+                spikes: tokens % 4 * 20,
+            };
             let stacks = [stack(&mut rng, shape, rank, 1 + tokens % 4, kinds)];
             let (x_kind, y) =
                 ([Kind::F32, Kind::F16, Kind::Bf16][tokens % 3], [Kind::F16, Kind::F32, Kind::Bf16][rank % 3]);
@@ -385,7 +450,7 @@ fn fused_products_of_any_rank_and_batch_are_the_definition() {
 fn the_order_of_threads_does_not_change_a_bit() {
     let Some(mut shim) = Shim::start() else { return };
     let mut rng = StdRng::seed_from_u64(3);
-    for (rank, kinds, own) in [(1, SHARED, true), (4, ADDITIVE, false)] {
+    for (rank, kinds, own) in [(1, Kinds { spikes: 1500, ..SHARED }, true), (4, ADDITIVE, false)] {
         let stacks = [stack(&mut rng, (70, 1300), rank, 3, kinds)];
         let x = inputs(&mut rng, Kind::F16, 2 * 1300);
         let case = Fused { stacks: &stacks, tokens: 2, y: Kind::F32, limits: SMALL, own };
@@ -403,8 +468,12 @@ fn weights_with_one_input_can_share_a_launch() {
     let Some(mut shim) = Shim::start() else { return };
     let mut rng = StdRng::seed_from_u64(4);
     for (rank, kinds, own) in [(1, SHARED, true), (2, ADDITIVE, false), (1, ADDITIVE, false)] {
-        let planes_and_rows = [(3, 64), (1, 17), (4, 33), (2, 1)];
-        let stacks = planes_and_rows.map(|(planes, rows)| stack(&mut rng, (rows, 700), rank, planes, kinds));
+        let planes_and_rows = [(3, 65), (1, 17), (4, 33), (2, 1)];
+        // One launch adds the spikes of those that have some, of several tiles and of one.
+        let stacks = planes_and_rows.map(|(planes, rows)| {
+            let kinds = Kinds { spikes: if planes % 2 == 0 { 0 } else { rows }, ..kinds };
+            stack(&mut rng, (rows, 700), rank, planes, kinds)
+        });
         let x = inputs(&mut rng, Kind::F32, 2 * 700);
         for multiprocessors in [1, 3] {
             let limits = Limits { multiprocessors, ..SMALL };
@@ -439,7 +508,7 @@ fn fused_products_are_within_a_thousandth_even_with_outliers() {
 fn inputs_that_are_not_finite_do_not_go_unnoticed() {
     let Some(mut shim) = Shim::start() else { return };
     let mut rng = StdRng::seed_from_u64(6);
-    let stacks = [stack(&mut rng, (18, 600), 1, 2, SHARED)];
+    let stacks = [stack(&mut rng, (18, 600), 1, 2, Kinds { spikes: 30, ..SHARED })];
     for (bad, at) in [(f32::NAN, 3), (f32::INFINITY, 599), (f32::NEG_INFINITY, 512)] {
         let mut x = vec![1.0; 2 * 600];
         x[600 + at] = bad;
@@ -448,11 +517,11 @@ fn inputs_that_are_not_finite_do_not_go_unnoticed() {
         assert!(y[0][..18].iter().all(|y| y.is_finite()));
         assert!(y[0][18..].iter().all(|y| y.is_nan()));
     }
-    // Nothing comes of nothing, and of next to nothing.
+    // Nothing comes of nothing, and next to nothing of next to nothing: 600 terms below 20, 30 spikes below 1000.
     for small in [0.0, f32::from_bits(1), 1e-37] {
         let x = Numbers::new(Kind::F32, &vec![small; 600]);
         let y = shim.fused(&Fused { stacks: &stacks, tokens: 1, y: Kind::F32, limits: SMALL, own: true }, &x, 0);
-        assert!(y[0].iter().all(|&y| y == 0.0));
+        assert!(y[0].iter().all(|&y| y.abs() <= 5e4 * small));
     }
 }
 
@@ -461,11 +530,12 @@ fn reconstructed_weights_are_those_of_the_reference() {
     let Some(mut shim) = Shim::start() else { return };
     let mut rng = StdRng::seed_from_u64(7);
     for (i, (rank, shape)) in
-        [(1, (1, 1)), (2, (17, 7)), (4, (33, 600)), (16, (15, 129)), (17, (16, 1030)), (1, (20, 513))]
+        [(1, (1, 1)), (2, (67, 7)), (4, (133, 600)), (16, (15, 129)), (17, (16, 1030)), (1, (20, 513))]
             .into_iter()
             .enumerate()
     {
-        let kinds = Kinds { own_bases: i % 2 == 1, refitted: i % 2 == 0, eight_bit: i == 2 };
+        let kinds =
+            Kinds { own_bases: i % 2 == 1, refitted: i % 2 == 0, eight_bit: i == 2, spikes: [0, 300, 80][i % 3] };
         let planes = 1 + i % 4;
         let stack = stack(&mut rng, shape, rank, planes, kinds);
         let expected = stack.level(planes).unwrap().reconstruct();
@@ -474,9 +544,11 @@ fn reconstructed_weights_are_those_of_the_reference() {
             let parameters = ReconstructParameters { weight, out, out_type: kind as u32, unused: 0 };
             shim.launch(reconstruct_launch(shape.0, shape.1), ORDERS[i % 3], &parameters);
             let w = kind.read(&shim.download(out, expected.len() * kind.bytes()));
-            // Both are f32 sums of rank · planes terms in the same order; contracted multiply-adds round once less.
+            // Both are f32 sums of rank · planes terms in the same order; contracted multiply-adds round once less. Then come the spikes of
+            // a place, which only one of them adds up first: at most all of them, where there is but one place.
             let size = f64::from(expected.iter().fold(0.0f32, |a, b| a.max(b.abs())));
-            let terms = (rank * planes) as f64 * size * f64::from(f32::EPSILON);
+            let at_a_place = if stack.shape().n_elems() < 1000 { kinds.spikes } else { 8.min(kinds.spikes) };
+            let terms = (rank * planes + at_a_place) as f64 * size * f64::from(f32::EPSILON);
             for (w, &e) in w.iter().zip(&expected) {
                 let bound = 4.0 * terms + kind.rounding() * f64::from(e.abs()) + 2f64.powi(-24);
                 assert!((f64::from(*w) - f64::from(e)).abs() <= bound, "{shape:?}, rank {rank}, {kind:?}: {w} for {e}");
@@ -498,7 +570,7 @@ fn batch_products_are_the_definition() {
         (4, (64, 513), 128),
     ];
     for (i, (rank, shape, tokens)) in cases.into_iter().enumerate() {
-        let kinds = Kinds { own_bases: i % 2 == 1, refitted: i % 2 == 0, eight_bit: i == 3 };
+        let kinds = Kinds { own_bases: i % 2 == 1, refitted: i % 2 == 0, eight_bit: i == 3, spikes: i % 3 * 40 };
         let planes = 1 + i % 4;
         let stack = stack(&mut rng, shape, rank, planes, kinds);
         let level = stack.level(planes).unwrap();
@@ -518,18 +590,24 @@ fn batch_products_are_the_definition() {
                 aligned: u32::from(shape.1.is_multiple_of(8)),
             };
             shim.launch(batch_launch(kernel, shape.0, tokens), ORDERS[i % 3], &parameters);
+            if let Some(launch) = spikes_launch(&[size(&stack)], tokens) {
+                shim.launch(launch, ORDERS[i % 3], &parameters.for_spikes());
+            }
             let y = y_kind.read(&shim.download(y, y_bytes));
             for token in 0..tokens {
                 let x = &x.values[token * shape.1..][..shape.1];
-                let expected = level.matvec(x).unwrap();
+                let (expected, spikes) = (level.matvec(x).unwrap(), spike_sums(&level, x));
                 for r in 0..shape.0 {
-                    // W is rounded to the type of x, then everything is f32.
+                    // W is rounded to the type of x, then everything is f32; y is rounded, and once more with the spikes, which its
+                    // product, and W there, are without.
                     let sum: f64 = w[r * shape.1..][..shape.1].iter().zip(x).map(|(w, x)| f64::from(w * x).abs()).sum();
+                    let sum = sum + spikes[r].size;
                     let steps: f64 = x.iter().map(|&x| f64::from(x.abs()) * 2f64.powi(-24)).sum();
                     let f32_sums = (shape.1 + rank * planes) as f64 * f64::from(f32::EPSILON);
                     let bound = (kind.rounding() + f32_sums * 8.0) * sum
                         + steps
-                        + y_kind.rounding() * expected[r].abs() * 1.01
+                        + spikes[r].bound
+                        + y_kind.rounding() * (2.0 * expected[r].abs() + spikes[r].size) * 1.01
                         + 2f64.powi(-24);
                     let error = (f64::from(y[token * shape.0 + r]) - expected[r]).abs();
                     assert!(error <= bound, "{shape:?}, rank {rank}, token {token}, row {r}: {error:e} > {bound:e}");
@@ -537,4 +615,80 @@ fn batch_products_are_the_definition() {
             }
         }
     }
+}
+
+#[test]
+fn spikes_are_added_to_what_y_was_for_any_number_of_tiles_entries_and_tokens() {
+    let Some(mut shim) = Shim::start() else { return };
+    let mut rng = StdRng::seed_from_u64(9);
+    // Few entries far apart, so with bridges; more than the 1024 of a step, in one tile and in three of odd height; all at one place.
+    let cases = [((130, 3000), 9, 1), ((64, 500), 1500, 4), ((150, 700), 3500, 9), ((1, 1), 1100, 1)];
+    for (i, (shape, n, tokens)) in cases.into_iter().enumerate() {
+        let kinds = Kinds { eight_bit: i == 1, spikes: n, ..SHARED };
+        // At level 2 the coefficients of plane 1 are those of block 2; those of the spikes are not.
+        let stack = stack(&mut rng, shape, 1 + i % 2, 2, kinds);
+        let x = inputs(&mut rng, [Kind::F32, Kind::F16, Kind::Bf16][i % 3], tokens * shape.1);
+        let before = inputs(&mut rng, Kind::F32, tokens * shape.0);
+        let launch = spikes_launch(&[size(&stack)], tokens).unwrap();
+        // Fewer passes than the tokens need: some blocks do several.
+        let launch = Launch { grid: [launch.grid[0], 1, launch.grid[2].min(2)], ..launch };
+        let (weight, x_address) = (shim.weight(&stack), shim.upload(&x.bytes));
+        let mut results = Vec::new();
+        for order in ORDERS {
+            let y = shim.upload(&before.bytes);
+            let (tokens, x_type) = (tokens as u32, x.kind as u32);
+            let parameters = BatchParameters { weight, x: x_address, y, tokens, x_type, y_type: 0, aligned: 0 };
+            shim.launch(launch, order, &parameters.for_spikes());
+            results.push(Kind::F32.read(&shim.download(y, before.bytes.len())));
+        }
+        assert!(
+            results[0] == results[1] && results[0] == results[2],
+            "{shape:?}: the order of threads changes the sums"
+        );
+        let level = stack.level(2).unwrap();
+        for token in 0..tokens {
+            for (r, sum) in spike_sums(&level, &x.values[token * shape.1..][..shape.1]).iter().enumerate() {
+                let (before, y) = (before.values[token * shape.0 + r], results[0][token * shape.0 + r]);
+                let error = (f64::from(y) - f64::from(before) - sum.exact).abs();
+                // The last addition rounds y, too.
+                let bound = sum.bound + f64::from(f32::EPSILON) * f64::from(before.abs());
+                assert!(error <= bound, "{shape:?}, token {token}, row {r}: {error:e} > {bound:e}");
+            }
+        }
+    }
+}
+
+#[test]
+fn entries_outside_the_weight_add_nothing_and_touch_no_memory() {
+    let Some(mut shim) = Shim::start() else { return };
+    let mut rng = StdRng::seed_from_u64(10);
+    let (rows, cols) = (70, 40);
+    let stack = stack(&mut rng, (rows, cols), 1, 1, SHARED);
+    // 15 sizes of 1 to 15; 40 entries of size 15 in each of two tiles, rows 0, 7, 14, .. of 64, every second 7 columns on: most of them are
+    // beyond the columns, some beyond those of a unit, and in the second tile, which has 6 rows, most are beyond the rows.
+    let mut words: Vec<u16> = (1..=15u8).map(|i| f16::from_f32(f32::from(i)).to_bits()).collect();
+    words.extend([40, 0, 80, 0]);
+    words.extend((0..80).map(|i| (i * 7 % 64) | ((i % 2 * 7) << 6) | (15 << 11)));
+    let list = SpikesRef::new(stack.shape(), &words).unwrap();
+    assert!(list.check().is_err() && (0..2).all(|tile| list.entries(tile).count() > 0));
+    let block = BlockRef { spikes: Some(list), ..stack.blocks()[0].view() };
+    let level = Level::new(stack.shape(), [block]).unwrap();
+
+    let x = inputs(&mut rng, Kind::F32, cols);
+    let (weight, x_address, y) =
+        (shim.weight_of(stack.shape(), [block]), shim.upload(&x.bytes), shim.upload(&[0; 4 * 70]));
+    let parameters = BatchParameters { weight, x: x_address, y, tokens: 1, x_type: 0, y_type: 0, aligned: 0 };
+    let launch = spikes_launch(&[Size { spikes: true, ..size(&stack) }], 1).unwrap();
+    shim.launch(launch, 0, &parameters.for_spikes());
+    let y = Kind::F32.read(&shim.download(y, 4 * rows));
+    for (sum, y) in spike_sums(&level, &x.values).iter().zip(y) {
+        assert!((f64::from(y) - sum.exact).abs() <= sum.bound, "{y} for {}", sum.exact);
+    }
+
+    let out = shim.allocate(4 * rows * cols);
+    shim.launch(reconstruct_launch(rows, cols), 0, &ReconstructParameters { weight, out, out_type: 0, unused: 0 });
+    let w = Kind::F32.read(&shim.download(out, 4 * rows * cols));
+    let expected = level.reconstruct();
+    // No two entries share a place: sums of two terms, of about 100 at most.
+    assert!(w.iter().zip(&expected).all(|(w, e)| (w - e).abs() <= 4.0 * f32::EPSILON * 100.0));
 }

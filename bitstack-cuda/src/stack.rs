@@ -4,7 +4,7 @@ use crate::driver::upload;
 use crate::error::{CudaError, Doing, at_most, equal};
 use crate::layout::{
     BlockAddress, FactorAddress, MAX_PRODUCTS, PackedFactor, device_bytes, pack_basis, pack_coefficients, pack_signs,
-    products_of_rank, weight_table,
+    pack_spikes, products_of_rank, weight_table,
 };
 use crate::plan::Size;
 use bitstack_core::{BlockRef, CoreError, Level, Shape, ValuesRef};
@@ -33,6 +33,8 @@ pub struct DeviceStack {
     rank: usize,
     max_planes: usize,
     bases: Bases,
+    /// Whether products need the launch for spikes; the first block 1 says so, since a captured graph stays as it is.
+    spikes: Option<bool>,
     stream: Arc<CudaStream>,
     blocks: Vec<DeviceBlock>,
     table: CudaSlice<u8>,
@@ -44,6 +46,7 @@ struct DeviceBlock {
     basis: Option<DeviceFactor>,
     coefficients: DeviceFactor,
     planes: usize,
+    spikes: Option<CudaSlice<u8>>,
     bytes: usize,
 }
 
@@ -87,7 +90,8 @@ impl DeviceStack {
         }
         at_most("planes times sixteens of ranks", MAX_PRODUCTS, max_planes.saturating_mul(products_of_rank(rank)))?;
         let table = upload(stream, "a weight's table", bytemuck::bytes_of(&weight_table(shape, rank, &[])))?;
-        Ok(Self { shape, rank, max_planes, bases, stream: stream.clone(), blocks: Vec::new(), table })
+        let (stream, blocks) = (stream.clone(), Vec::new());
+        Ok(Self { shape, rank, max_planes, bases, spikes: None, stream, blocks, table })
     }
 
     /// A stack with all planes of `blocks`, and room for no more.
@@ -118,8 +122,8 @@ impl DeviceStack {
     /// Puts a block on top: uploads it and raises the level by one, in stream order. The stack is unchanged on error.
     ///
     /// # Errors
-    /// [`CudaError::Block`] when it does not fit, [`CudaError::BasisNotShared`], [`CudaError::TooLarge`] when there is no room,
-    /// [`CudaError::OutOfMemory`].
+    /// [`CudaError::Block`] when it does not fit, [`CudaError::BasisNotShared`], [`CudaError::SpikesUnexpected`],
+    /// [`CudaError::TooLarge`] when there is no room, [`CudaError::OutOfMemory`].
     pub fn push(&mut self, block: BlockRef<'_>) -> Result<(), CudaError> {
         let number = self.blocks.len() + 1;
         self.check(&block, number)?;
@@ -131,9 +135,12 @@ impl DeviceStack {
             basis: basis.map(|v| DeviceFactor::new(&self.stream, "a basis", &v)).transpose()?,
             coefficients: DeviceFactor::new(&self.stream, "coefficients", &coefficients)?,
             planes: block.coefficients.planes(),
+            spikes: block.spikes.map(|s| upload(&self.stream, "spikes", &pack_spikes(s))).transpose()?,
             bytes: device_bytes(&block),
         });
-        self.write_table().inspect_err(|_| self.blocks.truncate(number - 1))
+        self.write_table().inspect_err(|_| self.blocks.truncate(number - 1))?;
+        self.spikes.get_or_insert(block.spikes.is_some());
+        Ok(())
     }
 
     /// Drops planes until `level` are left; their memory is freed in stream order. Nothing happens when there are no more than that.
@@ -171,7 +178,7 @@ impl DeviceStack {
         self.bases
     }
 
-    /// Bytes of device memory the planes take, padding to whole tiles included.
+    /// Bytes of device memory the planes and spikes take, padding to whole tiles included.
     pub fn device_bytes(&self) -> usize {
         self.blocks.iter().map(|b| b.bytes).sum()
     }
@@ -192,6 +199,7 @@ impl DeviceStack {
             cols: self.shape.cols(),
             rank: self.rank,
             bases: if self.bases == Bases::Shared { 1 } else { self.max_planes },
+            spikes: self.spikes == Some(true),
         }
     }
 
@@ -215,6 +223,17 @@ impl DeviceStack {
         if matches!(block.coefficients.values(), ValuesRef::Scales(_)) && !codes {
             return Err(wrong(CoreError::NoCodes { block: number }));
         }
+        if let Some(spikes) = block.spikes {
+            same("rows of the spikes", self.shape.rows(), spikes.shape().rows())?;
+            same("columns of the spikes", self.shape.cols(), spikes.shape().cols())?;
+            if number > 1 {
+                return Err(wrong(CoreError::SpikesLate { block: number }));
+            }
+            // A product captured in a graph has no launch for them.
+            if self.spikes == Some(false) {
+                return Err(CudaError::SpikesUnexpected);
+            }
+        }
         let planes = block.coefficients.planes();
         if planes != 1 && planes != number {
             return Err(wrong(CoreError::Planes { block: number, planes }));
@@ -228,6 +247,7 @@ impl DeviceStack {
             basis: block.basis.as_ref().map(|v| v.address(&self.stream)),
             coefficients: block.coefficients.address(&self.stream),
             planes: block.planes,
+            spikes: block.spikes.as_ref().map(|s| s.device_ptr(&self.stream).0),
         };
         let blocks: Vec<_> = self.blocks.iter().map(address).collect();
         let table = weight_table(self.shape, self.rank, &blocks);
