@@ -18,7 +18,7 @@ pub(crate) struct Spiked<'a> {
     spikes: LevelSpikes<'a>,
     /// The values of the codes of entries.
     values: [f32; 32],
-    /// z = v ⊙ x, v the row of the basis that the spikes are in units of: `cols` values of one token; of more, for every [`LANES`] of
+    /// z = v ⊙ x, v the first row of block 1's basis: `cols` values of one token; of more, for every [`LANES`] of
     /// them, `cols x LANES`.
     z: &'a [f32],
 }
@@ -33,7 +33,7 @@ impl<'a> Spiked<'a> {
     /// `y[t, r] += u[r] Σ_entries value z[t, c]` for `rows` rows from `first_row` on, which begins a tile. `y` is `tokens x rows`; entries
     /// in columns beyond the weight are left out.
     pub(crate) fn add(&self, isa: Isa, first_row: usize, rows: usize, y: &mut [f32]) {
-        assert!(isa.is_available() && first_row.is_multiple_of(SPIKE_ROWS));
+        assert!(first_row.is_multiple_of(SPIKE_ROWS));
         let cols = self.spikes.list.shape().cols();
         for (tile, first) in (first_row / SPIKE_ROWS..).zip((0..rows).step_by(SPIKE_ROWS)) {
             let n = SPIKE_ROWS.min(rows - first);
@@ -77,10 +77,11 @@ fn spread(isa: Isa, basis: BasisRef<'_>, x: &[f32], row: &mut [f32], z: &mut [f3
 
 /// The sums of value times z over the entries of each row of a tile, for `L` tokens.
 fn sums_of<const L: usize>(isa: Isa, entries: &[u16], values: &[f32; 32], z: &[[f32; L]]) -> [[f32; L]; SPIKE_ROWS] {
+    assert!(isa.is_available());
     match isa {
         #[cfg(target_arch = "x86_64")]
-        // SAFETY: the only obligation is the target features; `Spiked::add` has asserted that the CPU has those of `isa`, and all sets above AVX2
-        // include them.
+        // SAFETY: the only obligation is the target features; the assertion above says that the CPU has those of `isa`, and the sets above
+        // AVX2 include its.
         Isa::Avx2 | Isa::Avx512 | Isa::Avx512Vnni | Isa::Amx => unsafe { sums_avx2(entries, values, z) },
         _ => sums_portable(entries, values, z),
     }
