@@ -10,6 +10,7 @@ pub(crate) mod factors;
 #[cfg(target_arch = "aarch64")]
 mod neon;
 pub(crate) mod scalar;
+pub(crate) mod spikes;
 pub(crate) mod tables;
 pub(crate) mod tile;
 

@@ -7,8 +7,8 @@ use std::hint::black_box;
 use std::time::{Duration, Instant};
 
 use bitstack_core::{
-    Basis, BasisRef, BlockRef, Coefficients, CoefficientsRef, CoreError, Level, Shape, SignLayout, SignView, Values,
-    f16,
+    Basis, BasisRef, BlockRef, Coefficients, CoefficientsRef, CoreError, Level, SPIKE_SIZES, Shape, SignLayout,
+    SignView, Spike, Spikes, Values, f16,
 };
 use memmap2::MmapMut;
 use rayon::prelude::*;
@@ -28,6 +28,8 @@ pub struct Case {
     /// Columns of the factors. 1: one basis for all planes and refitted coefficients in 8 bits, as nested codes have them. Above: a basis
     /// for each plane, in f16, as the published method has them.
     pub rank: usize,
+    /// Spikes, at random places, for every thousand weights.
+    pub spikes: usize,
     /// Tokens multiplied at once.
     pub tokens: usize,
     /// The instructions.
@@ -43,7 +45,7 @@ pub struct Measurement {
     pub case: Case,
     /// Seconds of one product.
     pub seconds: f64,
-    /// Bytes of signs, bases and coefficients read for one product.
+    /// Bytes of signs, bases, coefficients and spikes read for one product.
     pub compressed_bytes: u64,
     /// `compressed_bytes / seconds`.
     pub bytes_per_second: f64,
@@ -79,17 +81,14 @@ impl Pool {
     /// # Errors
     /// When the system has not as much memory.
     pub fn new(bytes: usize) -> std::io::Result<Self> {
-        let mut random = 0x9e37_79b9_7f4a_7c15u64;
+        let mut random = Random(0x9e37_79b9_7f4a_7c15);
         let mut filled = |mask: u64, bits: u64| {
             let mut memory = MmapMut::map_anon(bytes.next_multiple_of(8).max(8))?;
             #[cfg(target_os = "linux")]
             // Advice only: where it is refused, pages are small.
             let _ = memory.advise(memmap2::Advice::HugePage);
             for word in memory.as_chunks_mut::<8>().0 {
-                random ^= random << 13;
-                random ^= random >> 7;
-                random ^= random << 17;
-                *word = (random & mask | bits).to_ne_bytes();
+                *word = (random.next() & mask | bits).to_ne_bytes();
             }
             Ok::<_, std::io::Error>(memory)
         };
@@ -120,10 +119,15 @@ impl Pool {
         let Some(kernel) = Kernel::with_isa(case.isa) else { return Ok(None) };
         let plane_bytes = case.rows * (case.cols / 8);
         let factors = Factors::new(case)?;
+        let planes = self.signs.chunks_exact(plane_bytes * case.level);
+        let lists = match case.spikes {
+            0 => Vec::new(),
+            n => (0..planes.len()).map(|seed| spikes(shape, n, seed as u64)).collect::<Result<_, _>>()?,
+        };
         let mut weights = Vec::new();
-        for planes in self.signs.chunks_exact(plane_bytes * case.level) {
+        for (i, planes) in planes.enumerate() {
             // Random signs are as random in any layout.
-            weights.push(factors.level(shape, kernel.layout(), planes.chunks_exact(plane_bytes))?);
+            weights.push(factors.level(shape, kernel.layout(), planes.chunks_exact(plane_bytes), lists.get(i))?);
         }
         if weights.is_empty() || self.dense.len() < 2 * shape.n_elems() {
             return Ok(None);
@@ -168,7 +172,8 @@ impl Pool {
             rounds[2].push(timer.elapsed().as_secs_f64() / n as f64);
         }
         let [seconds, plain_read_bytes_per_second, dense_seconds] = rounds.map(median);
-        let compressed_bytes = (plane_bytes * case.level) as u64 + factors.bytes();
+        let list_bytes = lists.first().map_or(0, |list| 2 * list.view().words().len());
+        let compressed_bytes = (plane_bytes * case.level + list_bytes) as u64 + factors.bytes();
         let bytes_per_second = compressed_bytes as f64 / seconds;
         Ok(Some(Measurement {
             case,
@@ -213,13 +218,15 @@ impl Factors {
         shape: Shape,
         layout: SignLayout,
         planes: impl Iterator<Item = &'a [u8]>,
+        spikes: Option<&'a Spikes>,
     ) -> Result<Level<'a>, CoreError> {
         let blocks = planes.zip(&self.coefficients).enumerate().map(|(i, (plane, coefficients))| {
             let signs = SignView::with_layout(shape.rows(), shape.cols(), layout, plane)
                 .map_err(|source| CoreError::Signs { shape, source })?;
             let basis: Option<BasisRef<'_>> = self.bases.get(i).map(Basis::view);
             let coefficients: CoefficientsRef<'_> = coefficients.view();
-            Ok(BlockRef { signs, basis, coefficients, spikes: None })
+            let spikes = spikes.filter(|_| i == 0).map(Spikes::view);
+            Ok(BlockRef { signs, basis, coefficients, spikes })
         });
         Level::new(shape, blocks.collect::<Result<Vec<_>, CoreError>>()?)
     }
@@ -235,6 +242,31 @@ impl Factors {
         let refitted = self.coefficients.last().is_some_and(|u| u.view().planes() > 1);
         let valid = if refitted { self.coefficients.len() - 1 } else { 0 };
         bases + self.coefficients[valid..].iter().map(|u| bytes(u.view().values())).sum::<u64>()
+    }
+}
+
+/// A list of `per_thousand` spikes for every thousand weights.
+fn spikes(shape: Shape, per_thousand: usize, seed: u64) -> Result<Spikes, CoreError> {
+    let mut random = Random((seed + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15)); // not zero
+    let mut below = |n: usize| (random.next() >> 32) as usize % n;
+    let entries: Vec<Spike> = (0..shape.n_elems() * per_thousand / 1000)
+        .map(|_| {
+            let size = 1 + below(SPIKE_SIZES) as i8;
+            Spike { row: below(shape.rows()), col: below(shape.cols()), size: if below(2) == 0 { size } else { -size } }
+        })
+        .collect();
+    Spikes::encode(shape, std::array::from_fn(|i| f16::from_f32(1.0 + i as f32)), &entries)
+}
+
+/// Numbers that look random (xorshift).
+struct Random(u64);
+
+impl Random {
+    fn next(&mut self) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0
     }
 }
 

@@ -3,7 +3,7 @@
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use bitstack_core::{Basis, Block, Coefficients, Shape, SignMatrix, Values, WeightStack, f16};
+use bitstack_core::{Basis, Block, Coefficients, Shape, SignMatrix, Spike, Spikes, Values, WeightStack, f16};
 use bitstack_cpu::{Isa, Kernel, Scratch, Threads};
 
 struct Counting;
@@ -31,7 +31,9 @@ static ALLOCATOR: Counting = Counting;
 fn a_call_allocates_nothing_once_its_buffers_have_grown() {
     let (rows, cols) = (300, 350);
     let halves = |n: usize| Values::F16((0..n).map(|i| f16::from_f32((i % 7) as f32 - 3.0)).collect());
-    let mut stack = WeightStack::new(Shape::new(rows, cols).unwrap());
+    let shape = Shape::new(rows, cols).unwrap();
+    let entries: Vec<Spike> = (0..rows).map(|row| Spike { row, col: row * 3 % cols, size: 1 }).collect();
+    let mut stack = WeightStack::new(shape);
     for planes in 1..=3 {
         let signs: Vec<f32> = (0..rows * cols).map(|i| ((i * i) % 11) as f32 - 5.0).collect();
         stack
@@ -39,7 +41,7 @@ fn a_call_allocates_nothing_once_its_buffers_have_grown() {
                 signs: SignMatrix::from_f32(rows, cols, &signs).unwrap(),
                 basis: (planes == 1).then(|| Basis::new(1, cols, halves(cols)).unwrap()),
                 coefficients: Coefficients::new(rows, planes, 1, halves(rows * planes)).unwrap(),
-                spikes: None,
+                spikes: (planes == 1).then(|| Spikes::encode(shape, [f16::ONE; 15], &entries).unwrap()),
             })
             .unwrap();
     }

@@ -1,6 +1,6 @@
 //! Factors in f32: portable loops, compiled for each instruction set.
 
-use bitstack_core::{BasisRef, Plane, ValuesRef, f16};
+use bitstack_core::{BasisRef, CoefficientsRef, Plane, ValuesRef, f16};
 
 use crate::Isa;
 
@@ -80,27 +80,36 @@ fn coefficients_avx2(planes: &[Plane<'_>], first_row: usize, rows: usize, out: &
 fn coefficients_portable(planes: &[Plane<'_>], first_row: usize, rows: usize, out: &mut [f32]) {
     let rank = planes[0].coefficients.rank();
     for (p, out) in planes.iter().zip(out.chunks_exact_mut(rank * rows)) {
-        let stride = p.coefficients.planes() * rank;
-        let first = first_row * stride + p.plane * rank;
-        let scales = match p.coefficients.values() {
-            ValuesRef::F16(values) => {
-                transpose(&values[first..], stride, rows, widened, out);
-                continue;
-            }
-            ValuesRef::I8 { codes, scales } => {
-                transpose(&codes[first..], stride, rows, f32::from, out);
-                scales
-            }
-            ValuesRef::Scales(scales) => {
-                let codes = p.coefficients.first_codes();
-                transpose(&codes[first_row * rank..], rank, rows, f32::from, out);
-                scales
-            }
-        };
-        for (out, scale) in out.chunks_exact_mut(rows).zip(&scales[p.plane * rank..]) {
-            let scale = scale.to_f32();
-            out.iter_mut().for_each(|u| *u *= scale);
+        plane_coefficients(p.coefficients, p.plane, first_row, rows, out);
+    }
+}
+
+/// The first coefficient of each row from `first_row` on, as many as `out` has.
+pub(crate) fn first_coefficients(coefficients: CoefficientsRef<'_>, first_row: usize, out: &mut [f32]) {
+    plane_coefficients(coefficients, 0, first_row, out.len(), out);
+}
+
+/// The coefficients of a plane: `out` is `n x rows`, for the first n of its rank.
+#[inline(always)]
+fn plane_coefficients(coefficients: CoefficientsRef<'_>, plane: usize, first_row: usize, rows: usize, out: &mut [f32]) {
+    let rank = coefficients.rank();
+    let stride = coefficients.planes() * rank;
+    let first = first_row * stride + plane * rank;
+    let scales = match coefficients.values() {
+        ValuesRef::F16(values) => return transpose(&values[first..], stride, rows, widened, out),
+        ValuesRef::I8 { codes, scales } => {
+            transpose(&codes[first..], stride, rows, f32::from, out);
+            scales
         }
+        ValuesRef::Scales(scales) => {
+            let codes = coefficients.first_codes();
+            transpose(&codes[first_row * rank..], rank, rows, f32::from, out);
+            scales
+        }
+    };
+    for (out, scale) in out.chunks_exact_mut(rows).zip(&scales[plane * rank..]) {
+        let scale = scale.to_f32();
+        out.iter_mut().for_each(|u| *u *= scale);
     }
 }
 

@@ -225,6 +225,7 @@ pub(crate) fn kernels(args: &BenchKernels, reporter: &Reporter) -> Result<()> {
         cols: cols as usize,
         level: 1,
         rank: 1,
+        spikes: 0,
         tokens: 1,
         isa: best,
         threads: Threads::One,
@@ -232,6 +233,7 @@ pub(crate) fn kernels(args: &BenchKernels, reporter: &Reporter) -> Result<()> {
     let mut cases = Vec::new();
     for threads in [Threads::One, Threads::Pool] {
         cases.extend([1, 2, 4, 8].map(|level| Case { level, threads, ..case }));
+        cases.push(Case { level: 4, spikes: 4, threads, ..case });
     }
     cases.extend(Isa::available().filter(|isa| *isa != best).map(|isa| Case { level: 4, isa, ..case }));
     cases.extend([1, 4].map(|level| Case { level, rank: 16, ..case }));
@@ -256,9 +258,9 @@ pub(crate) fn kernels(args: &BenchKernels, reporter: &Reporter) -> Result<()> {
             .map(|m| {
                 json!({
                     "machine": machine(), "rows": m.case.rows, "cols": m.case.cols, "level": m.case.level,
-                    "rank": m.case.rank, "tokens": m.case.tokens, "isa": m.case.isa.to_string(),
-                    "threads": threads(m.case.threads), "seconds": m.seconds, "compressed_bytes": m.compressed_bytes,
-                    "bytes_per_second": m.bytes_per_second,
+                    "rank": m.case.rank, "spikes_per_thousand": m.case.spikes, "tokens": m.case.tokens,
+                    "isa": m.case.isa.to_string(), "threads": threads(m.case.threads), "seconds": m.seconds,
+                    "compressed_bytes": m.compressed_bytes, "bytes_per_second": m.bytes_per_second,
                     "plain_read_bytes_per_second": m.plain_read_bytes_per_second,
                     "of_plain_read": m.of_plain_read(), "dense_seconds": m.dense_seconds, "of_dense": m.of_dense(),
                 })
@@ -268,16 +270,18 @@ pub(crate) fn kernels(args: &BenchKernels, reporter: &Reporter) -> Result<()> {
     }
     let mut out = format!("{rows} x {cols}; {}\n", machine());
     out.push_str("of read: compressed bytes per second over those of a plain read of the same memory\n");
-    out.push_str("of dense: times faster than a dense product, bf16 for one token, f32 for more\n\n");
-    out.push_str("isa           threads  rank  level  tokens        us    GB/s  of read  of dense\n");
+    out.push_str("of dense: times faster than a dense product, bf16 for one token, f32 for more\n");
+    out.push_str("spikes: entries of their list for a thousand weights\n\n");
+    out.push_str("isa           threads  rank  level  spikes  tokens        us    GB/s  of read  of dense\n");
     for m in &measured {
         let _ = writeln!(
             out,
-            "{:12}  {:7}  {:4}  {:5}  {:6}  {:8.1}  {:6.2}  {:7.2}  {:8.2}",
+            "{:12}  {:7}  {:4}  {:5}  {:6}  {:6}  {:8.1}  {:6.2}  {:7.2}  {:8.2}",
             m.case.isa,
             threads(m.case.threads),
             m.case.rank,
             m.case.level,
+            m.case.spikes,
             m.case.tokens,
             m.seconds * 1e6,
             m.bytes_per_second / 1e9,
