@@ -1,7 +1,9 @@
 //! What a stack is made of and where its bytes are, the same for a file and for a draft; reading with every hash checked.
 
 use crate::{Dtype, FormatError, ReadAt, Tensor, TensorInfo};
-use bitstack_core::{Basis, Block, BlockLayout, Coefficients, CoreError, FactorType, Shape, SignMatrix, Values, f16};
+use bitstack_core::{
+    Basis, Block, BlockLayout, Coefficients, CoreError, FactorType, Shape, SignMatrix, Spikes, Values, f16,
+};
 use std::collections::{BTreeMap, HashMap};
 
 /// Companion files are tensors with this prefix to their name.
@@ -14,6 +16,7 @@ pub(crate) const METADATA_KEY: &str = "__metadata__";
 pub(crate) const SIGNS: &str = "signs";
 pub(crate) const BASIS: &str = "v";
 pub(crate) const COEFFICIENTS: &str = "u";
+pub(crate) const SPIKES: &str = "spikes";
 /// The scales of an 8-bit factor are named as the factor, with this at the end.
 pub(crate) const SCALE_SUFFIX: &str = "_scale";
 /// What an unstacked tensor may be stored as.
@@ -90,6 +93,9 @@ impl WeightInfo {
         }
         if layout.planes != 1 && layout.planes != number {
             return Err(CoreError::Planes { block: number, planes: layout.planes });
+        }
+        if layout.spike_words > 0 && number > 1 {
+            return Err(CoreError::SpikesLate { block: number });
         }
         Ok(())
     }
@@ -168,6 +174,7 @@ pub(crate) struct BlockParts {
     pub(crate) signs: usize,
     pub(crate) basis: Option<FactorParts>,
     pub(crate) coefficients: FactorParts,
+    pub(crate) spikes: Option<usize>,
 }
 
 /// The tensors of a factor: F16 values, or I8 codes with their scales, or scales only, which are then the values.
@@ -182,7 +189,8 @@ impl BlockParts {
     /// All of them, in the order of the file.
     pub(crate) fn tensors(&self) -> impl Iterator<Item = usize> + use<> {
         let factors = self.basis.into_iter().chain([self.coefficients]);
-        std::iter::once(self.signs).chain(factors.flat_map(|f| std::iter::once(f.values).chain(f.scales)))
+        let factors = factors.flat_map(|f| std::iter::once(f.values).chain(f.scales));
+        std::iter::once(self.signs).chain(factors).chain(self.spikes)
     }
 
     /// The same parts with other indices.
@@ -192,12 +200,13 @@ impl BlockParts {
         };
         let basis = self.basis.map(&mut factor).transpose()?;
         let coefficients = factor(self.coefficients)?;
-        Ok(Self { signs: to(self.signs)?, basis, coefficients })
+        let spikes = self.spikes.map(&mut to).transpose()?;
+        Ok(Self { signs: to(self.signs)?, basis, coefficients, spikes })
     }
 
     /// The last of them.
     pub(crate) fn last(&self) -> usize {
-        self.coefficients.scales.unwrap_or(self.coefficients.values)
+        self.spikes.or(self.coefficients.scales).unwrap_or(self.coefficients.values)
     }
 }
 
@@ -335,6 +344,12 @@ impl Catalog {
         Ok(values)
     }
 
+    fn load_words(&self, source: &(impl ReadAt + ?Sized), i: usize) -> Result<Vec<u16>, FormatError> {
+        let mut words: Vec<u16> = self.load(source, i)?;
+        words.iter_mut().for_each(|word| *word = u16::from_le(*word));
+        Ok(words)
+    }
+
     fn load_factor(&self, source: &(impl ReadAt + ?Sized), parts: FactorParts) -> Result<Values, FormatError> {
         Ok(match parts.scales {
             None if parts.only_scales => Values::Scales(self.load_halves(source, parts.values)?),
@@ -358,13 +373,14 @@ impl Catalog {
         let signs = self.load(source, parts.signs)?;
         let basis = parts.basis.map(|basis| self.load_factor(source, basis)).transpose()?;
         let coefficients = self.load_factor(source, parts.coefficients)?;
+        let spikes = parts.spikes.map(|spikes| self.load_words(source, spikes)).transpose()?;
         let build = || {
             Ok(Block {
                 signs: SignMatrix::from_bytes(rows, cols, signs)
                     .map_err(|source| CoreError::Signs { shape: info.shape, source })?,
                 basis: basis.map(|values| Basis::new(rank, cols, values)).transpose()?,
                 coefficients: Coefficients::new(rows, layout.planes, rank, coefficients)?,
-                spikes: None,
+                spikes: spikes.map(|words| Spikes::new(info.shape, words)).transpose()?,
             })
         };
         build().map_err(|source| FormatError::Block { weight: info.name.clone(), block, source })

@@ -1,6 +1,6 @@
 use crate::catalog::{
-    BASE_DTYPES, BASIS, BlockParts, COEFFICIENTS, Catalog, FILE_PREFIX, FactorParts, SCALE_SUFFIX, SIGNS, Stored,
-    check_file_name, check_model_name, check_name, check_weight_name, part_name,
+    BASE_DTYPES, BASIS, BlockParts, COEFFICIENTS, Catalog, FILE_PREFIX, FactorParts, SCALE_SUFFIX, SIGNS, SPIKES,
+    Stored, check_file_name, check_model_name, check_name, check_weight_name, part_name,
 };
 use crate::hostile::MAX_DIMS;
 use crate::tensor::wrong;
@@ -265,7 +265,15 @@ impl Draft {
         let values = block.coefficients.values();
         let coefficients =
             self.append_factor(part(COEFFICIENTS), vec![rows, planes, rank], vec![planes, rank], values)?;
-        Ok(BlockParts { signs, basis, coefficients })
+        let spikes = match block.spikes {
+            Some(spikes) => {
+                let words = spikes.words();
+                let info = TensorInfo::new(part(SPIKES), Dtype::U16, vec![words.len()])?;
+                Some(self.append(info, &little_endian(words))?)
+            }
+            None => None,
+        };
+        Ok(BlockParts { signs, basis, coefficients, spikes })
     }
 
     fn append_factor(
@@ -277,19 +285,19 @@ impl Draft {
     ) -> Result<FactorParts, FormatError> {
         match values {
             ValuesRef::F16(values) => {
-                let values = self.append(TensorInfo::new(name, Dtype::F16, shape)?, &little_endian(values))?;
+                let values = self.append(TensorInfo::new(name, Dtype::F16, shape)?, &little_endian(bits(values)))?;
                 Ok(FactorParts { values, scales: None, only_scales: false })
             }
             ValuesRef::I8 { codes, scales } => {
                 let scales_name = format!("{name}{SCALE_SUFFIX}");
                 let values = self.append(TensorInfo::new(name, Dtype::I8, shape)?, bytemuck::cast_slice(codes))?;
                 let info = TensorInfo::new(scales_name, Dtype::F16, scales_shape)?;
-                let scales = self.append(info, &little_endian(scales))?;
+                let scales = self.append(info, &little_endian(bits(scales)))?;
                 Ok(FactorParts { values, scales: Some(scales), only_scales: false })
             }
             ValuesRef::Scales(scales) => {
                 let info = TensorInfo::new(format!("{name}{SCALE_SUFFIX}"), Dtype::F16, scales_shape)?;
-                let values = self.append(info, &little_endian(scales))?;
+                let values = self.append(info, &little_endian(bits(scales)))?;
                 Ok(FactorParts { values, scales: None, only_scales: true })
             }
         }
@@ -373,15 +381,24 @@ fn checked_layout(weight: &WeightInfo, block: &BlockRef<'_>) -> Result<BlockLayo
         equal("columns of the basis", layout.shape.cols(), basis.cols())?;
         equal("the rank of the basis", layout.rank, basis.rank())?;
     }
+    if let Some(spikes) = block.spikes {
+        equal("rows of the spikes", layout.shape.rows(), spikes.shape().rows())?;
+        equal("columns of the spikes", layout.shape.cols(), spikes.shape().cols())?;
+        spikes.check()?;
+    }
     weight.check_next(&layout)?;
     Ok(layout)
 }
 
-/// The bytes of half-precision values, least significant first.
-fn little_endian(values: &[f16]) -> Cow<'_, [u8]> {
+fn bits(values: &[f16]) -> &[u16] {
+    bytemuck::cast_slice(values)
+}
+
+/// The bytes of words, least significant first.
+fn little_endian(words: &[u16]) -> Cow<'_, [u8]> {
     if cfg!(target_endian = "little") {
-        Cow::Borrowed(bytemuck::cast_slice(values))
+        Cow::Borrowed(bytemuck::cast_slice(words))
     } else {
-        Cow::Owned(values.iter().flat_map(|x| x.to_bits().to_le_bytes()).collect())
+        Cow::Owned(words.iter().flat_map(|word| word.to_le_bytes()).collect())
     }
 }

@@ -3,7 +3,7 @@
 use crate::catalog::{BlockParts, Catalog, FactorParts, Stored};
 use crate::{FormatError, ReadAt};
 use bitstack_core::{
-    BasisRef, BlockLayout, BlockRef, CoefficientsRef, CoreError, Shape, SignLayout, SignView, ValuesRef, f16,
+    BasisRef, BlockLayout, BlockRef, CoefficientsRef, CoreError, Shape, SignLayout, SignView, SpikesRef, ValuesRef,
 };
 use bitstack_pack::{STRIP_ROWS, row_bytes, to_strips};
 use std::io;
@@ -22,7 +22,7 @@ pub enum Verify {
     Never,
 }
 
-/// The bytes of a block, from the first of its signs to the last of its coefficients, and where its parts are among them.
+/// The bytes of a block, from the first of its signs to the last of its coefficients or spikes, and where its parts are among them.
 ///
 /// The parts lie in a file one after another, so that a block is read at once and used where it is, by [`BlockExtent::view`].
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -32,6 +32,7 @@ pub struct BlockExtent {
     signs: Range<usize>,
     basis: Option<FactorExtent>,
     coefficients: FactorExtent,
+    spikes: Option<Range<usize>>,
 }
 
 /// Where the values of a factor are among the bytes of a block, and its scales when it is of 8 bits.
@@ -58,7 +59,8 @@ impl BlockExtent {
     ///
     /// # Errors
     /// [`CoreError::Mismatch`] when there are not [`len_bytes`](Self::len_bytes) of them or they do not begin at an even address;
-    /// [`CoreError::Signs`] and [`CoreError::NotFinite`] for values that no block may have.
+    /// [`CoreError::Signs`] and [`CoreError::NotFinite`] for values that no block may have; the errors of [`SpikesRef::new`]. Single
+    /// entries of a list of spikes are looked at when they are read, not here.
     pub fn view<'a>(&self, bytes: &'a [u8]) -> Result<BlockRef<'a>, CoreError> {
         self.view_in(SignLayout::Rows, bytes)
     }
@@ -78,7 +80,12 @@ impl BlockExtent {
             None => None,
         };
         let coefficients = CoefficientsRef::new(shape.rows(), planes, rank, self.coefficients.view(bytes)?)?;
-        Ok(BlockRef { signs, basis, coefficients, spikes: None })
+        Ok(BlockRef { signs, basis, coefficients, spikes: self.view_spikes(bytes)? })
+    }
+
+    fn view_spikes<'a>(&self, bytes: &'a [u8]) -> Result<Option<SpikesRef<'a>>, CoreError> {
+        let Some(spikes) = &self.spikes else { return Ok(None) };
+        SpikesRef::new(self.layout.shape, words(&bytes[spikes.clone()])?).map(Some)
     }
 
     pub(crate) fn check_len(&self, bytes: &[u8]) -> Result<(), CoreError> {
@@ -88,14 +95,15 @@ impl BlockExtent {
         Err(CoreError::Mismatch { what: "the bytes of a block", expected: self.len_bytes, actual: bytes.len() })
     }
 
-    /// Turns halves read from a file, which are little-endian, into those of this machine.
+    /// Turns words read from a file, which are little-endian, into those of this machine.
     fn make_native(&self, bytes: &mut [u8]) {
         if cfg!(target_endian = "little") {
             return;
         }
-        for factor in self.basis.iter().chain([&self.coefficients]) {
-            let halves = factor.scales.as_ref().unwrap_or(&factor.values);
-            bytes[halves.clone()].chunks_exact_mut(2).for_each(|half| half.swap(0, 1));
+        let factors = self.basis.iter().chain([&self.coefficients]);
+        let halves = factors.map(|factor| factor.scales.as_ref().unwrap_or(&factor.values));
+        for words in halves.chain(&self.spikes) {
+            bytes[words.clone()].chunks_exact_mut(2).for_each(|word| word.swap(0, 1));
         }
     }
 }
@@ -104,19 +112,20 @@ impl FactorExtent {
     fn view<'a>(&self, bytes: &'a [u8]) -> Result<ValuesRef<'a>, CoreError> {
         let values = &bytes[self.values.clone()];
         Ok(match &self.scales {
-            None if self.only_scales => ValuesRef::Scales(halves(values)?),
-            None => ValuesRef::F16(halves(values)?),
+            None if self.only_scales => ValuesRef::Scales(words(values)?),
+            None => ValuesRef::F16(words(values)?),
             Some(scales) => {
-                ValuesRef::I8 { codes: bytemuck::cast_slice(values), scales: halves(&bytes[scales.clone()])? }
+                ValuesRef::I8 { codes: bytemuck::cast_slice(values), scales: words(&bytes[scales.clone()])? }
             }
         })
     }
 }
 
-fn halves(bytes: &[u8]) -> Result<&[f16], CoreError> {
+/// Bytes as words of 16 bits.
+fn words<T: bytemuck::Pod>(bytes: &[u8]) -> Result<&[T], CoreError> {
     bytemuck::try_cast_slice(bytes).map_err(|_| CoreError::Mismatch {
         what: "the multiple at which the bytes of a block begin in memory",
-        expected: align_of::<f16>(),
+        expected: align_of::<T>(),
         actual: 1,
     })
 }
@@ -146,10 +155,12 @@ impl Catalog {
             signs: range(parts.signs)?,
             basis: parts.basis.map(factor).transpose()?,
             coefficients: factor(parts.coefficients)?,
+            spikes: parts.spikes.map(range).transpose()?,
         })
     }
 
-    /// Reads the bytes of block `block` of weight `weight`, with its signs in `layout`; those of pads stay as they are.
+    /// Reads the bytes of block `block` of weight `weight`, with its signs in `layout`; those of pads stay as they are. Looks at every
+    /// entry of its spikes, once and for all views.
     pub(crate) fn read_block_bytes(
         &self,
         source: &(impl ReadAt + ?Sized),
@@ -162,7 +173,8 @@ impl Catalog {
         let parts: BlockParts = self.block_parts(weight, block)?;
         let extent = self.block_extent(weight, block)?;
         let info = &self.weights[weight];
-        extent.check_len(bytes).map_err(|source| FormatError::Block { weight: info.name.clone(), block, source })?;
+        let invalid = |source| FormatError::Block { weight: info.name.clone(), block, source };
+        extent.check_len(bytes).map_err(invalid)?;
         let start = self.tensors[parts.signs].offset_bytes;
         let shape = (layout == SignLayout::Strips).then_some(extent.layout.shape);
         match verify {
@@ -187,7 +199,7 @@ impl Catalog {
             }
         }
         extent.make_native(bytes);
-        Ok(())
+        extent.view_spikes(bytes).and_then(|spikes| spikes.map_or(Ok(()), SpikesRef::check)).map_err(invalid)
     }
 }
 

@@ -231,7 +231,7 @@ struct RawTensor<'a> {
 impl RawTensor<'_> {
     fn info(&self, name: String) -> Result<TensorInfo, FormatError> {
         let Some(dtype) = Dtype::from_name(&self.dtype) else {
-            return Err(wrong(&name, "dtype", printable(&self.dtype), "U8, I8, F16, BF16 or F32"));
+            return Err(wrong(&name, "dtype", printable(&self.dtype), "U8, I8, U16, F16, BF16 or F32"));
         };
         let Ok(shape) = self.shape.as_slice().iter().map(|&dim| usize::try_from(dim)).collect::<Result<Vec<_>, _>>()
         else {

@@ -2,7 +2,7 @@
 
 use crate::catalog::{
     BASE_DTYPES, BASIS, BlockParts, COEFFICIENTS, Catalog, FACTOR_DTYPES, FILE_PREFIX, FactorParts, PAD_PREFIX,
-    SCALE_SUFFIX, SIGNS, Stored, check_model_name, check_name, check_weight_name, part_name,
+    SCALE_SUFFIX, SIGNS, SPIKES, Stored, check_model_name, check_name, check_weight_name, part_name,
 };
 use crate::header::{
     AFTER_VERSION, HASH_DIGITS, HASH_OFFSET, Header, HeaderTensor, LENGTH_BYTES, MAGIC, WeightRecord, header_hash,
@@ -14,7 +14,7 @@ use crate::{
     ALIGNMENT, BlockExtent, BlockKind, BlockSource, Dtype, FormatError, MAX_HEADER_BYTES, ReadAt, Tensor, TensorInfo,
     VERSION, Verify, WeightInfo, order,
 };
-use bitstack_core::{Block, BlockLayout, FactorType, Shape, SignLayout};
+use bitstack_core::{Block, BlockLayout, FactorType, Shape, SignLayout, SpikesRef};
 use bitstack_pack::row_bytes;
 use std::collections::{BTreeMap, HashSet};
 use std::fmt;
@@ -315,8 +315,8 @@ impl<S: ReadAt> StackFile<S> {
     /// unspecified.
     ///
     /// # Errors
-    /// As [`BlockSource::read_block`], except that the values of the block are checked by [`BlockExtent::view`];
-    /// [`FormatError::Block`] when `bytes` is of another length.
+    /// As [`BlockSource::read_block`], except that the signs and factors of the block are checked by [`BlockExtent::view`], and only its
+    /// spikes here; [`FormatError::Block`] when `bytes` is of another length, or begins at an odd address and the block has spikes.
     pub fn read_block_bytes(
         &self,
         weight: usize,
@@ -619,6 +619,16 @@ impl<'a> Places<'a> {
         Ok((FactorType::I8, FactorParts { values, scales: Some(scales), only_scales: false }))
     }
 
+    /// Takes a list of spikes, as long as the tensor says, and long enough to say where its tiles end.
+    fn take_spikes(&mut self, info: &TensorInfo, shape: Shape) -> Result<usize, FormatError> {
+        let least = SpikesRef::least_words(shape);
+        if info.shape.len() != 1 || info.shape[0] < least {
+            let expected = format!("one dimension of at least {least}");
+            return Err(wrong(&info.name, "shape", format!("{:?}", info.shape), expected));
+        }
+        self.take_part(&info.name, &[Dtype::U16], &info.shape)
+    }
+
     fn take_block(&mut self, weight: &WeightInfo, block: usize) -> Result<(BlockLayout, BlockParts), FormatError> {
         let (rows, cols, rank) = (weight.shape.rows(), weight.shape.cols(), weight.rank);
         let part = |part| part_name(&weight.name, block, part);
@@ -638,15 +648,21 @@ impl<'a> Places<'a> {
             let planes = planes_at(1);
             (planes, self.take_factor(&part(COEFFICIENTS), &[rows, planes, rank], &[planes, rank])?)
         };
+        let spikes = match self.peek() {
+            Some(info) if info.name == part(SPIKES) => Some(self.take_spikes(info, weight.shape)?),
+            _ => None,
+        };
         let layout = BlockLayout {
             shape: weight.shape,
             rank,
             planes,
             basis: basis.map(|(factor, _)| factor),
             coefficients: coefficients.0,
-            spike_words: 0,
+            // That only block 1 has them is checked with the weight.
+            spike_words: spikes.map_or(0, |i| self.tensors[i].info.shape[0]),
         };
-        Ok((layout, BlockParts { signs, basis: basis.map(|(_, parts)| parts), coefficients: coefficients.1 }))
+        let (basis, coefficients) = (basis.map(|(_, parts)| parts), coefficients.1);
+        Ok((layout, BlockParts { signs, basis, coefficients, spikes }))
     }
 
     fn check_name(&self, info: &TensorInfo, expected: &str) -> Result<(), FormatError> {

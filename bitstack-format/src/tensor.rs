@@ -8,6 +8,8 @@ pub enum Dtype {
     U8,
     /// Signed bytes: the codes of a factor.
     I8,
+    /// Unsigned 16-bit words: a list of spikes.
+    U16,
     /// IEEE half precision.
     F16,
     /// Brain float: the upper half of an `F32`.
@@ -18,13 +20,14 @@ pub enum Dtype {
 
 impl Dtype {
     /// Every type, for lookups.
-    pub const ALL: [Self; 5] = [Self::U8, Self::I8, Self::F16, Self::BF16, Self::F32];
+    pub const ALL: [Self; 6] = [Self::U8, Self::I8, Self::U16, Self::F16, Self::BF16, Self::F32];
 
     /// The name in a safetensors header.
     pub const fn name(self) -> &'static str {
         match self {
             Self::U8 => "U8",
             Self::I8 => "I8",
+            Self::U16 => "U16",
             Self::F16 => "F16",
             Self::BF16 => "BF16",
             Self::F32 => "F32",
@@ -35,7 +38,7 @@ impl Dtype {
     pub const fn bytes(self) -> u64 {
         match self {
             Self::U8 | Self::I8 => 1,
-            Self::F16 | Self::BF16 => 2,
+            Self::U16 | Self::F16 | Self::BF16 => 2,
             Self::F32 => 4,
         }
     }

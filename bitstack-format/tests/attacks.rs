@@ -217,8 +217,17 @@ fn no_value_of_the_tensors_makes_a_panic_or_another_model() {
     let file = samples::file();
     let mut n = 0;
     // The first of each kind: a file, a pad, an unstacked tensor, every part of a block; and the last of all.
-    let kinds =
-        ["file/config.json", "pad.0", "norm.weight", "block.1.signs", "block.1.v", "v_scale", "u_scale", "block.3.u"];
+    let kinds = [
+        "file/config.json",
+        "pad.0",
+        "norm.weight",
+        "block.1.signs",
+        "block.1.v",
+        "v_scale",
+        "u_scale",
+        "block.1.spikes",
+        "block.3.u",
+    ];
     for kind in kinds {
         let forge = Forge::new(&file);
         let at = forge.tensors.iter().position(|(name, _)| name.ends_with(kind)).unwrap();
@@ -405,6 +414,7 @@ fn reading_and_copying_take_one_block_and_a_buffer() {
         planes: 1,
         basis: Some(bitstack_core::FactorType::F16),
         coefficients: bitstack_core::FactorType::F16,
+        spikes: false,
     };
     for _ in 0..16 {
         draft.push_block(w, samples::block(shape, 4, like, &mut numbers).view()).unwrap();

@@ -2,8 +2,9 @@
 
 mod samples;
 
-use bitstack_format::{BlockSource, FormatError, Limits, ReadAt, StackFile};
-use samples::{Forge, header_text, seal};
+use bitstack_core::{FactorType, Shape, SignLayout, Spike, Spikes, f16};
+use bitstack_format::{BlockSource, Draft, FormatError, Limits, ReadAt, StackFile, Verify};
+use samples::{Forge, Like, header_text, seal};
 use serde_json::json;
 
 const Q: &str = "layers.0.q_proj.weight";
@@ -63,13 +64,9 @@ fn whole_tensors_that_make_no_valid_block_are_found() {
         ("pad.0".to_owned(), 0, 1, "not zero"),
     ] {
         let mut forge = Forge::new(&samples::file());
-        let [begin, end] = [0, 1].map(|i| forge.tensor(&name)["data_offsets"][i].as_u64().unwrap() as usize);
+        let begin = forge.tensor(&name)["data_offsets"][0].as_u64().unwrap() as usize;
         forge.data[begin + at] = value;
-        let hash = blake3::hash(&forge.data[begin..end]).to_hex();
-        let position = forge.position(&name);
-        let mut hashes = forge.metadata["blake3"].as_str().unwrap().to_owned();
-        hashes.replace_range(64 * position..64 * (position + 1), &hash);
-        forge.metadata["blake3"] = json!(hashes);
+        forge.rehash(&name);
         let file = StackFile::open(forge.bytes()).unwrap();
         let report = file.verify(&mut |_, _| {}).unwrap();
         assert_eq!(report.damaged.len(), 1, "{name}");
@@ -79,6 +76,67 @@ fn whole_tensors_that_make_no_valid_block_are_found() {
             assert!(matches!(file.read_block(weight, 1), Err(FormatError::Block { .. })));
         }
     }
+}
+
+/// Everything that words of a list of spikes can say and must not, in a file whose hashes are right.
+#[test]
+fn spikes_that_lie_are_refused_however_they_are_read_and_the_weight_is_named() {
+    let shape = Shape::new(70, 40).unwrap();
+    let like = Like { planes: 1, basis: Some(FactorType::F16), coefficients: FactorType::I8, spikes: false };
+    let mut first = samples::block(shape, 1, like, &mut samples::Numbers(9));
+    let sizes = std::array::from_fn(|i| f16::from_f32(1.0 + i as f32));
+    let entries = [Spike { row: 3, col: 35, size: 2 }, Spike { row: 69, col: 39, size: -1 }];
+    first.spikes = Some(Spikes::encode(shape, sizes, &entries).unwrap());
+    let mut draft = Draft::create_on(Vec::new(), "memory");
+    let w = draft.add_weight("w", shape, 1, "sample").unwrap();
+    draft.push_block(w, first.view()).unwrap();
+    let mut file = Vec::new();
+    draft.finish(&[0], &mut file, &mut |_, _| {}).unwrap();
+    let n_words = 15 + 2 * 2 + 4; // bridges before columns 35 and 39
+    assert_eq!(StackFile::open(&file[..]).unwrap().weights()[0].blocks[0].spike_words, n_words);
+
+    let name = "w.block.1.spikes";
+    let refused = |expected: &str, edit: &dyn Fn(&mut Vec<u16>)| {
+        let mut forge = Forge::new(&file);
+        let begin = forge.tensor(name)["data_offsets"][0].as_u64().unwrap() as usize;
+        let mut words: Vec<u16> =
+            forge.data[begin..].chunks_exact(2).map(|b| u16::from_le_bytes([b[0], b[1]])).collect();
+        edit(&mut words);
+        forge.tensor(name)["shape"] = json!([words.len()]);
+        let data = words.iter().flat_map(|word| word.to_le_bytes());
+        forge.data.splice(begin.., data);
+        forge.tensor(name)["data_offsets"][1] = json!(forge.data.len());
+        forge.rehash(name);
+        let file = StackFile::open(forge.bytes()).unwrap();
+        let is_refused = |error: FormatError| {
+            assert!(matches!(&error, FormatError::Block { weight, block: 1, .. } if weight == "w"), "{error}");
+            assert!(error.to_string().contains(expected), "got: {error}\nexpected: {expected}");
+        };
+        is_refused(file.read_block(0, 1).unwrap_err());
+        let report = file.verify(&mut |_, _| {}).unwrap();
+        assert_eq!(report.damaged.len(), 1);
+        assert!(report.damaged[0].reason.contains(expected), "{}", report.damaged[0].reason);
+        let extent = file.block_extent(0, 1).unwrap();
+        let mut halves = vec![0u16; extent.len_bytes().div_ceil(2)];
+        let bytes = &mut bytemuck::cast_slice_mut(&mut halves)[..extent.len_bytes()];
+        for (layout, verify) in [(SignLayout::Rows, Verify::Always), (SignLayout::Strips, Verify::Never)] {
+            is_refused(file.read_block_bytes_in(0, 1, layout, verify, bytes, &mut || {}).unwrap_err());
+        }
+    };
+    let (ends, entries) = (15, 15 + 4);
+    for size in [f16::NAN, f16::INFINITY, f16::NEG_INFINITY, f16::NEG_ONE, f16::NEG_ZERO] {
+        refused("size 14 of a list of spikes is", &|words| words[14] = size.to_bits());
+    }
+    refused("spikes up to the end of a tile, at least must be 3, got 2", &|words| {
+        (words[ends], words[ends + 2]) = (3, 2);
+    });
+    refused("entries of a list of spikes must be 65540, got 4", &|words| words[ends + 3] = 1);
+    refused("entries of a list of spikes must be 4, got 3", &|words| words.truncate(entries + 3)); // one is missing
+    refused("entries of a list of spikes must be 4, got 0", &|words| words.truncate(entries)); // all are
+    refused("entries of a list of spikes must be 4, got 5", &|words| words.push(0)); // one that no tile has
+    refused("entry 3 of a list of spikes has no place in a 70 x 40 weight", &|words| words[entries + 3] += 1); // row 70
+    refused("entry 3 of a list of spikes has no place in a 70 x 40 weight", &|words| words[entries + 3] += 1 << 6); // column 40
+    refused("entry 2 of a list of spikes has no place", &|words| words[entries + 2] |= 63); // a bridge in row 127
 }
 
 #[test]
@@ -186,7 +244,7 @@ fn metadata_that_is_missing_or_wrong_is_rejected() {
     check("0 blocks are fewer than one for each", |f| f.order = json!([]));
     check("position 4: block 3 of weight 1, which has 2", |f| f.order = json!([1, 0, 0, 1, 1]));
 
-    check("0 digits for 30 tensors", |f| f.metadata["blake3"] = json!(""));
+    check("0 digits for 31 tensors", |f| f.metadata["blake3"] = json!(""));
     check("character 0 is not a lower-case hexadecimal digit", |f| {
         let digits = f.metadata["blake3"].as_str().unwrap();
         f.metadata["blake3"] = json!(format!("A{}", &digits[1..]));
@@ -208,7 +266,7 @@ fn tensors_that_are_not_in_their_place_are_rejected() {
         }
     };
     // Types and shapes.
-    check("dtype is F64, expected U8, I8, F16, BF16 or F32", set(signs, "dtype", json!("F64")));
+    check("dtype is F64, expected U8, I8, U16, F16, BF16 or F32", set(signs, "dtype", json!("F64")));
     check("dtype is I8, expected U8", set(signs, "dtype", json!("I8")));
     check("dtype is I8, expected F32 or F16 or BF16", |f| {
         *f.tensor("norm.weight") = json!({"dtype": "I8", "shape": [3]});
@@ -224,11 +282,29 @@ fn tensors_that_are_not_in_their_place_are_rejected() {
         (format!("{Q}.block.1.u"), json!([3])),
         (format!("{Q}.block.2.u_scale"), json!([2, 1])),
         (format!("{Q}.block.3.v_scale"), json!([3])),
+        (format!("{Q}.block.1.spikes"), json!([1, 20])),
+        (format!("{Q}.block.1.spikes"), json!([16])), // 15 sizes and the end of one tile take 17
+        (format!("{Q}.block.1.spikes"), json!([])),
     ] {
         check(&format!("tensor {name}: shape is"), shaped(&name, shape));
     }
     check("brings coefficients for 2 planes; it must be 1 (additive) or 3 (refitted)", |f| {
         f.tensor(&format!("{Q}.block.3.u"))["shape"] = json!([3, 2, 2]);
+        f.lay_out();
+    });
+    check(&format!("tensor {Q}.block.1.spikes: dtype is F16, expected U16"), |f| {
+        f.tensor(&format!("{Q}.block.1.spikes"))["dtype"] = json!("F16");
+    });
+    check(&format!("block 2 of weight {Q}: block 2 has a list of spikes; only block 1 has one"), |f| {
+        let at = f.position(&format!("{Q}.block.2.u_scale"));
+        f.tensors.insert(at + 1, (format!("{Q}.block.2.spikes"), json!({"dtype": "U16", "shape": [17]})));
+        f.lay_out();
+    });
+    check(&format!("expected tensor {Q}.block.2.signs, found {Q}.block.1.spikes"), |f| {
+        let at = f.position(&format!("{Q}.block.1.spikes"));
+        let spikes = f.tensors[at].clone();
+        f.tensors.insert(at, (format!("{Q}.block.1.spikes"), spikes.1));
+        f.tensors[at + 1].0 = format!("{Q}.block.1.spikes ");
         f.lay_out();
     });
     check("the first block of a stack has no basis", |f| {

@@ -56,7 +56,14 @@ fn bytes_of_another_length_or_at_an_odd_address_are_rejected() {
             assert!(matches!(extent.view(&vec![0; n]), Err(CoreError::Mismatch { actual, .. }) if actual == n));
         }
         let bytes = at_phase(&mut buffer, extent.len_bytes(), 1);
-        file.read_block_bytes(w, b, Verify::Always, bytes).unwrap(); // reading needs no alignment
+        // Reading needs no alignment, but to look through spikes does.
+        let read = file.read_block_bytes(w, b, Verify::Always, bytes);
+        match extent.layout().spike_words {
+            0 => read.unwrap(),
+            _ => {
+                assert!(matches!(read, Err(FormatError::Block { source: CoreError::Mismatch { .. }, .. })), "{read:?}")
+            }
+        }
         assert!(matches!(extent.view(bytes), Err(CoreError::Mismatch { expected: 2, actual: 1, .. })));
     }
     assert!(matches!(file.block_extent(9, 1), Err(FormatError::NoSuchWeight { weight: 9, .. })));
@@ -90,8 +97,14 @@ fn a_changed_byte_anywhere_in_a_block_is_noticed_with_verification_and_only_with
                 assert!(name.starts_with(&format!("{}.block.{b}.", file.weights()[w].name)), "{name}");
                 n_noticed += 1;
             }
-            bad.read_block_bytes(w, b, Verify::Never, &mut bytes).unwrap();
-            assert_ne!(bytes, original);
+            match bad.read_block_bytes(w, b, Verify::Never, &mut bytes) {
+                Ok(()) => assert_ne!(bytes, original),
+                // Spikes are looked through in any case.
+                Err(error) => {
+                    assert!(matches!(error, FormatError::Block { .. }), "{error}");
+                    assert!(extent.layout().spike_words > 0);
+                }
+            }
         }
         // Pads within a block are not read for use: they are checked by `verify`.
         assert_eq!(n_noticed as u64, file.weights()[w].block_bytes(b).unwrap());
@@ -137,9 +150,9 @@ fn a_large_block_is_read_by_pieces_with_a_call_after_each() {
             self.0.read_exact_at(buf, offset_bytes)
         }
     }
-    // Signs of 280 KiB.
+    // Signs of 280 KiB, and spikes.
     let shape = Shape::new(1120, 2048).unwrap();
-    let like = samples::Like { planes: 1, basis: Some(FactorType::F16), coefficients: FactorType::F16 };
+    let like = samples::Like { planes: 1, basis: Some(FactorType::F16), coefficients: FactorType::F16, spikes: true };
     let block = samples::block(shape, 1, like, &mut samples::Numbers(1));
     let mut draft = Draft::create_on(Vec::new(), "memory");
     let w = draft.add_weight("w", shape, 1, "sample").unwrap();
@@ -151,8 +164,8 @@ fn a_large_block_is_read_by_pieces_with_a_call_after_each() {
     let file = StackFile::open(source.clone()).unwrap();
     let extent = file.block_extent(0, 1).unwrap();
     let (len, signs) = (extent.len_bytes(), [256 << 10, 24 << 10]);
-    // As it is, at once; in strips, and what is not signs after them. With hashes tensor by tensor: signs, basis, coefficients.
-    let hashed = [&signs[..], &[2 * 2048, 2 * 1120]].concat();
+    // As it is, at once; in strips, and what is not signs after them. With hashes tensor by tensor: signs, basis, coefficients, spikes.
+    let hashed = [&signs[..], &[2 * 2048, 2 * 1120, 2 * extent.layout().spike_words]].concat();
     for (layout, verify, expected) in [
         (SignLayout::Rows, Verify::Never, vec![256 << 10, len - (256 << 10)]),
         (SignLayout::Rows, Verify::Always, hashed.clone()),

@@ -2,7 +2,7 @@
 
 mod samples;
 
-use bitstack_core::{FactorType, Shape, ValuesRef};
+use bitstack_core::{Block, FactorType, Shape, Spike, Spikes, ValuesRef, f16};
 use bitstack_format::{BlockSource, Draft, Dtype, Existing, FormatError, StackFile, write_atomically};
 use samples::{Like, Numbers};
 
@@ -16,14 +16,14 @@ struct Golden {
     make: fn() -> Vec<u8>,
 }
 
-const GOLDEN: [Golden; 5] = [
+const GOLDEN: [Golden; 6] = [
     // Two weights with every kind of block, unstacked tensors, companion files, provenance.
     Golden {
         name: "v1.bitstack",
         bytes: include_bytes!("golden/v1.bitstack"),
         bytes_blake3: "945182af2239b9bfb223c2719af809bdb55808610f714481266d4f4724774100",
         contents_blake3: "feb672ed9bc71f7aae675962e13eed22ab6918369fb197a46009fe6e80fc21e5",
-        make: samples::file,
+        make: samples::file_without_spikes,
     },
     // One weight of 1 x 1 and nothing else: the listing in FORMAT.md.
     Golden {
@@ -51,6 +51,14 @@ const GOLDEN: [Golden; 5] = [
         contents_blake3: "ae90a8cc4f24bcaf8efa786d3c2e1f2b96cfcd2d0ead9e7622e92c4d9e17d1d3",
         make: scales,
     },
+    // Spikes beside 8-bit factors and beside halves: in several tiles, across gaps, twice at one place; and a list without entries.
+    Golden {
+        name: "v1-spikes.bitstack",
+        bytes: include_bytes!("golden/v1-spikes.bitstack"),
+        bytes_blake3: "19f62529409bc2005dd47c978296bff55a3beef6aadf957f7a52645f868ad996",
+        contents_blake3: "0499e69c89376ebf29f54a22d24998e0caa864335d813b95288e4becc97228c6",
+        make: spikes,
+    },
     // The first, cut in the middle of its last block.
     Golden {
         name: "v1-cut.bitstack",
@@ -75,7 +83,7 @@ fn refitted() -> Vec<u8> {
         let w = draft.add_weight(name, shape, 1, "nested").unwrap();
         for number in 1..=8 {
             let basis = (number == 1).then_some(factor);
-            let like = Like { planes: number, basis, coefficients: factor };
+            let like = Like { planes: number, basis, coefficients: factor, spikes: false };
             draft.push_block(w, samples::block(shape, 1, like, &mut numbers).view()).unwrap();
         }
     }
@@ -92,11 +100,13 @@ fn scales() -> Vec<u8> {
         let w = draft.add_weight(name, shape, rank, "nested").unwrap();
         for number in 1..=4 {
             let like = match (rank, number) {
-                (_, 1) => Like { planes: 1, basis: Some(FactorType::I8), coefficients: FactorType::I8 },
-                (1, _) => Like { planes: number, basis: None, coefficients: FactorType::Scales },
-                (_, 2) => Like { planes: 1, basis: None, coefficients: FactorType::Scales },
-                (_, 3) => Like { planes: 3, basis: None, coefficients: FactorType::F16 },
-                (_, _) => Like { planes: 1, basis: Some(FactorType::F16), coefficients: FactorType::Scales },
+                (_, 1) => Like { planes: 1, basis: Some(FactorType::I8), coefficients: FactorType::I8, spikes: false },
+                (1, _) => Like { planes: number, basis: None, coefficients: FactorType::Scales, spikes: false },
+                (_, 2) => Like { planes: 1, basis: None, coefficients: FactorType::Scales, spikes: false },
+                (_, 3) => Like { planes: 3, basis: None, coefficients: FactorType::F16, spikes: false },
+                (_, _) => {
+                    Like { planes: 1, basis: Some(FactorType::F16), coefficients: FactorType::Scales, spikes: false }
+                }
             };
             draft.push_block(w, samples::block(shape, rank, like, &mut numbers).view()).unwrap();
         }
@@ -106,8 +116,42 @@ fn scales() -> Vec<u8> {
     bytes
 }
 
+/// Where the spikes of the weights of [`spikes`] are, in the order of their lists.
+const PLACES: [&[Spike]; 2] = [
+    &[
+        Spike { row: 5, col: 0, size: 1 },
+        Spike { row: 7, col: 31, size: -2 },
+        Spike { row: 0, col: 63, size: 15 },
+        Spike { row: 63, col: 63, size: 3 },
+        Spike { row: 64, col: 99, size: -15 },
+        Spike { row: 64, col: 99, size: 4 },
+        Spike { row: 129, col: 7, size: 8 },
+    ],
+    &[],
+];
+
+fn spikes() -> Vec<u8> {
+    let mut draft = Draft::create_on(Vec::new(), "memory");
+    let mut numbers = Numbers(7);
+    for ((name, rows, cols, factor), places) in
+        [("tiles", 130, 100, FactorType::I8), ("none", 3, 5, FactorType::F16)].into_iter().zip(PLACES)
+    {
+        let shape = Shape::new(rows, cols).unwrap();
+        let w = draft.add_weight(name, shape, 1, "nested").unwrap();
+        let like = |basis| Like { planes: 1, basis, coefficients: factor, spikes: false };
+        let sizes = std::array::from_fn(|i| f16::from_f32(2.0 + 0.5 * i as f32));
+        let list = Spikes::encode(shape, sizes, places).unwrap();
+        let first = samples::block(shape, 1, like(Some(factor)), &mut numbers);
+        draft.push_block(w, Block { spikes: Some(list), ..first }.view()).unwrap();
+        draft.push_block(w, samples::block(shape, 1, like(None), &mut numbers).view()).unwrap();
+    }
+    let mut bytes = Vec::new();
+    draft.finish(&[1, 0, 0, 1], &mut bytes, &mut |_, _| {}).unwrap();
+    bytes
+}
+
 fn cut() -> Vec<u8> {
-    let mut bytes = samples::file();
+    let mut bytes = samples::file_without_spikes();
     bytes.truncate(bytes.len() - 3);
     bytes
 }
@@ -156,6 +200,9 @@ fn contents_hash(bytes: &[u8]) -> String {
                 }
             }
             add(&number(block.coefficients.planes()));
+            if let Some(spikes) = block.spikes {
+                spikes.words().iter().for_each(|word| add(&word.to_le_bytes()));
+            }
         }
     }
     hasher.finalize().to_string()
@@ -182,13 +229,30 @@ fn the_first_golden_file_shows_the_sample() {
         let info = &file.weights()[w];
         assert_eq!((info.name.as_str(), info.shape, info.rank, info.method.as_str()), (name, shape, rank, "avd"));
         for (i, block) in blocks.iter().enumerate() {
-            assert_eq!(&file.read_block(w, i + 1).unwrap(), block);
+            let without = Block { spikes: None, ..block.clone() };
+            assert_eq!(file.read_block(w, i + 1).unwrap(), without);
         }
     }
     assert_eq!(file.read_file("config.json").unwrap(), samples::CONFIG);
     assert_eq!(file.read_file("tokenizer.json").unwrap(), samples::TOKENIZER);
     assert_eq!(file.read_tensor("norm.weight").unwrap().data[..4], 1.0f32.to_le_bytes());
     assert_eq!(file.provenance()["options"], "--blocks 3");
+}
+
+#[test]
+fn the_golden_file_with_spikes_shows_them_where_they_were_put() {
+    let golden = GOLDEN.iter().find(|golden| golden.name == "v1-spikes.bitstack").unwrap();
+    let file = StackFile::open(golden.bytes).unwrap();
+    for (w, places) in PLACES.into_iter().enumerate() {
+        let block = file.read_block(w, 1).unwrap();
+        let list = block.view().spikes.unwrap();
+        let found: Vec<_> = (0..list.n_tiles()).flat_map(|tile| list.entries(tile)).collect();
+        let value = |size: i8| f32::from(size.signum()) * (1.5 + 0.5 * f32::from(size.unsigned_abs()));
+        let mut expected: Vec<_> = places.iter().map(|e| (e.row, e.col, value(e.size))).collect();
+        expected.sort_by_key(|&(row, col, _)| (row / 64, col, row));
+        assert_eq!(found, expected);
+        assert!(file.read_block(w, 2).unwrap().spikes.is_none());
+    }
 }
 
 #[test]

@@ -2,7 +2,7 @@
 
 mod samples;
 
-use bitstack_core::{FactorType, Shape, WeightStack, f16};
+use bitstack_core::{BlockRef, CoreError, FactorType, Shape, SpikesRef, WeightStack, f16};
 use bitstack_format::{
     BlockSource, Draft, Dtype, Existing, FormatError, MAX_HEADER_BYTES, StackFile, Verify, write_atomically,
 };
@@ -195,12 +195,13 @@ fn what_does_not_fit_a_draft_is_rejected_and_changes_nothing() {
     is_tensor(draft.add_weight("x", Shape::new(1, 1).unwrap(), 0, "avd").map(drop));
 
     let (q, shape, numbers) = (0, samples::weights()[0].1, &mut Numbers(7));
-    let like = Like { planes: 1, basis: Some(FactorType::F16), coefficients: FactorType::F16 };
+    let like = Like { planes: 1, basis: Some(FactorType::F16), coefficients: FactorType::F16, spikes: false };
     let other_shape = block(Shape::new(3, 8).unwrap(), 2, like, numbers);
     let other_rank = block(shape, 1, like, numbers);
     let other_planes = block(shape, 2, Like { planes: 3, ..like }, numbers);
     let other_basis = bitstack_core::Block { basis: other_shape.basis.clone(), ..block(shape, 2, like, numbers) };
-    for wrong in [other_shape, other_rank, other_planes, other_basis] {
+    let late_spikes = block(shape, 2, Like { spikes: true, ..like }, numbers);
+    for wrong in [other_shape, other_rank, other_planes, other_basis, late_spikes] {
         let error = draft.push_block(q, wrong.view()).unwrap_err();
         assert!(matches!(error, FormatError::Block { block: 4, .. }), "{error}");
     }
@@ -209,6 +210,20 @@ fn what_does_not_fit_a_draft_is_rejected_and_changes_nothing() {
     assert!(matches!(draft.push_block(fresh, no_basis.view()), Err(FormatError::Block { block: 1, .. })));
     let only_scales = block(shape, 2, Like { coefficients: FactorType::Scales, ..like }, numbers);
     assert!(matches!(draft.push_block(fresh, only_scales.view()), Err(FormatError::Block { block: 1, .. })));
+    let other_spikes = bitstack_core::Block {
+        spikes: Some(samples::spikes(Shape::new(8, 9).unwrap(), numbers)),
+        ..block(shape, 2, like, numbers)
+    };
+    assert!(matches!(draft.push_block(fresh, other_spikes.view()), Err(FormatError::Block { block: 1, .. })));
+    // Words of which nobody looked at the entries: one in row 3 of 3.
+    let spikes = samples::spikes(shape, &mut Numbers(0));
+    let mut words = spikes.view().words()[..17].to_vec();
+    words.push(3);
+    words[15] = 1;
+    let unchecked = block(shape, 2, like, numbers);
+    let unchecked = BlockRef { spikes: Some(SpikesRef::new(shape, &words).unwrap()), ..unchecked.view() };
+    let error = draft.push_block(fresh, unchecked).unwrap_err();
+    assert!(matches!(error, FormatError::Block { block: 1, source: CoreError::SpikePlace { index: 0, .. }, .. }));
     assert!(matches!(draft.push_block(9, no_basis.view()), Err(FormatError::NoSuchWeight { weight: 9, .. })));
     // A weight without blocks cannot be in an order, and one without mention is no model.
     let error = draft.finish(&samples::ORDER, std::io::sink(), &mut |_, _| {}).unwrap_err();
@@ -222,7 +237,7 @@ fn a_block_whose_name_is_taken_leaves_the_draft_as_it_was() {
     // Taken by another tensor, which no real model has.
     draft.push_base("w.block.1.u", Dtype::F32, &[1], &[0; 4]).unwrap();
     let w = draft.add_weight("w", shape, 1, "avd").unwrap();
-    let like = Like { planes: 1, basis: Some(FactorType::F16), coefficients: FactorType::F16 };
+    let like = Like { planes: 1, basis: Some(FactorType::F16), coefficients: FactorType::F16, spikes: false };
     let block = block(shape, 1, like, &mut Numbers(3));
     for _ in 0..2 {
         let error = draft.push_block(w, block.view()).unwrap_err();
@@ -238,7 +253,7 @@ fn a_weight_whose_parts_could_not_be_read_is_rejected() {
     // Its parts would be named as pads are.
     assert!(matches!(draft.add_weight("pad", shape, 1, "avd"), Err(FormatError::Name { what: "weight", .. })));
     // The longest of its parts' names, with `.block.1.u_scale`, may have 1024 bytes.
-    let like = Like { planes: 1, basis: Some(FactorType::I8), coefficients: FactorType::I8 };
+    let like = Like { planes: 1, basis: Some(FactorType::I8), coefficients: FactorType::I8, spikes: false };
     let block = block(shape, 1, like, &mut Numbers(3));
     for (len, fits) in [(1008, true), (1009, false), (1024, false)] {
         let w = draft.add_weight(&"x".repeat(len), shape, 1, "avd").unwrap();
@@ -263,11 +278,12 @@ fn a_header_that_no_reader_would_take_is_not_written() {
 
 fn any_like(block: usize) -> impl Strategy<Value = Like> {
     let factor = || prop_oneof![Just(FactorType::F16), Just(FactorType::I8)];
-    (any::<bool>(), any::<bool>(), any::<bool>(), factor(), factor()).prop_map(
-        move |(refitted, shared, only_scales, v, u)| Like {
+    (any::<bool>(), any::<bool>(), any::<bool>(), any::<bool>(), factor(), factor()).prop_map(
+        move |(refitted, shared, only_scales, spikes, v, u)| Like {
             planes: if refitted { block } else { 1 },
             basis: (block == 1 || !shared).then_some(v),
             coefficients: if block > 1 && only_scales { FactorType::Scales } else { u },
+            spikes: block == 1 && spikes,
         },
     )
 }

@@ -122,8 +122,8 @@ pub fn export_dense<S: BlockSource + Sync + ?Sized>(
 /// the tensors and files that [`crate::import`] reads, with the same bits. Returns the bytes of all tensors.
 ///
 /// # Errors
-/// [`LlmError::NotInReferenceLayout`] for a weight outside the layers and for blocks that are not additive, share a basis, or are stored in
-/// 8 bits; [`LlmError::NotACheckpoint`]; orders that are not those of these blocks; damaged blocks; failures to write.
+/// [`LlmError::NotInReferenceLayout`] for a weight outside the layers and for blocks that are not additive, share a basis, are stored in
+/// 8 bits, or have spikes; [`LlmError::NotACheckpoint`]; orders that are not those of these blocks; damaged blocks; failures to write.
 pub fn export_reference<S: BlockSource + Sync + ?Sized>(
     source: &S,
     order: &[u32],
@@ -173,6 +173,10 @@ pub fn export_reference<S: BlockSource + Sync + ?Sized>(
                     (true, _) => format!("the factors of block {block} are stored in 8 bits"),
                 };
                 return Err(refused(format!("{what}; compress with --method avd")));
+            }
+            if layout.spike_words > 0 {
+                let what = "it has spikes, for which there is no place in that layout";
+                return Err(refused(format!("{what}; export --as hf writes them into the weights")));
             }
             let part = |part| format!("{}.block.{block}.{part}", info.name);
             let name = |part| part_name(&info.name, part, block - 1);

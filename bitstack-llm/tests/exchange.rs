@@ -1,7 +1,7 @@
 //! Checkpoints of the published implementation, in and out, and dense checkpoints out.
 #![expect(clippy::print_stdout, reason = "a test that is skipped says so")]
 
-use bitstack_core::{Basis, Block, Coefficients, Shape, SignMatrix, Values};
+use bitstack_core::{Basis, Block, Coefficients, Shape, SignMatrix, Spike, Spikes, Values};
 use bitstack_format::{BlockSource, Draft, Existing, FormatError, StackFile};
 use bitstack_llm::stack::StackModel;
 use bitstack_llm::{
@@ -478,6 +478,57 @@ fn blocks_that_share_a_basis_are_not_in_the_published_layout() {
     assert!(export(&[0]).is_ok());
     assert!(matches!(export(&[0, 1]), Err(LlmError::Format(FormatError::NoSuchWeight { weight: 1, n_weights: 1 }))));
     assert!(matches!(export(&[]), Err(LlmError::Format(FormatError::Order { position: 0, .. }))));
+}
+
+#[test]
+fn spikes_are_not_in_the_published_layout_and_are_in_a_dense_export() {
+    let source = &imported(&reference()).unwrap().draft;
+    let mut draft = Draft::create_on(Vec::new(), "memory");
+    for file in source.files() {
+        draft.push_file(&file.name, &source.read_file(&file.name).unwrap()).unwrap();
+    }
+    for info in source.base_tensors() {
+        let tensor = source.read_tensor(&info.name).unwrap();
+        draft.push_base(&info.name, tensor.dtype, &tensor.shape, &tensor.data).unwrap();
+    }
+    // One spike, in one weight, of two units of its envelope.
+    let spiked = source.weights().iter().position(|w| w.name.ends_with("down_proj")).unwrap();
+    for (w, info) in source.weights().iter().enumerate() {
+        draft.add_weight(&info.name, info.shape, info.rank, &info.method).unwrap();
+        let mut block = source.read_block(w, 1).unwrap();
+        if w == spiked {
+            let sizes = [half::f16::from_f32(2.0); 15];
+            let entries = [Spike { row: 1, col: 2, size: -1 }];
+            block.spikes = Some(Spikes::encode(info.shape, sizes, &entries).unwrap());
+        }
+        draft.push_block(w, block.view()).unwrap();
+    }
+    let info = &source.weights()[spiked];
+    let home = tempfile::tempdir().unwrap();
+    let out = home.path().join("out");
+    let order: Vec<u32> = (0..source.weights().len() as u32).collect();
+    let error = export_reference(&draft, &order, &out, &ExportOptions::default(), &()).unwrap_err();
+    assert!(matches!(&error, LlmError::NotInReferenceLayout { name, .. } if *name == info.name), "{error}");
+    let error = error.to_string();
+    assert!(error.contains("spikes") && error.contains("export --as hf"), "{error}");
+    assert!(!out.exists());
+
+    let dense = |source: &Draft, dir: &Path| {
+        let levels = vec![1; source.weights().len()];
+        export_dense(source, &levels, Some(FloatType::F32), dir, &ExportOptions::default(), &()).unwrap();
+        let bytes = fs::read(dir.join("model.safetensors")).unwrap();
+        let tensors = SafeTensors::deserialize(&bytes).unwrap();
+        let data = tensors.tensor(&format!("{}.weight", info.name)).unwrap().data().to_vec();
+        data.chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect::<Vec<_>>()
+    };
+    let (with, without) = (dense(&draft, &out), dense(source, &home.path().join("without")));
+    let first = source.read_block(spiked, 1).unwrap();
+    let unit = first.coefficients.view().get(1, 0, 0) * first.basis.as_ref().unwrap().view().get(0, 2);
+    let at = info.shape.cols() + 2;
+    for (i, (with, without)) in with.iter().zip(&without).enumerate() {
+        // The spike is added last, in f32, exactly as here.
+        assert_eq!(*with, if i == at { without - 2.0 * unit } else { *without }, "value {i}");
+    }
 }
 
 /// A companion file may have any plain name, and so that of a file which export writes itself.

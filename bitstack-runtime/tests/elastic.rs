@@ -42,6 +42,32 @@ fn every_budget_gives_its_plan_and_the_products_of_its_levels_in_every_layout() 
 }
 
 #[test]
+fn spikes_are_resident_bytes_of_block_1_and_part_of_every_size() {
+    let bytes = stacks::small();
+    let file = StackFile::open(bytes.clone()).unwrap();
+    for signs in [SignLayout::Rows, SignLayout::Strips] {
+        let model = open(bytes.clone(), u64::MAX, Options { signs, ..Options::default() });
+        for budget in [model.order().total_bytes(), model.order().minimum_bytes()] {
+            model.set_budget(budget).unwrap();
+            let snapshot = model.snapshot();
+            for (w, info) in file.weights().iter().enumerate() {
+                let block = file.read_block(w, 1).unwrap();
+                assert_eq!(block.spikes.is_some(), w != 1);
+                let level = snapshot.level(w).unwrap();
+                assert_eq!(level.spikes().map(|s| s.list), block.view().spikes);
+                // Signs, basis and coefficients in halves, spikes.
+                let (rows, cols) = (info.shape.rows(), info.shape.cols());
+                let words = block.view().spikes.map_or(0, |s| s.words().len());
+                let expected = rows * cols.div_ceil(8) + 2 * cols + 2 * rows + 2 * words;
+                assert_eq!(info.block_bytes(1), Some(expected as u64));
+            }
+        }
+        let first: u64 = file.block_sizes().iter().map(|blocks| blocks[0]).sum();
+        assert_eq!(model.status().resident_bytes, file.base_bytes() + first);
+    }
+}
+
+#[test]
 fn allocated_bytes_are_those_of_the_blocks_in_whole_pages() {
     let bytes = stacks::small();
     let model = open(bytes.clone(), u64::MAX, TRUSTED);

@@ -2,7 +2,7 @@
 
 mod stacks;
 
-use bitstack_format::{FormatError, StackFile};
+use bitstack_format::{BlockSource, FormatError, StackFile};
 use bitstack_runtime::{Elastic, Options, RuntimeError, Start, Verify};
 use stacks::{Beyond, Gate, open, products, products_of};
 use std::sync::Arc;
@@ -127,6 +127,28 @@ fn smaller_budget_after_an_error_is_no_error() {
     model.wait().unwrap();
     assert!(model.status().error.is_none() && !model.status().loading);
     assert_eq!(model.snapshot().levels(), [1; 4]);
+}
+
+#[test]
+fn spikes_outside_their_weight_are_an_error_that_names_block_and_weight_in_storage_that_is_trusted() {
+    let bytes = stacks::small();
+    let file = StackFile::open(bytes.clone()).unwrap();
+    // The last entry of weight 2, of 8 rows: moved to row 63 of its tile.
+    let name = "layers.2.weight.block.1.spikes";
+    let words = file.read_tensor(name).unwrap().data;
+    let at = bytes.windows(words.len()).position(|w| w == words).unwrap() + words.len() - 2;
+    let mut bad = bytes;
+    bad[at] |= 63;
+    for verify in [Verify::Never, Verify::Always] {
+        let file = StackFile::open(bad.clone()).unwrap();
+        let error = Elastic::open(file, u64::MAX, Options { verify, ..Options::default() }).unwrap_err();
+        assert!(
+            matches!(&error, RuntimeError::Block { block: 1, weight, .. } if weight == "layers.2.weight"),
+            "{error}"
+        );
+        let expected = if verify == Verify::Never { "entry 8 of a list of spikes has no place" } else { name };
+        assert!(error.to_string().contains(expected), "{error}");
+    }
 }
 
 #[test]

@@ -5,7 +5,7 @@
 #![no_main]
 
 use arbitrary::Arbitrary;
-use bitstack_core::{Basis, Block, Coefficients, Shape, SignMatrix, Values, f16};
+use bitstack_core::{Basis, Block, Coefficients, SPIKE_SIZES, Shape, SignMatrix, Spike, Spikes, Values, f16};
 use bitstack_format::{BlockSource, Draft, Dtype, FormatError, StackFile};
 use bitstack_fuzz::{exercise, seal};
 use libfuzzer_sys::fuzz_target;
@@ -21,6 +21,8 @@ struct Input {
     order: Vec<u8>,
     breaks: Vec<Break>,
     seal: bool,
+    /// By weight, the words of its spikes.
+    spikes: Vec<Vec<u16>>,
 }
 
 #[derive(Debug, Arbitrary)]
@@ -88,6 +90,20 @@ fn block(shape: Shape, rank: usize, number: usize, kind: &Kind) -> Block {
     }
 }
 
+/// Words as they are, where they are a list of spikes; else each of them as an entry somewhere, and the first ones as sizes too.
+fn spikes(shape: Shape, words: &[u16]) -> Spikes {
+    Spikes::new(shape, words.to_vec()).unwrap_or_else(|_| {
+        let size = |i: usize| f16::from_bits(words.get(i).copied().unwrap_or(0) & 0x7bff);
+        let entry = |&word: &u16| {
+            let (row, col) = (usize::from(word) % shape.rows(), usize::from(word >> 4) % shape.cols());
+            let size = 1 + (word >> 10) as i8 % SPIKE_SIZES as i8;
+            Spike { row, col, size: if word & 8 == 0 { size } else { -size } }
+        };
+        let entries: Vec<Spike> = words.iter().take(64).map(entry).collect();
+        Spikes::encode(shape, std::array::from_fn(size), &entries).expect("finite sizes, entries within the weight")
+    })
+}
+
 fuzz_target!(|input: Input| {
     let mut draft = Draft::create_on(Vec::new(), "memory");
     // Names are the input's: whatever the draft accepts must come out of the file.
@@ -115,7 +131,10 @@ fuzz_target!(|input: Input| {
         let w = blocks.len();
         blocks.push(Vec::new());
         for kind in weight.blocks.iter().take(5) {
-            let block = block(shape, rank, blocks[w].len() + 1, kind);
+            let mut block = block(shape, rank, blocks[w].len() + 1, kind);
+            if blocks[w].is_empty() {
+                block.spikes = input.spikes.get(w).map(|words| spikes(shape, words));
+            }
             match draft.push_block(w, block.view()) {
                 Ok(()) => blocks[w].push(block),
                 // A name of an unstacked tensor or a weight may be that of a part of the block.

@@ -1,7 +1,9 @@
 //! Small stacks with every feature of the format, and a forge that makes files no writer would write.
 #![allow(dead_code, reason = "every test file uses its own part of this")]
 
-use bitstack_core::{Basis, Block, Coefficients, FactorType, Shape, SignMatrix, Values, f16};
+use bitstack_core::{
+    Basis, Block, Coefficients, FactorType, SPIKE_SIZES, Shape, SignMatrix, Spike, Spikes, Values, f16,
+};
 use bitstack_format::{Draft, Dtype, FormatError};
 use serde_json::{Map, Value, json};
 
@@ -37,6 +39,7 @@ pub(crate) struct Like {
     pub(crate) planes: usize,
     pub(crate) basis: Option<FactorType>,
     pub(crate) coefficients: FactorType,
+    pub(crate) spikes: bool,
 }
 
 pub(crate) fn block(shape: Shape, rank: usize, like: Like, numbers: &mut Numbers) -> Block {
@@ -50,14 +53,30 @@ pub(crate) fn block(shape: Shape, rank: usize, like: Like, numbers: &mut Numbers
             let values = numbers.values(like.coefficients, rows * vectors, vectors);
             Coefficients::new(rows, like.planes, rank, values).unwrap()
         },
-        spikes: None,
+        // From numbers of their own: a block without them is otherwise the same.
+        spikes: like.spikes.then(|| spikes(shape, &mut Numbers(numbers.0))),
     }
+}
+
+/// Up to seven spikes, some perhaps at one place.
+pub(crate) fn spikes(shape: Shape, numbers: &mut Numbers) -> Spikes {
+    let sizes: [f16; SPIKE_SIZES] = std::array::from_fn(|i| f16::from_f32(3.0 + i as f32));
+    let n = numbers.next() % 8;
+    let entries: Vec<Spike> = (0..n)
+        .map(|_| {
+            let [row, col] = [shape.rows(), shape.cols()].map(|n| numbers.next() as usize % n);
+            let size = 1 + (numbers.next() % 15) as i8;
+            Spike { row, col, size: if numbers.next().is_multiple_of(2) { size } else { -size } }
+        })
+        .collect();
+    Spikes::encode(shape, sizes, &entries).unwrap()
 }
 
 /// A weight of a sample: name, shape, rank, blocks.
 pub(crate) type Weight = (&'static str, Shape, usize, Vec<Block>);
 
-/// Two weights with every kind of block: f16 and 8-bit factors, own and shared bases, additive and refitted coefficients, odd sizes.
+/// Two weights with every kind of block: f16 and 8-bit factors, own and shared bases, additive and refitted coefficients, with and without
+/// spikes, odd sizes.
 pub(crate) fn weights() -> Vec<Weight> {
     use FactorType::{F16, I8};
     let mut numbers = Numbers(1);
@@ -72,9 +91,9 @@ pub(crate) fn weights() -> Vec<Weight> {
             9,
             2,
             &[
-                Like { planes: 1, basis: Some(F16), coefficients: F16 },
-                Like { planes: 2, basis: None, coefficients: I8 },
-                Like { planes: 1, basis: Some(I8), coefficients: F16 },
+                Like { planes: 1, basis: Some(F16), coefficients: F16, spikes: true },
+                Like { planes: 2, basis: None, coefficients: I8, spikes: false },
+                Like { planes: 1, basis: Some(I8), coefficients: F16, spikes: false },
             ],
         ),
         weight(
@@ -83,8 +102,8 @@ pub(crate) fn weights() -> Vec<Weight> {
             7,
             1,
             &[
-                Like { planes: 1, basis: Some(I8), coefficients: I8 },
-                Like { planes: 2, basis: None, coefficients: F16 },
+                Like { planes: 1, basis: Some(I8), coefficients: I8, spikes: false },
+                Like { planes: 2, basis: None, coefficients: F16, spikes: false },
             ],
         ),
     ]
@@ -101,6 +120,14 @@ pub(crate) type Step<'a> = &'a dyn Fn(&mut Draft) -> Result<(), FormatError>;
 
 /// Puts the sample into a draft step by step, each step taken by `attempt`.
 pub(crate) fn fill(draft: &mut Draft, attempt: &mut dyn FnMut(&mut Draft, Step<'_>) -> Result<(), FormatError>) {
+    fill_with(weights(), draft, attempt);
+}
+
+fn fill_with(
+    weights: Vec<Weight>,
+    draft: &mut Draft,
+    attempt: &mut dyn FnMut(&mut Draft, Step<'_>) -> Result<(), FormatError>,
+) {
     draft.set_provenance("source", "a sample \"model\"\n").unwrap();
     draft.set_provenance("options", "--blocks 3").unwrap();
     attempt(draft, &|d| d.push_file("config.json", CONFIG)).unwrap();
@@ -109,7 +136,7 @@ pub(crate) fn fill(draft: &mut Draft, attempt: &mut dyn FnMut(&mut Draft, Step<'
     attempt(draft, &|d| d.push_base("norm.weight", Dtype::F32, &[3], &norm)).unwrap();
     let bias = [0x80, 0x3f, 0, 0x40, 0x40, 0x40];
     attempt(draft, &|d| d.push_base("layers.0.q_proj.bias", Dtype::BF16, &[3, 1], &bias)).unwrap();
-    for (name, shape, rank, blocks) in weights() {
+    for (name, shape, rank, blocks) in weights {
         let w = draft.add_weight(name, shape, rank, "avd").unwrap();
         for block in &blocks {
             attempt(draft, &|d| d.push_block(w, block.view())).unwrap();
@@ -128,6 +155,17 @@ pub(crate) fn draft() -> Draft {
 pub(crate) fn file() -> Vec<u8> {
     let mut bytes = Vec::new();
     draft().finish(&ORDER, &mut bytes, &mut |_, _| {}).unwrap();
+    bytes
+}
+
+/// The sample without its spikes, as it was before there were any.
+pub(crate) fn file_without_spikes() -> Vec<u8> {
+    let mut weights = weights();
+    weights.iter_mut().flat_map(|(_, _, _, blocks)| blocks).for_each(|block| block.spikes = None);
+    let mut draft = Draft::create_on(Vec::new(), "memory");
+    fill_with(weights, &mut draft, &mut |draft, step| step(draft));
+    let mut bytes = Vec::new();
+    draft.finish(&ORDER, &mut bytes, &mut |_, _| {}).unwrap();
     bytes
 }
 
@@ -191,7 +229,7 @@ pub(crate) fn seal_bytes(header: &[u8], data: &[u8]) -> Vec<u8> {
 fn len_bytes(tensor: &Value) -> Option<u64> {
     let bytes = match tensor.get("dtype")?.as_str()? {
         "U8" | "I8" => 1,
-        "F16" | "BF16" => 2,
+        "U16" | "F16" | "BF16" => 2,
         "F32" => 4,
         _ => return None,
     };
@@ -247,6 +285,16 @@ impl Forge {
         self.data.resize(offset as usize, 0);
         self.metadata["blake3"] = json!("0".repeat(64 * self.tensors.len()));
         true
+    }
+
+    /// Sets the hash of a tensor right.
+    pub(crate) fn rehash(&mut self, name: &str) {
+        let [begin, end] = [0, 1].map(|i| self.tensor(name)["data_offsets"][i].as_u64().unwrap() as usize);
+        let hash = blake3::hash(&self.data[begin..end]).to_hex();
+        let position = self.position(name);
+        let mut hashes = self.metadata["blake3"].as_str().unwrap().to_owned();
+        hashes.replace_range(64 * position..64 * (position + 1), &hash);
+        self.metadata["blake3"] = json!(hashes);
     }
 
     /// The header's text.

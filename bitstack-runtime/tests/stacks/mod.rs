@@ -1,7 +1,7 @@
 //! Small stacks, and sources that wait, fail or change.
 #![allow(dead_code, reason = "every test file uses its own part of this")]
 
-use bitstack_core::{Basis, Block, Coefficients, Level, Shape, SignMatrix, Values, f16};
+use bitstack_core::{Basis, Block, Coefficients, Level, Shape, SignMatrix, Spike, Spikes, Values, f16};
 use bitstack_format::{BlockSource, Draft, Dtype, ReadAt, StackFile};
 use bitstack_runtime::{Elastic, Options, Snapshot};
 use rand::rngs::StdRng;
@@ -9,14 +9,16 @@ use rand::{RngExt, SeedableRng};
 use std::io;
 use std::sync::{Condvar, Mutex};
 
-/// A stack with one weight for each shape, of `n_blocks` blocks each, some additive, some refitted, with one basis or more.
+/// A stack with one weight for each shape, of `n_blocks` blocks each, some additive, some refitted, with one basis or more; all but the
+/// second have spikes.
 pub(crate) fn stack(shapes: &[(usize, usize)], n_blocks: usize) -> Vec<u8> {
     let mut rng = StdRng::seed_from_u64(7);
     let mut draft = Draft::create_in(std::env::temp_dir()).unwrap();
     draft.push_file("config.json", b"{}").unwrap();
     draft.push_base("norm.weight", Dtype::F32, &[5], &[0; 20]).unwrap();
     for (i, &(rows, cols)) in shapes.iter().enumerate() {
-        let w = draft.add_weight(&format!("layers.{i}.weight"), Shape::new(rows, cols).unwrap(), 1, "sample").unwrap();
+        let shape = Shape::new(rows, cols).unwrap();
+        let w = draft.add_weight(&format!("layers.{i}.weight"), shape, 1, "sample").unwrap();
         for b in 1..=n_blocks {
             let planes = if i % 2 == 0 { b } else { 1 };
             let mut halves = |n: usize| -> Values {
@@ -31,7 +33,16 @@ pub(crate) fn stack(shapes: &[(usize, usize)], n_blocks: usize) -> Vec<u8> {
                     .chunks_exact_mut(cols.div_ceil(8))
                     .for_each(|row| *row.last_mut().unwrap() &= (1 << (cols % 8)) - 1);
             }
-            let block = Block { signs: SignMatrix::from_bytes(rows, cols, bytes).unwrap(), basis, coefficients };
+            let spikes = (b == 1 && i != 1).then(|| {
+                let entries = (0..=rows).map(|row| {
+                    let col = rng.random_range(0..cols);
+                    Spike { row: row % rows, col, size: if row % 2 == 0 { 15 } else { -1 } }
+                });
+                let sizes = std::array::from_fn(|i| f16::from_f32(4.0 + i as f32));
+                Spikes::encode(shape, sizes, &entries.collect::<Vec<_>>()).unwrap()
+            });
+            let signs = SignMatrix::from_bytes(rows, cols, bytes).unwrap();
+            let block = Block { signs, basis, coefficients, spikes };
             draft.push_block(w, block.view()).unwrap();
         }
     }

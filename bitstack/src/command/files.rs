@@ -5,10 +5,17 @@ use super::open::Stack;
 use super::progress::{Reporter, to_stderr};
 use super::{print, size};
 use anyhow::Result;
-use bitstack_format::{BlockSource, Existing, write_atomically};
+use bitstack_core::SpikesRef;
+use bitstack_format::{BlockSource, Existing, WeightInfo, write_atomically};
 use serde_json::json;
 use std::fmt::Write;
 use std::process::ExitCode;
+
+/// The entries in the list of spikes of a weight, and the bytes of the list; both 0 when it has none.
+fn spikes(weight: &WeightInfo) -> (usize, u64) {
+    let words = weight.blocks.first().map_or(0, |block| block.spike_words);
+    (words.saturating_sub(SpikesRef::least_words(weight.shape)), 2 * words as u64)
+}
 
 /// `bitstack inspect`
 pub(crate) fn inspect(args: &Inspect) -> Result<()> {
@@ -19,9 +26,11 @@ pub(crate) fn inspect(args: &Inspect) -> Result<()> {
             .iter()
             .map(|w| {
                 let bytes: Vec<_> = (1..=w.n_blocks()).map(|b| w.block_bytes(b)).collect();
+                let (spikes, spike_bytes) = spikes(w);
                 json!({
                     "name": w.name, "rows": w.shape.rows(), "cols": w.shape.cols(), "rank": w.rank,
                     "method": w.method, "blocks": w.n_blocks(), "block_bytes": bytes,
+                    "spikes": spikes, "spike_bytes": spike_bytes,
                 })
             })
             .collect();
@@ -56,24 +65,27 @@ pub(crate) fn inspect(args: &Inspect) -> Result<()> {
     line("unstacked", format!("{} tensors, {}", stack.file.base_tensors().len(), size::show(stack.bits.base_bytes)));
     line("smallest", format!("{least} bytes resident, {:.3} bits per stacked weight", stack.bits.per_weight(least)));
     line("whole", format!("{most} bytes resident, {:.3} bits per stacked weight", stack.bits.per_weight(most)));
+    let (n_spikes, spike_bytes) = weights.iter().map(spikes).fold((0, 0), |(n, sum), (m, bytes)| (n + m, sum + bytes));
+    line("spikes", format!("{n_spikes} entries, {}, with the first blocks", size::show(spike_bytes)));
     let files: Vec<_> = stack.file.files().iter().map(|f| f.name.as_str()).collect();
     line("files", files.join(", "));
     let width = weights.iter().map(|w| w.name.len()).max().unwrap_or(0).max(6);
     let _ = writeln!(
         out,
-        "\n{:width$}  {:>14}  {:>4}  {:>6}  {:>6}  {:>10}",
-        "weight", "shape", "rank", "method", "blocks", "all blocks"
+        "\n{:width$}  {:>14}  {:>4}  {:>6}  {:>6}  {:>7}  {:>10}",
+        "weight", "shape", "rank", "method", "blocks", "spikes", "all blocks"
     );
     for w in weights {
         let bytes: u64 = (1..=w.n_blocks()).filter_map(|b| w.block_bytes(b)).sum();
         let _ = writeln!(
             out,
-            "{:width$}  {:>14}  {:>4}  {:>6}  {:>6}  {:>10}",
+            "{:width$}  {:>14}  {:>4}  {:>6}  {:>6}  {:>7}  {:>10}",
             w.name,
             w.shape.to_string(),
             w.rank,
             w.method,
             w.n_blocks(),
+            spikes(w).0,
             size::show(bytes)
         );
     }
