@@ -5,8 +5,8 @@ use crate::journal::Units;
 use crate::order::{Curve, Reference};
 use crate::text::{Windows, default_seq_len, with_random_thirds};
 use crate::{
-    Checkpoint, Decoder, LlmError, Progress, SamplingOptions, Tokenizer, WeightRole, WeightSpec, order, quality, sample,
-    stack,
+    Checkpoint, Decoder, LlmError, Progress, SamplingOptions, Tokenizer, WeightRole, WeightSpec, order, quality,
+    sample, stack,
 };
 use bitstack_core::{ActivationStats, Collect, Scales, Shape, WeightStack};
 use bitstack_decomp::{DecomposeOptions, Nested, Parallelism};
@@ -151,7 +151,8 @@ pub struct Compressed {
 /// Compresses a checkpoint.
 ///
 /// `text` is for calibration (first half) and for choosing an order (second half); without it the model writes its own. Nested codes take
-/// every third window of the calibration with tokens drawn at random, so that texts unlike it are served too. Blocks go to a
+/// every third window of the calibration with tokens drawn at random, so that texts unlike it are served too. At last the stack is measured
+/// against the model, from its smallest size to the largest: see [`Quality`](crate::quality::Quality). Blocks go to a
 /// scratch file in the directory `scratch`; a [`Journal`](crate::Journal) keeps them instead, and can go on after a kill.
 ///
 /// One layer is in memory at a time, but for text of the model's own, which all of the model writes.

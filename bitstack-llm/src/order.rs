@@ -255,7 +255,10 @@ pub(crate) fn check_budgets(sizes: &Sizes) -> [u64; CHECKS] {
 }
 
 /// A model of stacks, at these levels.
-pub(crate) fn at_levels<'a, S: BlockSource + Sync + ?Sized>(source: &'a S, levels: &[u32]) -> Result<Streamed<'a>, LlmError> {
+pub(crate) fn at_levels<'a, S: BlockSource + Sync + ?Sized>(
+    source: &'a S,
+    levels: &[u32],
+) -> Result<Streamed<'a>, LlmError> {
     let levels = levels.to_vec();
     Streamed::new(stack::frame(source)?, move |_, spec| stack::weight_at(source, spec, &levels))
 }
