@@ -232,6 +232,7 @@ fn a_run_killed_between_the_output_and_the_end_is_found_complete() {
     let output = ordinary(&out).output().unwrap();
     succeeds(&output);
     assert!(stderr(&output).contains("complete already"));
+    assert!(output.stdout.starts_with(b"resident bytes"), "it says how good it is all the same");
     assert_eq!(names(dir.path()), ["tiny.bitstack"]);
     assert!(fs::read(&out).unwrap() == *bytes);
 }
