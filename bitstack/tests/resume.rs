@@ -51,9 +51,10 @@ fn names(dir: &Path) -> Vec<String> {
     names
 }
 
+/// The file is written; with as few blocks it may be far from its model, which is status 3.
 #[track_caller]
 fn succeeds(output: &Output) {
-    assert_eq!(output.status.code(), Some(0), "{}", stderr(output));
+    assert!(matches!(output.status.code(), Some(0 | 3)), "{}", stderr(output));
 }
 
 #[track_caller]
