@@ -5,7 +5,8 @@ use crate::journal::Units;
 use crate::order::{Curve, Reference};
 use crate::text::{Windows, default_seq_len, with_random_thirds};
 use crate::{
-    Checkpoint, Decoder, LlmError, Progress, SamplingOptions, Tokenizer, WeightRole, WeightSpec, order, sample, stack,
+    Checkpoint, Decoder, LlmError, Progress, SamplingOptions, Tokenizer, WeightRole, WeightSpec, order, quality,
+    sample, stack,
 };
 use bitstack_core::{ActivationStats, Collect, Scales, Shape, WeightStack};
 use bitstack_decomp::{DecomposeOptions, Nested, Parallelism};
@@ -140,7 +141,8 @@ impl Default for CompressOptions {
     }
 }
 
-/// A compressed model, ready to be written: `draft.finish(order.weights(), ..)`.
+/// A compressed model, ready to be written: `draft.finish(order.weights(), ..)`. One that was made by [`compress`] says how good it is:
+/// [`Quality::of`](crate::quality::Quality::of) its draft, or of the file.
 #[derive(Debug)]
 pub struct Compressed {
     /// Blocks, unstacked tensors and companion files.
@@ -152,7 +154,8 @@ pub struct Compressed {
 /// Compresses a checkpoint.
 ///
 /// `text` is for calibration (first half) and for choosing an order (second half); without it the model writes its own. Nested codes take
-/// every third window of the calibration with tokens drawn at random, so that texts unlike it are served too. Blocks go to a
+/// every third window of the calibration with tokens drawn at random, so that texts unlike it are served too. At last the stack is measured
+/// against the model, from its smallest size to the largest: see [`Quality`](crate::quality::Quality). Blocks go to a
 /// scratch file in the directory `scratch`; a [`Journal`](crate::Journal) keeps them instead, and can go on after a kill.
 ///
 /// One layer is in memory at a time, but for text of the model's own, which all of the model writes.
@@ -194,7 +197,8 @@ pub(crate) fn run(
     let calibration = calibration.evenly_spaced(options.samples);
     let validation = validation.evenly_spaced(ORDER_WINDOWS);
 
-    let runs = runs(&validation, calibration.iter().map(|w| w.len()).sum(), checkpoint.config().weights().len());
+    let n_tokens = calibration.iter().map(|w| w.len()).sum();
+    let runs = runs(&validation, n_tokens, checkpoint.config().weights().len());
 
     // Nested codes put their errors where the inputs are not. Inputs unlike any text make sure that this is nowhere.
     let mixed = match options.method {
@@ -203,17 +207,14 @@ pub(crate) fn run(
     };
     let mixed: Vec<&[u32]> = mixed.iter().map(|w| &w[..]).collect();
     let windows = if mixed.is_empty() { &calibration } else { &mixed };
-    let Decomposed { draft, errors, roundings } =
+    let Decomposed { mut draft, errors, roundings } =
         decompose_all(checkpoint, windows, &runs[..1], options, draft, units, progress)?;
     let sizes = Sizes::new(draft.base_bytes(), draft.block_sizes())?;
-    if let Some(order) = units.load(ORDER)?
-        && let Ok(order) = LoadOrder::from_weights(&order, &sizes)
-    {
-        return Ok(Compressed { draft, order });
-    }
-    let order = match options.ordering {
-        Ordering::Gain => {
-            let all = errors.iter().zip(roundings);
+    let finished = units.load(ORDER)?.and_then(|order| LoadOrder::from_weights(&order, &sizes).ok());
+    let order = match (finished, options.ordering) {
+        (Some(order), _) => order,
+        (None, Ordering::Gain) => {
+            let all = errors.iter().zip(roundings.iter().copied());
             let curves: Vec<Curve<'_>> =
                 all.map(|(errors, rounded_divergence)| Curve::new(errors, rounded_divergence)).collect();
             let curves =
@@ -221,17 +222,21 @@ pub(crate) fn run(
             let reference = Reference::new(checkpoint, &validation[..runs.len()])?;
             order::checked(&reference, &draft, &curves, units, progress)?
         }
-        Ordering::Perplexity => {
+        (None, Ordering::Perplexity) => {
             let scores = order::perplexities(&draft, &validation, units, progress)?;
             Balanced { scores: Scores::new(scores) }.order(&sizes)?
         }
-        Ordering::Greedy => {
+        (None, Ordering::Greedy) => {
             let scores = order::perplexities(&draft, &validation, units, progress)?;
             Greedy { scores: Scores::new(scores) }.order(&sizes)?
         }
-        Ordering::Random => Random { seed: options.seed }.order(&sizes)?,
+        (None, Ordering::Random) => Random { seed: options.seed }.order(&sizes)?,
     };
     units.store(ORDER, &[bytemuck::cast_slice(order.weights())])?;
+    let windows = quality::windows(&validation, runs.len(), n_tokens);
+    let costs = quality::costs(&errors, &roundings);
+    let quality = quality::measure(checkpoint, &draft, &order, &windows, &costs, units, progress)?;
+    draft.set_provenance(quality::PROVENANCE_KEY, &quality.to_json())?;
     Ok(Compressed { draft, order })
 }
 

@@ -590,6 +590,18 @@ mod tests {
     }
 
     #[test]
+    fn what_is_finished_is_not_done_again() {
+        let checkpoint = checkpoint();
+        let options = options(Ordering::Gain);
+        let dir = tempfile::tempdir().unwrap();
+        let journal = Journal::open(dir.path().join("j"), &checkpoint, None, &options, &()).unwrap();
+        let first = bytes(&journal.compress(&()).unwrap());
+        let at_once = StopAfter(AtomicU64::new(0));
+        assert!(bytes(&journal.compress(&at_once).unwrap()) == first);
+        assert_eq!(at_once.0.into_inner(), 0, "a step of work");
+    }
+
+    #[test]
     fn damaged_units_are_made_again() {
         let checkpoint = checkpoint();
         let options = options(Ordering::Gain);
@@ -598,9 +610,15 @@ mod tests {
         let path = dir.path().join("j");
         let run = || bytes(&Journal::open(&path, &checkpoint, None, &options, &()).unwrap().compress(&()).unwrap());
         assert!(run() == whole);
-        for name in
-            ["order", "text.00001", "weight.0003.bitstack", "weight.0015.bitstack", "runs.rounded", "journal.json"]
-        {
+        for name in [
+            "order",
+            "text.00001",
+            "weight.0003.bitstack",
+            "weight.0015.bitstack",
+            "runs.rounded",
+            "runs.quality",
+            "journal.json",
+        ] {
             let good = fs::read(path.join(name)).unwrap();
             let mut flipped = good.clone();
             flipped[good.len() / 3] ^= 4;

@@ -17,6 +17,7 @@ mod math;
 pub mod measure;
 mod order;
 mod progress;
+pub mod quality;
 mod reference;
 pub mod sample;
 pub mod stack;

@@ -1,6 +1,6 @@
 //! In which order blocks are loaded: what one block more, or one weight less well kept, does to the whole model.
 
-use crate::eval::score_hidden;
+use crate::eval::{self, score_hidden};
 use crate::journal::Units;
 use crate::stack::{self, rebuild};
 use crate::stream::{Slot, Streamed, run_layer};
@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 const TRUSTS: [f64; 2] = [1.0, 0.75];
 
 /// Sizes of the model at which they are tried, evenly spaced on a scale of logarithms.
-const CHECKS: usize = 8;
+pub(crate) const CHECKS: usize = 8;
 
 /// A later trust has to leave less than this share of the divergence of an earlier one: differences below it are noise, and an order that is
 /// as good at one size may be worse between two.
@@ -44,24 +44,31 @@ impl<'a> Reference<'a> {
         Ok(Self { checkpoint, model, windows, finals })
     }
 
-    /// Mean divergence of what the model says from these final hidden states of window `window`, in nats per token.
-    fn divergence(&self, window: usize, decoder: &Decoder<Slot>, hidden: &Array2<f32>) -> Result<f64, LlmError> {
+    /// The scores of what the model says from these final hidden states of window `window`.
+    fn score(&self, window: usize, decoder: &Decoder<Slot>, hidden: &Array2<f32>) -> Result<eval::Scores, LlmError> {
         let reference = Some((self.model.decoder(), self.finals[window].view()));
-        let scores = score_hidden(decoder, hidden.view(), reference, &self.windows[window][1..])?;
-        Ok(scores.kl / scores.tokens as f64)
+        score_hidden(decoder, hidden.view(), reference, &self.windows[window][1..])
+    }
+
+    /// Its mean divergence, in nats per token.
+    fn divergence(&self, window: usize, decoder: &Decoder<Slot>, hidden: &Array2<f32>) -> Result<f64, LlmError> {
+        self.score(window, decoder, hidden).map(|scores| scores.kl / scores.tokens as f64)
+    }
+
+    /// The scores of a model on each window.
+    pub(crate) fn scores_of(&self, model: &mut Streamed<'_>) -> Result<Vec<eval::Scores>, LlmError> {
+        let hidden = finals(model, self.windows)?;
+        let head = model.decoder().head_index();
+        model.with(head..head + 1, |model| {
+            let each = (0..hidden.len()).into_par_iter().with_max_len(1);
+            each.map(|i| self.score(i, model.decoder(), &hidden[i])).collect()
+        })
     }
 
     /// Mean divergence of a model over all windows.
     fn divergence_of(&self, model: &mut Streamed<'_>) -> Result<f64, LlmError> {
-        let hidden = finals(model, self.windows)?;
-        let head = model.decoder().head_index();
-        let sum = model.with(head..head + 1, |model| {
-            let each = (0..hidden.len()).into_par_iter().with_max_len(1);
-            let each =
-                each.map(|i| self.divergence(i, model.decoder(), &hidden[i])).collect::<Result<Vec<f64>, _>>()?;
-            Ok(each.iter().sum::<f64>())
-        })?;
-        Ok(sum / hidden.len() as f64)
+        let scores = self.scores_of(model)?;
+        Ok(scores.iter().map(|s| s.kl / s.tokens as f64).sum::<f64>() / scores.len() as f64)
     }
 }
 
@@ -238,7 +245,7 @@ pub(crate) fn checked<S: BlockSource + Sync + ?Sized>(
 
 /// The sizes of the model at which its order is checked, in bytes: the bytes of blocks, from the smallest model to the largest, fall into as
 /// many parts of equal ratio, and the sizes are in the middle of each.
-fn check_budgets(sizes: &Sizes) -> [u64; CHECKS] {
+pub(crate) fn check_budgets(sizes: &Sizes) -> [u64; CHECKS] {
     let blocks = |bytes: u64| (bytes - sizes.base_bytes()) as f64;
     let (least, most) = (blocks(sizes.minimum_bytes()), blocks(sizes.total_bytes()));
     std::array::from_fn(|check| {
@@ -248,7 +255,10 @@ fn check_budgets(sizes: &Sizes) -> [u64; CHECKS] {
 }
 
 /// A model of stacks, at these levels.
-fn at_levels<'a, S: BlockSource + Sync + ?Sized>(source: &'a S, levels: &[u32]) -> Result<Streamed<'a>, LlmError> {
+pub(crate) fn at_levels<'a, S: BlockSource + Sync + ?Sized>(
+    source: &'a S,
+    levels: &[u32],
+) -> Result<Streamed<'a>, LlmError> {
     let levels = levels.to_vec();
     Streamed::new(stack::frame(source)?, move |_, spec| stack::weight_at(source, spec, &levels))
 }
@@ -411,7 +421,7 @@ fn finals(model: &mut Streamed<'_>, windows: &[&[u32]]) -> Result<Vec<Array2<f32
 }
 
 /// The runs that are finished of those of one kind: a unit that grows.
-struct Runs<'a> {
+pub(crate) struct Runs<'a> {
     name: String,
     units: &'a Units,
     kept: Instant,
@@ -423,12 +433,12 @@ impl<'a> Runs<'a> {
     /// Keeping takes at most this share of the time: runs of a large model are kept layer by layer, those of a tiny one by the handful.
     const SHARE: u32 = 20;
 
-    fn new(name: &str, units: &'a Units) -> Self {
+    pub(crate) fn new(name: &str, units: &'a Units) -> Self {
         Self { name: name.to_owned(), units, kept: Instant::now(), cost: Duration::ZERO }
     }
 
     /// What was measured, NaN where nothing was yet.
-    fn finished(&self, n: usize) -> Result<Vec<f64>, LlmError> {
+    pub(crate) fn finished(&self, n: usize) -> Result<Vec<f64>, LlmError> {
         let mut found = vec![f64::NAN; n];
         if !self.units.load_into(&self.name, &mut [bytemuck::cast_slice_mut(&mut found)])? {
             found.fill(f64::NAN);
@@ -436,7 +446,7 @@ impl<'a> Runs<'a> {
         Ok(found)
     }
 
-    fn keep(&mut self, found: &[f64], last: bool) -> Result<(), LlmError> {
+    pub(crate) fn keep(&mut self, found: &[f64], last: bool) -> Result<(), LlmError> {
         if last || self.kept.elapsed() >= self.cost * Self::SHARE {
             let started = Instant::now();
             self.units.store(&self.name, &[bytemuck::cast_slice(found)])?;
@@ -451,7 +461,7 @@ impl<'a> Runs<'a> {
 mod tests {
     use super::*;
     use crate::stack::StackModel;
-    use crate::{CompressOptions, Ordering, compress, eval};
+    use crate::{CompressOptions, Ordering, compress};
     use bitstack_format::Draft;
 
     #[test]

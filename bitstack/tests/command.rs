@@ -56,6 +56,12 @@ fn succeeds(output: &Output) {
     assert_eq!(output.status.code(), Some(0), "{}", stderr(output));
 }
 
+/// `compress` has written its file; whether it is near to its model is not what is tested: fewer blocks than usual are faster.
+#[track_caller]
+fn is_written(output: &Output) {
+    assert!(matches!(output.status.code(), Some(0 | 3)), "{}", stderr(output));
+}
+
 /// The built-in model, compressed once for all tests: 4 blocks, calibrated on the text.
 fn stack() -> &'static Path {
     static STACK: OnceLock<(tempfile::TempDir, PathBuf)> = OnceLock::new();
@@ -66,8 +72,9 @@ fn stack() -> &'static Path {
             "compress {} -o {} --blocks 4 --samples 4 --seq-len 128 --calibration {} --quiet",
             &[&model(), &path, &text()],
         );
-        succeeds(&output);
-        assert_eq!((stdout(&output), stderr(&output)), ("", ""), "quiet is quiet");
+        is_written(&output);
+        assert!(stdout(&output).starts_with("resident bytes"), "results are printed");
+        assert!(stderr(&output).lines().all(|l| l.starts_with("warning: ")), "quiet is quiet: {}", stderr(&output));
         (dir, path)
     });
     path
@@ -323,7 +330,7 @@ fn blocks_go_out_to_the_published_layout_and_come_back() {
     let dir = tempfile::tempdir().unwrap();
     let [made, out, back, again] = ["made.bitstack", "out", "back.bitstack", "again"].map(|name| dir.path().join(name));
     let compress = "compress {} -o {} --method avd --blocks 3 --keep-embeddings --samples 2 --seq-len 64 --order random --calibration {}";
-    succeeds(&line(compress, &[&model(), &made, &text()]));
+    is_written(&line(compress, &[&model(), &made, &text()]));
     succeeds(&line("export {} --as reference -o {}", &[&made, &out]));
     let import = line("import {} -o {}", &[&out, &back]);
     succeeds(&import);
@@ -394,13 +401,174 @@ fn a_full_disk_keeps_what_is_done_and_room_lets_it_go_on() {
     fails(&full, 1, &["cannot write", "out.bitstack.partial", "No space left", "the same command goes on"]);
     assert_eq!(left, 1, "the journal, and no output");
     assert!(remounted);
-    succeeds(&resumed);
+    is_written(&resumed);
     assert!(stderr(&resumed).contains("resuming: "), "{}", stderr(&resumed));
     assert_eq!(after, 1, "the output, and no journal");
     let other = tempfile::tempdir().unwrap();
     let whole = other.path().join("out.bitstack");
-    succeeds(&compress(&whole));
+    is_written(&compress(&whole));
     assert!(bytes.unwrap() == fs::read(whole).unwrap());
+}
+
+/// The built-in model's stack with this as its note about its quality, or with none.
+fn with_quality(path: &Path, note: Option<&str>) {
+    use bitstack::format::{BlockSource, Draft, StackFile};
+    let file = StackFile::open_path(stack()).unwrap();
+    let mut draft = Draft::create_in(path.parent().unwrap()).unwrap();
+    for info in file.files() {
+        draft.push_file(&info.name, &file.read_file(&info.name).unwrap()).unwrap();
+    }
+    for info in file.base_tensors() {
+        let tensor = file.read_tensor(&info.name).unwrap();
+        draft.push_base(&info.name, tensor.dtype, &tensor.shape, &tensor.data).unwrap();
+    }
+    for w in file.weights() {
+        draft.add_weight(&w.name, w.shape, w.rank, &w.method).unwrap();
+    }
+    draft.add_blocks_of(stack()).unwrap();
+    if let Some(note) = note {
+        draft.set_provenance("quality", note).unwrap();
+    }
+    draft.finish(file.order(), fs::File::create(path).unwrap(), &mut |_, _| {}).unwrap();
+}
+
+#[test]
+fn a_file_knows_how_good_it_is_at_every_size() {
+    let inspect = json(&line("inspect {} --json", &[stack()]));
+    let quality = &inspect["quality"];
+    let sizes = quality["sizes"].as_array().unwrap();
+    assert!(sizes.len() > 8 && quality["tokens"].as_u64() > Some(0), "{quality}");
+    assert_eq!(sizes[0]["resident_bytes"], inspect["minimum_bytes"]);
+    assert_eq!(sizes[sizes.len() - 1]["resident_bytes"], inspect["total_bytes"]);
+    assert!(sizes.iter().all(|s| s["interpolated"] == false));
+    let kl = |size: &serde_json::Value| size["kl"].as_f64().unwrap();
+    assert!(kl(&sizes[0]) > kl(&sizes[sizes.len() - 1]));
+    assert!(inspect["provenance"].get("quality").is_none() && inspect["provenance"].get("model").is_some());
+    let text = line("inspect {}", &[stack()]);
+    for size in sizes {
+        assert!(stdout(&text).contains(&format!("{:.6}", kl(size))), "{size}");
+    }
+
+    let bytes = |i: usize| sizes[i]["resident_bytes"].as_u64().unwrap();
+    let plan = |memory: u64| json(&line(&format!("plan {{}} --memory {memory} --json"), &[stack()]))["quality"].clone();
+    let measured = plan(bytes(3));
+    assert_eq!((&measured["kl"], &measured["interpolated"]), (&sizes[3]["kl"], &false.into()));
+    let between = plan(bytes(3).midpoint(bytes(4)));
+    assert_eq!(between["interpolated"], true);
+    assert!(kl(&between) <= kl(&sizes[3]).max(kl(&sizes[4])) && kl(&between) >= kl(&sizes[3]).min(kl(&sizes[4])));
+    let text = line(&format!("plan {{}} --memory {}", bytes(3)), &[stack()]);
+    assert!(stdout(&text).contains("to the original, top-1 agreement"), "{}", stdout(&text));
+
+    // A smaller file knows its own size, which was not measured.
+    let dir = tempfile::tempdir().unwrap();
+    let small = dir.path().join("small.bitstack");
+    let memory = bytes(3).midpoint(bytes(4));
+    let truncate = line(&format!("truncate {{}} --memory {memory} -o {{}}"), &[stack(), &small]);
+    succeeds(&truncate);
+    assert!(stderr(&truncate).contains("KL about "), "{}", stderr(&truncate));
+    let cut = json(&line("inspect {} --json", &[&small]));
+    let cut_sizes = cut["quality"]["sizes"].as_array().unwrap();
+    assert_eq!(cut_sizes[..4], sizes[..4]);
+    assert_eq!(cut_sizes[4]["kl"], between["kl"]);
+    assert_eq!((cut_sizes.len(), &cut_sizes[4]["interpolated"]), (5, &true.into()));
+}
+
+#[test]
+fn compress_ends_with_the_curve_as_text_or_json() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("again.bitstack");
+    let options = "--blocks 4 --samples 4 --seq-len 128 --calibration {} --quiet --json";
+    let made = line(&format!("compress {{}} -o {{}} {options}"), &[&model(), &out, &text()]);
+    is_written(&made);
+    let made: serde_json::Value = serde_json::from_str(stdout(&made)).unwrap();
+    let inspect = json(&line("inspect {} --json", &[stack()]));
+    for field in ["quality", "minimum_bytes", "total_bytes", "file_bytes"] {
+        assert_eq!(made[field], inspect[field], "{field}");
+    }
+    assert!(fs::read(&out).unwrap() == fs::read(stack()).unwrap(), "the same input gives the same bytes");
+}
+
+#[test]
+fn a_file_that_is_far_from_its_model_is_written_with_status_3() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("far.bitstack");
+    // One bit per weight.
+    let compress = "compress {} -o {} --blocks 1 --samples 2 --seq-len 64 --order random --calibration {}";
+    let made = line(&format!("{compress} --quiet"), &[&model(), &out, &text()]);
+    assert_eq!(made.status.code(), Some(3), "{}", stderr(&made));
+    assert!(stdout(&made).starts_with("resident bytes"));
+    let warning = stderr(&made);
+    assert_eq!(warning.lines().count(), 1, "{warning}");
+    for word in ["warning: ", "far.bitstack", "far from the original", "KL ", "cost most", "model.", " %)"] {
+        assert!(warning.contains(word), "no '{word}' in: {warning}");
+    }
+    succeeds(&line("verify {}", &[&out]));
+    let inspect = json(&line("inspect {} --json", &[&out]));
+    assert_eq!(inspect["quality"]["far"], true);
+    assert_eq!(inspect["quality"]["costliest"].as_array().unwrap().len(), 3);
+    assert!(stdout(&line("inspect {}", &[&out])).contains("far from the original"));
+    let help = bitstack(["--help"]);
+    assert!(stdout(&help).contains("3 written, but far from the original"));
+}
+
+#[test]
+fn where_the_model_is_noise_it_is_said_unless_quiet() {
+    let dir = tempfile::tempdir().unwrap();
+    let [file, small] = ["said.bitstack", "small.bitstack"].map(|name| dir.path().join(name));
+    let inspect = json(&line("inspect {} --json", &[stack()]));
+    let [least, most] = ["minimum_bytes", "total_bytes"].map(|field| inspect[field].as_u64().unwrap());
+    let note = format!(
+        r#"{{"tokens":7,"sizes":[{{"resident_bytes":{least},"kl":5.25,"top1":0.125}},{{"resident_bytes":{most},"kl":0.0015,"top1":0.5}}],"costliest":[]}}"#
+    );
+    with_quality(&file, Some(&note));
+    for command in ["plan {}", "truncate {} -o {} --force", "generate {} --prompt The --max-tokens 3"] {
+        let run = |memory: u64, rest: &str| {
+            let output = line(&format!("{command} --memory {memory} {rest}"), &[&file, &small]);
+            succeeds(&output);
+            output
+        };
+        let noise = run(least, "");
+        let warnings: Vec<&str> = stderr(&noise).lines().filter(|l| l.starts_with("warning: ")).collect();
+        assert_eq!(warnings.len(), 1, "{command}: {}", stderr(&noise));
+        assert!(warnings[0].contains("noise: KL 5.25") && warnings[0].contains("; 0.0015 with "), "{}", warnings[0]);
+        assert_eq!(stderr(&run(least, "--quiet")), "", "{command}");
+        let whole = run(most, "");
+        assert!(!stderr(&whole).contains("noise"), "{}", stderr(&whole));
+        let said = format!("{}{}", stdout(&whole), stderr(&whole));
+        assert!(said.contains("KL 0.0015") && said.contains("top-1") && said.contains("0.500"), "{command}: {said}");
+        let between = run(least.midpoint(most), "");
+        let said = format!("{}{}", stdout(&between), stderr(&between));
+        assert!(said.contains("about") || said.contains("interpolated"), "{command}: {said}");
+    }
+}
+
+#[test]
+fn a_file_that_says_nothing_of_its_quality_or_nonsense_works_everywhere() {
+    let dir = tempfile::tempdir().unwrap();
+    let [file, small] = ["silent.bitstack", "small.bitstack"].map(|name| dir.path().join(name));
+    // Sizes below what any model has; no number, and no end of bytes.
+    let below = r#"{"tokens":1,"sizes":[{"resident_bytes":0,"kl":1,"top1":0}],"costliest":[]}"#;
+    let beyond = r#"{"tokens":18446744073709551615,"sizes":[{"resident_bytes":300000,"kl":null,"top1":0},{"resident_bytes":18446744073709551615,"kl":null,"top1":1}],"costliest":[{"weight":0,"share":1}]}"#;
+    for (note, is_read) in [(None, false), (Some("nonsense"), false), (Some(below), false), (Some(beyond), true)] {
+        with_quality(&file, note);
+        let inspect = json(&line("inspect {} --json", &[&file]));
+        assert_eq!(inspect["quality"].is_object(), is_read, "{note:?}");
+        assert_eq!(inspect["provenance"].get("quality").is_some(), note.is_some() && !is_read, "{note:?}");
+        for command in [
+            "inspect {}",
+            "verify {}",
+            "plan {} --memory 200kB",
+            "plan {} --memory 310kB --json",
+            "truncate {} --memory 310kB -o {} --force",
+            "generate {} --prompt The --max-tokens 3",
+            "eval {} --text {} --samples 1 --seq-len 32",
+        ] {
+            let second = if command.starts_with("eval") { text() } else { small.clone() };
+            succeeds(&line(command, &[&file, &second]));
+        }
+        let plan = json(&line("plan {} --memory 200kB --json", &[&file]));
+        assert!(plan["quality"].is_null(), "{note:?}: {plan}");
+    }
 }
 
 fn is_root() -> bool {

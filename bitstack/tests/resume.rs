@@ -51,9 +51,10 @@ fn names(dir: &Path) -> Vec<String> {
     names
 }
 
+/// The file is written; with as few blocks it may be far from its model, which is status 3.
 #[track_caller]
 fn succeeds(output: &Output) {
-    assert_eq!(output.status.code(), Some(0), "{}", stderr(output));
+    assert!(matches!(output.status.code(), Some(0 | 3)), "{}", stderr(output));
 }
 
 #[track_caller]
@@ -232,6 +233,7 @@ fn a_run_killed_between_the_output_and_the_end_is_found_complete() {
     let output = ordinary(&out).output().unwrap();
     succeeds(&output);
     assert!(stderr(&output).contains("complete already"));
+    assert!(output.stdout.starts_with(b"resident bytes"), "it says how good it is all the same");
     assert_eq!(names(dir.path()), ["tiny.bitstack"]);
     assert!(fs::read(&out).unwrap() == *bytes);
 }

@@ -12,7 +12,7 @@ use std::path::PathBuf;
 #[command(name = "bitstack", version, propagate_version = true, arg_required_else_help = true)]
 #[command(after_help = "Start with `bitstack demo`: it compresses a small built-in model and shows every step.\n\
 Sizes are written 4GiB, 4GB, 300MB or 1500000. Results go to stdout, everything else to stderr.\n\
-Exit status: 0 success, 1 failure, 2 wrong usage.")]
+Exit status: 0 success, 1 failure, 2 wrong usage, 3 written, but far from the original (compress).")]
 pub(crate) struct Cli {
     #[command(subcommand)]
     pub(crate) command: Command,
@@ -57,6 +57,8 @@ pub(crate) enum Command {
 #[command(
     after_help = "What is finished is kept in OUT.bitstack.partial until the file is complete. However the command ends before that, \
 Ctrl-C, a full disk, a power cut, the same command goes on from there and writes the same bytes.\n\n\
+At the end the file is measured against the model, from its smallest size to the largest; inspect and plan show it later. Where it is far \
+from the model even as a whole, a warning names the weights that cost most, and the exit status is 3. The file is written all the same.\n\n\
 Example:\n  bitstack compress Llama-3.2-1B -o llama.bitstack --calibration text.txt"
 )]
 pub(crate) struct Compress {
@@ -75,6 +77,10 @@ pub(crate) struct Compress {
     /// Begin anew, and throw away what an interrupted run has left.
     #[arg(long)]
     pub(crate) restart: bool,
+
+    /// Print JSON: sizes in bytes, and the quality at each size that was measured.
+    #[arg(long)]
+    pub(crate) json: bool,
 
     #[command(flatten)]
     pub(crate) method: MethodArgs,

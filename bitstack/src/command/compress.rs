@@ -1,17 +1,44 @@
 //! `bitstack compress`
 
 use super::args::{Compress, Method, MethodArgs, Order, Scale};
+use super::open::Stack;
 use super::progress::{Reporter, to_stderr};
-use super::{size, usage};
+use super::{print, quality, size, usage};
 use anyhow::{Context, Result};
 use bitstack_format::Existing;
 use bitstack_llm::{BlockMethod, Checkpoint, CompressOptions, Journal, LlmError, Ordering, Scaling};
+use serde_json::json;
 use std::path::{Path, PathBuf};
+use std::process::ExitCode;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
-/// Compresses the model in `args.model` and writes `args.output`, going on from a journal beside it if there is one.
-pub(crate) fn run(args: &Compress, reporter: &Reporter) -> Result<()> {
+/// The exit status when the file is written, but far from the original.
+const FAR: u8 = 3;
+
+/// Compresses the model in `args.model` and writes `args.output`, going on from a journal beside it if there is one; says how good it is.
+pub(crate) fn run(args: &Compress, reporter: &Reporter) -> Result<ExitCode> {
+    write(args, reporter)?;
+    let stack = Stack::open(&args.output, reporter)?;
+    if args.json {
+        let value = json!({
+            "file": args.output.display().to_string(),
+            "file_bytes": stack.file.size_bytes(),
+            "minimum_bytes": stack.order.minimum_bytes(),
+            "total_bytes": stack.order.total_bytes(),
+            "quality": quality::to_json(&stack),
+        });
+        print(&format!("{value:#}\n"))?;
+    } else {
+        print(&quality::table(&stack))?;
+    }
+    let Some(text) = quality::far(&stack) else { return Ok(ExitCode::SUCCESS) };
+    // Also when quiet: it is the reason of the exit status.
+    to_stderr(&format!("warning: {}: {text}", args.output.display()));
+    Ok(ExitCode::from(FAR))
+}
+
+fn write(args: &Compress, reporter: &Reporter) -> Result<()> {
     let (output, method) = (&args.output, &args.method);
     let directory = journal_of(output);
     // A process killed just after it had written the output left both; otherwise an output is not to be touched.

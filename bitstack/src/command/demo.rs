@@ -59,7 +59,7 @@ fn step(arguments: &[&str], reporter: &Reporter) -> Result<()> {
     let quote = |a: &&str| if a.contains(' ') { format!("\"{a}\"") } else { (*a).to_owned() };
     print(&format!("\n$ bitstack {}\n", arguments.iter().map(quote).collect::<Vec<_>>().join(" ")))?;
     match Cli::try_parse_from(["bitstack"].iter().chain(arguments))?.command {
-        Command::Compress(args) => compress::run(&args, reporter),
+        Command::Compress(args) => compress::run(&args, reporter).map(drop),
         Command::Eval(args) => eval::run(&args, reporter),
         Command::Generate(args) => generate::run(&args, reporter),
         other => unreachable!("the demonstration has no {other:?}"),

@@ -3,11 +3,13 @@
 use super::args::{Inspect, Plan, Truncate, Verify};
 use super::open::Stack;
 use super::progress::{Reporter, to_stderr};
-use super::{print, size};
+use super::{print, quality, size};
 use anyhow::Result;
 use bitstack_core::SpikesRef;
 use bitstack_format::{BlockSource, Existing, WeightInfo, write_atomically};
+use bitstack_llm::quality::PROVENANCE_KEY;
 use serde_json::json;
+use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::process::ExitCode;
 
@@ -21,6 +23,9 @@ fn spikes(weight: &WeightInfo) -> (usize, u64) {
 pub(crate) fn inspect(args: &Inspect) -> Result<()> {
     let stack = Stack::open(&args.file, &Reporter::new(false))?;
     let weights = stack.file.weights();
+    // What is shown as a table is not shown as a note; one that is malformed is.
+    let notes: BTreeMap<_, _> =
+        stack.file.provenance().iter().filter(|(key, _)| stack.quality.is_none() || *key != PROVENANCE_KEY).collect();
     if args.json {
         let weights: Vec<_> = weights
             .iter()
@@ -44,7 +49,8 @@ pub(crate) fn inspect(args: &Inspect) -> Result<()> {
             "base_bytes": stack.bits.base_bytes,
             "stacked_weights": stack.bits.n_stacked,
             "missing_blocks": stack.file.missing().map_or(0, |m| m.n_blocks),
-            "provenance": stack.file.provenance(),
+            "provenance": notes,
+            "quality": quality::to_json(&stack),
             "weights": weights,
             "unstacked": tensors,
             "files": files,
@@ -58,7 +64,7 @@ pub(crate) fn inspect(args: &Inspect) -> Result<()> {
         let _ = writeln!(out, "{name:14}{text}");
     };
     line("file", format!("{}, {}", args.file.display(), size::show(stack.file.size_bytes())));
-    for (key, value) in stack.file.provenance() {
+    for (key, value) in notes {
         line(key, value.clone());
     }
     line("weights", format!("{} stacked, {} parameters", weights.len(), stack.bits.n_stacked));
@@ -69,6 +75,12 @@ pub(crate) fn inspect(args: &Inspect) -> Result<()> {
     line("spikes", format!("{n_spikes} entries, {}, with the first blocks", size::show(spike_bytes)));
     let files: Vec<_> = stack.file.files().iter().map(|f| f.name.as_str()).collect();
     line("files", files.join(", "));
+    if stack.quality.is_some() {
+        let _ = write!(out, "\n{}", quality::table(&stack));
+    }
+    if let Some(text) = quality::far(&stack) {
+        let _ = writeln!(out, "{text}");
+    }
     let width = weights.iter().map(|w| w.name.len()).max().unwrap_or(0).max(6);
     let _ = writeln!(
         out,
@@ -129,6 +141,7 @@ pub(crate) fn verify(args: &Verify, reporter: &Reporter) -> Result<ExitCode> {
 pub(crate) fn plan(args: &Plan, reporter: &Reporter) -> Result<()> {
     let stack = Stack::open(&args.file, reporter)?;
     let plan = stack.plan(args.memory)?;
+    warn(&stack, &plan, reporter);
     let levels = || stack.file.weights().iter().zip(plan.levels.iter());
     if args.json {
         let levels: serde_json::Map<_, _> = levels().map(|(w, l)| (w.name.clone(), json!(l))).collect();
@@ -137,18 +150,21 @@ pub(crate) fn plan(args: &Plan, reporter: &Reporter) -> Result<()> {
             "resident_bytes": plan.resident_bytes,
             "bits_per_weight": stack.bits.per_weight(plan.resident_bytes),
             "blocks": plan.n_blocks,
+            "quality": quality::at_json(stack.quality.as_ref(), plan.resident_bytes),
             "levels": levels,
         });
         return print(&format!("{value:#}\n"));
     }
     let total = stack.order.iter().count();
     let mut out = format!(
-        "{} of {} bytes used by {} of {total} blocks: {:.3} bits per stacked weight\n\n",
+        "{} of {} bytes used by {} of {total} blocks: {:.3} bits per stacked weight\n",
         plan.resident_bytes,
         args.memory,
         plan.n_blocks,
         stack.bits.per_weight(plan.resident_bytes)
     );
+    out += &quality::sentence(stack.quality.as_ref(), plan.resident_bytes);
+    out.push('\n');
     let width = stack.file.weights().iter().map(|w| w.name.len()).max().unwrap_or(0);
     for (w, level) in levels() {
         let _ = writeln!(out, "{:width$}  level {level:2} of {}", w.name, w.n_blocks());
@@ -167,11 +183,20 @@ pub(crate) fn truncate(args: &Truncate, reporter: &Reporter) -> Result<()> {
         write_atomically(&args.output, existing, |out| stack.file.write_prefix(plan.n_blocks, out, &mut progress))?;
     reporter.finish();
     reporter.say(&format!(
-        "{}: {} resident ({:.3} bits per stacked weight), {} on disk",
+        "{}: {} resident ({:.3} bits per stacked weight), {} on disk{}",
         args.output.display(),
         size::show(plan.resident_bytes),
         stack.bits.per_weight(plan.resident_bytes),
-        size::show(bytes)
+        size::show(bytes),
+        quality::brief(stack.quality.as_ref(), plan.resident_bytes)
     ));
+    warn(&stack, &plan, reporter);
     Ok(())
+}
+
+/// Says where the model of a plan is noise.
+fn warn(stack: &Stack, plan: &bitstack_sort::Plan, reporter: &Reporter) {
+    if let Some(text) = quality::noise(stack.quality.as_ref(), stack.bits, plan.resident_bytes) {
+        reporter.say(&text);
+    }
 }

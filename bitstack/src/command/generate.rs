@@ -3,7 +3,7 @@
 use super::args::{Generate, Memory};
 use super::open::Stack;
 use super::progress::Reporter;
-use super::{keys, print, size, usage};
+use super::{keys, print, quality, size, usage};
 use anyhow::{Context, Result};
 use bitstack_llm::sample::{self, Generation};
 use bitstack_llm::stack::tokenizer;
@@ -31,12 +31,16 @@ fn stack(args: &Generate, reporter: &Reporter) -> Result<()> {
             (policy.first_budget(&reading, least..=most), Some(policy))
         }
     };
-    stack.plan(budget)?;
+    let plan = stack.plan(budget)?;
+    let quality = stack.quality;
     let tokenizer = tokenizer(&stack.file)?;
     let options =
         Options { start: if args.progressive { Start::Smallest } else { Start::Whole }, ..Options::default() };
     let model = ElasticModel::open(stack.file, budget, options, reporter)?;
     reporter.finish();
+    if let Some(text) = quality::noise(quality.as_ref(), bits, plan.resident_bytes) {
+        reporter.say(&text);
+    }
     let elastic = model.elastic();
 
     let _watcher = policy.map(|policy| Watcher::start(elastic, policy)).transpose()?;
@@ -53,8 +57,9 @@ fn stack(args: &Generate, reporter: &Reporter) -> Result<()> {
             Ok(plan) => {
                 let bits = bits.per_weight(plan.resident_bytes);
                 reporter.say(&format!(
-                    "\n[{} resident, {bits:.2} bits per stacked weight]",
-                    size::show(plan.resident_bytes)
+                    "\n[{} resident, {bits:.2} bits per stacked weight{}]",
+                    size::show(plan.resident_bytes),
+                    quality::brief(quality.as_ref(), plan.resident_bytes)
                 ));
             }
             Err(error) => reporter.say(&format!("\n[{error}]")),
@@ -75,7 +80,8 @@ fn stack(args: &Generate, reporter: &Reporter) -> Result<()> {
     }
     let (low, high) = sizes.unwrap_or((elastic.status().resident_bytes, elastic.status().resident_bytes));
     let about = if low == high {
-        format!("{} resident, {:.2} bits per stacked weight", size::show(high), bits.per_weight(high))
+        let quality = quality::brief(quality.as_ref(), high);
+        format!("{} resident, {:.2} bits per stacked weight{quality}", size::show(high), bits.per_weight(high))
     } else {
         format!(
             "{} to {} resident, {:.2} to {:.2} bits per stacked weight",

@@ -13,6 +13,7 @@ mod keys;
 mod open;
 mod plot;
 mod progress;
+mod quality;
 mod size;
 
 use anyhow::Result;
@@ -61,7 +62,7 @@ fn dispatch(cli: &Cli) -> Result<ExitCode> {
     }
     let reporter = Reporter::new(cli.quiet);
     match &cli.command {
-        Command::Compress(args) => compress::run(args, &reporter),
+        Command::Compress(args) => return compress::run(args, &reporter),
         Command::Inspect(args) => files::inspect(args),
         Command::Verify(args) => return files::verify(args, &reporter),
         Command::Plan(args) => files::plan(args, &reporter),

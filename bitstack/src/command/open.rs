@@ -4,6 +4,7 @@ use super::progress::Reporter;
 use super::usage;
 use anyhow::{Context, Result};
 use bitstack_format::{BlockSource, StackFile};
+use bitstack_llm::quality::Quality;
 use bitstack_sort::{LoadOrder, Plan, Sizes, SortError};
 use std::fs::File;
 use std::path::Path;
@@ -13,6 +14,8 @@ pub(crate) struct Stack {
     pub(crate) file: StackFile<File>,
     pub(crate) order: LoadOrder,
     pub(crate) bits: Bits,
+    /// How good it is, if it says so.
+    pub(crate) quality: Option<Quality>,
 }
 
 /// What bits per stacked weight are counted from.
@@ -49,7 +52,8 @@ impl Stack {
         let sizes = Sizes::new(base_bytes, file.block_sizes())?;
         let order = LoadOrder::from_weights(file.order(), &sizes)?;
         let n_stacked = file.weights().iter().map(|w| w.shape.n_elems() as u64).sum();
-        Ok(Self { file, order, bits: Bits { base_bytes, n_stacked } })
+        let quality = Quality::of(&file);
+        Ok(Self { file, order, bits: Bits { base_bytes, n_stacked }, quality })
     }
 
     /// The plan for a budget; below the minimum an error that says what the least is.
