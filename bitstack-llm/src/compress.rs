@@ -5,7 +5,7 @@ use crate::journal::Units;
 use crate::order::{Curve, Reference};
 use crate::text::{Windows, default_seq_len, with_random_thirds};
 use crate::{
-    Checkpoint, Decoder, LlmError, Progress, SamplingOptions, Tokenizer, WeightRole, WeightSpec, order, sample, stack,
+    Checkpoint, Decoder, LlmError, Part, Progress, SamplingOptions, Tokenizer, WeightRole, WeightSpec, order, sample, stack,
 };
 use bitstack_core::{ActivationStats, Collect, Scales, Shape, WeightStack};
 use bitstack_decomp::{DecomposeOptions, Nested, Parallelism};
@@ -177,10 +177,12 @@ pub(crate) fn run(
     // First, so that a place that cannot be written to is known before the long work.
     let draft = Draft::create_in(units.dir())?;
     let seq_len = options.seq_len.unwrap_or_else(|| default_seq_len(checkpoint.config()));
+    progress.part(Part::Text, 0);
     let tokens = match text {
         Some(text) => Tokenizer::from_bytes(&checkpoint.companion("tokenizer.json")?)?.encode(text)?,
         None => own_text(checkpoint, options.samples + ORDER_WINDOWS, seq_len, options.seed, units, progress)?,
     };
+    progress.part(Part::Text, tokens.len() as u64);
     let windows = Windows::new(&tokens, seq_len, checkpoint.config().max_positions)?;
     let (calibration, validation) = match text {
         Some(_) => windows.halves(),
@@ -219,10 +221,12 @@ pub(crate) fn run(
             order::checked(&reference, &draft, &curves, units, progress)?
         }
         Ordering::Perplexity => {
+            progress.part(Part::Order, 0);
             let scores = order::perplexities(&draft, &validation, units, progress)?;
             Balanced { scores: Scores::new(scores) }.order(&sizes)?
         }
         Ordering::Greedy => {
+            progress.part(Part::Order, 0);
             let scores = order::perplexities(&draft, &validation, units, progress)?;
             Greedy { scores: Scores::new(scores) }.order(&sizes)?
         }
@@ -346,7 +350,7 @@ fn decompose_all(
     let needs_gram = options.ordering == Ordering::Gain || options.method == BlockMethod::Nested;
     let collect = if needs_gram { Collect::Gram } else { Collect::Diagonal };
     let first = open.iter().filter_map(|s| s.layer).min().unwrap_or(n_layers);
-    let mut walk = Walk::new(checkpoint, windows, collect, first, units)?;
+    let mut walk = Walk::new(checkpoint, windows, collect, first, units, progress)?;
     for layer in first..n_layers {
         work.weights(walk.layer(layer)?)?;
         walk.finish(layer)?;
@@ -433,6 +437,7 @@ impl Work<'_> {
             .map(|(w, group)| (&specs[w], group))
             .filter(|(spec, _)| self.is_open(spec))
             .collect();
+        self.progress.part(Part::Decomposition, jobs.iter().map(|(spec, _)| (spec.rows * spec.cols) as u64).sum());
         let needs: Vec<u64> = jobs.iter().map(|(spec, group)| self.bytes_for(spec, grams[*group].is_some())).collect();
         for batch in batches(&needs, SIDE_BY_SIDE_BYTES) {
             let done = jobs[batch.clone()]

@@ -4,7 +4,7 @@ use crate::eval::score_hidden;
 use crate::journal::Units;
 use crate::stack::{self, rebuild};
 use crate::stream::{Slot, Streamed, run_layer};
-use crate::{Checkpoint, Decoder, Dense, Elements, Frame, LlmError, Progress, WeightSpec};
+use crate::{Checkpoint, Decoder, Dense, Elements, Frame, LlmError, Part, Progress, WeightSpec};
 use bitstack_format::BlockSource;
 use bitstack_sort::{GainPerByte, LoadOrder, Method, Scores, Sizes};
 use ndarray::{Array2, ArrayView1, ArrayView2};
@@ -79,6 +79,7 @@ pub(crate) fn roundings<S: BlockSource + ?Sized>(
     units: &Units,
     progress: &dyn Progress,
 ) -> Result<Vec<f64>, LlmError> {
+    progress.part(Part::Importance, source.weights().len() as u64 * tokens(windows));
     let reference = Reference::new(checkpoint, windows)?;
     progress.stage("importance (runs)", source.weights().len() as u64);
     let specs = checkpoint.config().weights();
@@ -174,6 +175,7 @@ pub(crate) fn divergence_curves<S: BlockSource + Sync + ?Sized>(
     let steps = |(c, a): (&Curve<'_>, &f64)| c.errors.windows(2).map(|e| a * (e[0] - e[1])).collect();
     let mut worth: Vec<Vec<f64>> = curves.iter().zip(&alone).map(steps).collect();
 
+    progress.part(Part::Sensitivity, curves.len() as u64 * tokens(reference.windows));
     progress.stage("sensitivity (runs)", curves.len() as u64);
     let mut model = at_levels(source, &vec![1; curves.len()])?;
     let base = reference.divergence_of(&mut model)?;
@@ -212,6 +214,7 @@ pub(crate) fn checked<S: BlockSource + Sync + ?Sized>(
     let mut runs = Runs::new("runs.checks", units);
     let mut found = runs.finished(CHECKS * TRUSTS.len())?;
     progress.stage("check (runs)", found.len() as u64);
+    progress.part(Part::Check, 0);
     let (mut order, mut n_blocks) = (orders[0].clone(), orders[0].n_weights());
     for (check, budget) in check_budgets(&sizes).into_iter().enumerate() {
         let at = |trial: usize| check * TRUSTS.len() + trial;
@@ -221,6 +224,7 @@ pub(crate) fn checked<S: BlockSource + Sync + ?Sized>(
         for trial in 1..tried.len() {
             for i in [best, trial] {
                 if plans[best] != plans[trial] && found[at(i)].is_nan() {
+                    progress.part(Part::Check, tokens(reference.windows));
                     found[at(i)] = reference.divergence_of(&mut at_levels(source, &plans[i].levels)?)?;
                     runs.keep(&found, false)?;
                 }
@@ -396,6 +400,11 @@ fn try_each(
     }
     runs.keep(&found, true)?;
     Ok(found)
+}
+
+/// The tokens of windows that are run.
+fn tokens(windows: &[&[u32]]) -> u64 {
+    inputs(windows).iter().map(|w| w.len() as u64).sum()
 }
 
 /// The windows without their last tokens, which predict nothing.

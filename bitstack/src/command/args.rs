@@ -76,6 +76,10 @@ pub(crate) struct Compress {
     #[arg(long)]
     pub(crate) restart: bool,
 
+    /// Say at the end where the time went.
+    #[arg(long)]
+    pub(crate) timings: bool,
+
     #[command(flatten)]
     pub(crate) method: MethodArgs,
 }

@@ -14,6 +14,7 @@ mod open;
 mod plot;
 mod progress;
 mod size;
+mod timings;
 
 use anyhow::Result;
 use args::{Bench, Cli, Command};
