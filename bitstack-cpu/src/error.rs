@@ -2,6 +2,14 @@
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum CpuError {
+    /// A dense weight is not whole rows.
+    #[error("the weight has {len} values, which is not a whole number of rows of {cols}")]
+    PartialRow {
+        /// Columns of the weight.
+        cols: usize,
+        /// The number of values.
+        len: usize,
+    },
     /// The input is not whole tokens.
     #[error("x has {len} values, which is not a whole number of tokens of {cols}")]
     PartialToken {

@@ -3,6 +3,7 @@
 #![deny(unsafe_code)]
 
 mod apply;
+mod dense;
 mod error;
 mod isa;
 #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code, reason = "the portable loops need less"))]
@@ -11,5 +12,6 @@ mod kernel;
 pub mod measure;
 
 pub use apply::{Kernel, Scratch, Threads};
+pub use dense::DenseValues;
 pub use error::CpuError;
 pub use isa::Isa;

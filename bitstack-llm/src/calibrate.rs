@@ -2,7 +2,7 @@
 
 use crate::journal::Units;
 use crate::stream::{Slot, Streamed};
-use crate::{Checkpoint, Decoder, Frame, LlmError, Observer, Pass};
+use crate::{Checkpoint, Decoder, Frame, LlmError, Observer, Part, Pass, Progress};
 use bitstack_core::{ActivationStats, Collect};
 use ndarray::{Array2, ArrayView2};
 use rayon::prelude::*;
@@ -26,6 +26,7 @@ pub(crate) struct Walk<'a> {
     hidden: Vec<Array2<f32>>,
     collect: Collect,
     units: &'a Units,
+    progress: &'a dyn Progress,
 }
 
 /// The unit of the hidden states in front of a layer.
@@ -41,11 +42,13 @@ impl<'a> Walk<'a> {
         collect: Collect,
         layer: usize,
         units: &'a Units,
+        progress: &'a dyn Progress,
     ) -> Result<Self, LlmError> {
         let config = checkpoint.config();
         let frame = Frame::new::<LlmError>(config.clone(), |spec| checkpoint.vector(spec))?;
         let model = Streamed::new(Arc::new(frame), |_, spec| checkpoint.weight(spec))?;
-        let mut walk = Self { model, hidden: Vec::new(), collect, units };
+        let mut walk = Self { model, hidden: Vec::new(), collect, units, progress };
+        progress.part(Part::Calibration, 0);
         if layer > 0 {
             walk.hidden = windows.iter().map(|w| Array2::zeros((w.len(), config.hidden_size))).collect();
         }
@@ -65,10 +68,11 @@ impl<'a> Walk<'a> {
     /// Takes all windows through layer `layer`; the inputs of its weights, q k v together, o, gate and up together, down. The states
     /// behind it are kept.
     pub(crate) fn layer(&mut self, layer: usize) -> Result<Vec<InputStats>, LlmError> {
-        let Self { model, hidden, collect, .. } = self;
+        let Self { model, hidden, collect, progress, .. } = self;
+        progress.part(Part::Calibration, 0);
         let inputs = model.with(model.layer_weights(layer), |model| {
             let step = |hidden: &mut _, pass: &mut Pass<'_>| model.decoder().layer(layer, hidden, pass);
-            observe(model.decoder(), *collect, hidden, step)
+            observe(model.decoder(), *collect, hidden, step, *progress)
         })?;
         let slices = self.hidden.iter().map(|h| h.as_slice().expect("states are in row order"));
         let parts: Vec<&[u8]> = slices.map(bytemuck::cast_slice).collect();
@@ -84,8 +88,9 @@ impl<'a> Walk<'a> {
     /// The input of the head, after all layers.
     pub(crate) fn head(&mut self) -> Result<InputStats, LlmError> {
         let decoder = self.model.decoder();
+        self.progress.part(Part::Calibration, 0);
         let step = |hidden: &mut Array2<f32>, pass: &mut Pass<'_>| decoder.observe_head(hidden.view(), pass);
-        Ok(observe(decoder, self.collect, &mut std::mem::take(&mut self.hidden), step)?.remove(0))
+        Ok(observe(decoder, self.collect, &mut std::mem::take(&mut self.hidden), step, self.progress)?.remove(0))
     }
 
     /// Fills the states with those kept in front of a layer; whether there were any. If not, they may hold anything.
@@ -102,9 +107,12 @@ fn observe(
     collect: Collect,
     hidden: &mut [Array2<f32>],
     step: impl Fn(&mut Array2<f32>, &mut Pass<'_>) -> Result<(), LlmError> + Sync,
+    progress: &dyn Progress,
 ) -> Result<Vec<InputStats>, LlmError> {
     let mut sums: Vec<InputStats> = Vec::new();
     for windows in hidden.chunks_mut(SIDE_BY_SIDE) {
+        let tokens = windows.iter().map(|w| w.nrows() as u64).sum();
+        progress.part(Part::Calibration, tokens);
         let seen = windows
             .par_iter_mut()
             .with_max_len(1)
@@ -114,6 +122,7 @@ fn observe(
                 Ok(inputs.0)
             })
             .collect::<Result<Vec<_>, LlmError>>()?;
+        progress.part(Part::Gram, tokens);
         if sums.is_empty() {
             sums.extend(seen[0].iter().map(|(weights, x)| InputStats {
                 weights: weights.clone(),

@@ -184,10 +184,7 @@ impl LinearOp for Operator<'_> {
             Self::Kept(dense) => return dense.apply(x, y, threads),
             Self::Planes { level, kernel } => (level, kernel),
         };
-        let threads = match threads {
-            Threads::One => bitstack_cpu::Threads::One,
-            Threads::Pool => bitstack_cpu::Threads::Pool,
-        };
+        let threads = threads.into();
         let x = x.as_standard_layout();
         let x = x.as_slice().expect("made standard above");
         let mut scratch = SCRATCH.take();

@@ -7,6 +7,7 @@
 
 use ndarray::{ArrayView2, Axis, Slice};
 use rayon::prelude::*;
+use std::ops::Range;
 
 use crate::{Decoder, LinearOp, LlmError, Pass, Progress, math};
 
@@ -215,16 +216,36 @@ pub(crate) fn score_hidden<L: LinearOp, R: LinearOp>(
 ) -> Result<Scores, LlmError> {
     let mut pass = Pass::new();
     let mut scores = Scores::default();
-    // Logits of a part of the window at a time, 32 MiB at most.
-    let chunk = ((1 << 23) / model.config().vocab_size).max(1);
-    for start in (0..next.len()).step_by(chunk) {
-        let rows = start..next.len().min(start + chunk);
+    for rows in parts(next.len(), model.config().vocab_size) {
         let part = |hidden: &ArrayView2<'_, f32>| hidden.slice_axis(Axis(0), Slice::from(rows.clone())).to_owned();
         let logits = model.logits(part(&hidden).view(), &mut pass)?;
         let true_logits = reference.as_ref().map(|(r, h)| r.logits(part(h).view(), &mut pass)).transpose()?;
         scores.add(Scores::of(logits.view(), true_logits.as_ref().map(|l| l.view()), &next[rows])?);
     }
     Ok(scores)
+}
+
+/// [`score_hidden`], against a reference's logits.
+pub(crate) fn score_against<L: LinearOp>(
+    model: &Decoder<L>,
+    hidden: ArrayView2<'_, f32>,
+    reference: ArrayView2<'_, f32>,
+    next: &[u32],
+) -> Result<Scores, LlmError> {
+    let mut pass = Pass::new();
+    let mut scores = Scores::default();
+    for rows in parts(next.len(), model.config().vocab_size) {
+        let part = Slice::from(rows.clone());
+        let logits = model.logits(hidden.slice_axis(Axis(0), part), &mut pass)?;
+        scores.add(Scores::of(logits.view(), Some(reference.slice_axis(Axis(0), part)), &next[rows])?);
+    }
+    Ok(scores)
+}
+
+/// Rows whose logits are made at a time: 32 MiB at most.
+fn parts(rows: usize, vocab_size: usize) -> impl Iterator<Item = Range<usize>> {
+    let step = ((1 << 23) / vocab_size).max(1);
+    (0..rows).step_by(step).map(move |start| start..rows.min(start + step))
 }
 
 #[cfg(test)]

@@ -7,7 +7,7 @@
 
 use crate::compress::{self, Compressed};
 use crate::text::default_seq_len;
-use crate::{Checkpoint, CompressOptions, LlmError, Progress, WeightSpec};
+use crate::{Checkpoint, CompressOptions, LlmError, Part, Progress, WeightSpec};
 use bitstack_core::WeightStack;
 use bitstack_format::{
     BlockSource, Draft, Existing, FormatError, StackFile, write_atomically, write_atomically_through,
@@ -258,6 +258,7 @@ fn tensors(checkpoint: &Checkpoint, progress: &dyn Progress) -> Result<Vec<(Stri
     let config = checkpoint.config();
     let names: Vec<String> = config.weights().iter().map(WeightSpec::tensor_name).collect();
     let names: Vec<String> = names.into_iter().chain(config.other_tensors().into_iter().map(|v| v.name)).collect();
+    progress.part(Part::Opening, config.weights().iter().map(|w| (w.rows * w.cols) as u64).sum());
     progress.stage("check the model (tensors)", names.len() as u64);
     names
         .into_par_iter()

@@ -36,7 +36,7 @@ pub use export::{ExportOptions, FloatType, export_dense, export_reference};
 pub use journal::Journal;
 pub use linear::{Dense, Elements, LinearOp, Threads, apply_by_panels};
 pub use order::block_perplexities;
-pub use progress::Progress;
+pub use progress::{Part, Progress};
 pub use reference::import;
 pub use sample::SamplingOptions;
 pub use tokenizer::{TextStream, Tokenizer};

@@ -6,6 +6,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
+use bitstack_cpu::{DenseValues, Kernel};
 use faer::prelude::ReborrowMut;
 use faer::{MatMut, MatRef};
 use half::slice::HalfFloatSliceExt;
@@ -24,6 +25,18 @@ pub enum Threads {
     /// Use the pool: right for a single sequence.
     Pool,
 }
+
+impl From<Threads> for bitstack_cpu::Threads {
+    fn from(threads: Threads) -> Self {
+        match threads {
+            Threads::One => Self::One,
+            Threads::Pool => Self::Pool,
+        }
+    }
+}
+
+/// Tokens up to which a product is made on the way, as its weight comes from memory; for more, from panels of the weight widened in the cache.
+const FEW: usize = 2;
 
 /// A weight `W`, rows x cols (output x input features), known by what it does to vectors.
 pub trait LinearOp: Send + Sync {
@@ -113,6 +126,14 @@ impl Elements {
         }
     }
 
+    fn values(&self) -> DenseValues<'_> {
+        match self {
+            Self::F32(v) => DenseValues::F32(v),
+            Self::F16(v) => DenseValues::F16(v),
+            Self::Bf16(v) => DenseValues::Bf16(v),
+        }
+    }
+
     fn widen(&self, range: Range<usize>, out: &mut [f32]) {
         match self {
             Self::F32(v) => out.copy_from_slice(&v[range]),
@@ -163,7 +184,14 @@ impl LinearOp for Dense {
         self.cols
     }
 
-    fn apply(&self, x: ArrayView2<'_, f32>, y: ArrayViewMut2<'_, f32>, threads: Threads) {
+    fn apply(&self, x: ArrayView2<'_, f32>, mut y: ArrayViewMut2<'_, f32>, threads: Threads) {
+        if x.nrows() <= FEW
+            && self.cols > 0
+            && let (Some(x), Some(y)) = (x.as_slice(), y.as_slice_mut())
+        {
+            let done = Kernel::detect().apply_dense(self.elements.values(), self.cols, x, y, threads.into());
+            return done.expect("a matrix of its shape, and shapes that fit");
+        }
         match &self.elements {
             Elements::F32(w) => {
                 for_each_panel(self.rows, self.cols, x, y, threads, |rows, x, y| {

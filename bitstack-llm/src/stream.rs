@@ -38,10 +38,10 @@ impl<'a> Streamed<'a> {
         first..first + self.specs.iter().filter(|w| w.layer == Some(layer)).count()
     }
 
-    /// Loads weight `index`.
-    pub(crate) fn load(&mut self, index: usize) -> Result<(), LlmError> {
+    /// Weight `index`. Those of a layer are used by every window, and by every trial again, so they are widened once.
+    fn loaded(&self, index: usize) -> Result<Dense, LlmError> {
         let weight = (self.load)(index, &self.specs[index])?;
-        self.put(index, Some(weight)).map(drop)
+        Ok(if self.specs[index].layer.is_some() { weight.widened() } else { weight })
     }
 
     /// Puts a weight in the place of weight `index`, or none; what was there.
@@ -58,7 +58,11 @@ impl<'a> Streamed<'a> {
         weights: Range<usize>,
         step: impl FnOnce(&mut Self) -> Result<T, LlmError>,
     ) -> Result<T, LlmError> {
-        let result = weights.clone().try_for_each(|index| self.load(index)).and_then(|()| step(self));
+        let all = weights.clone().into_par_iter().with_max_len(1).map(|index| self.loaded(index));
+        let loaded = all.collect::<Result<Vec<_>, _>>()?;
+        let result =
+            weights.clone().zip(loaded).try_for_each(|(index, weight)| self.put(index, Some(weight)).map(drop));
+        let result = result.and_then(|()| step(self));
         weights.for_each(|index| self.decoder.linear_mut(index).weight = None);
         result
     }

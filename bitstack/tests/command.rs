@@ -117,6 +117,36 @@ fn plans_never_exceed_the_budget_and_a_larger_budget_never_gives_less() {
     fails(&line(&format!("plan {{}} --memory {below}"), &[stack()]), 2, &[&below.to_string(), &least.to_string()]);
 }
 
+/// The table of `--timings` has a line for each part, in their order, and one for all of them, whose time is theirs.
+#[test]
+fn timings_have_a_line_for_every_part_and_add_up() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("timed.bitstack");
+    let arguments = "-q compress {} -o {} --calibration {} --samples 2 --seq-len 16 --blocks 2 --timings";
+    let output = line(arguments, &[&model(), &file, &text()]);
+    succeeds(&output);
+    let rows: Vec<&str> = stderr(&output).lines().skip(1).collect();
+    let names: Vec<&str> = rows.iter().map(|row| row[..14].trim()).collect();
+    let expected = [
+        "opening",
+        "text",
+        "importance",
+        "calibration",
+        "gram matrices",
+        "decomposition",
+        "sensitivity",
+        "check",
+        "writing",
+        "all",
+    ];
+    assert_eq!(names, expected);
+    let seconds: Vec<f64> =
+        rows.iter().map(|row| row[14..].split_whitespace().next().unwrap().parse().unwrap()).collect();
+    // Each is rounded to a tenth.
+    let (all, parts) = seconds.split_last().unwrap();
+    assert!((all - parts.iter().sum::<f64>()).abs() <= 0.05 * seconds.len() as f64, "{rows:?}");
+}
+
 #[test]
 fn a_truncated_file_is_the_plan_and_nothing_else() {
     let dir = tempfile::tempdir().unwrap();

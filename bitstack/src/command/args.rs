@@ -82,6 +82,10 @@ pub(crate) struct Compress {
     #[arg(long)]
     pub(crate) json: bool,
 
+    /// Say at the end where the time went.
+    #[arg(long)]
+    pub(crate) timings: bool,
+
     #[command(flatten)]
     pub(crate) method: MethodArgs,
 }
@@ -151,7 +155,7 @@ pub(crate) enum Scale {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Order {
-    /// Fall of the predicted divergence per byte, two model runs per weight; checked at eight sizes.
+    /// Fall of the predicted divergence per byte, a model run per weight and one per layer; checked at eight sizes.
     Gain,
     /// The paper's: level by level, by measured perplexity; one model run per block.
     Perplexity,

@@ -3,10 +3,11 @@
 use super::args::{Compress, Method, MethodArgs, Order, Scale};
 use super::open::Stack;
 use super::progress::{Reporter, to_stderr};
+use super::timings::{Timings, table};
 use super::{print, quality, size, usage};
 use anyhow::{Context, Result};
 use bitstack_format::Existing;
-use bitstack_llm::{BlockMethod, Checkpoint, CompressOptions, Journal, LlmError, Ordering, Scaling};
+use bitstack_llm::{BlockMethod, Checkpoint, CompressOptions, Journal, LlmError, Ordering, Part, Progress, Scaling};
 use serde_json::json;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -46,6 +47,7 @@ fn write(args: &Compress, reporter: &Reporter) -> Result<()> {
         refuse_existing(output, args.force)?;
     }
     let started = Instant::now();
+    let timings = Timings::new(reporter, Part::Opening);
     let checkpoint = Checkpoint::open(&args.model)?;
     let text = match &method.calibration {
         Some(path) => Some(read_text(path)?),
@@ -58,7 +60,7 @@ fn write(args: &Compress, reporter: &Reporter) -> Result<()> {
     if args.restart {
         Journal::discard(&directory)?;
     }
-    let journal = Journal::open(&directory, &checkpoint, text.as_deref(), &options, reporter).map_err(|e| match e {
+    let journal = Journal::open(&directory, &checkpoint, text.as_deref(), &options, &timings).map_err(|e| match e {
         e @ LlmError::JournalDiffers { .. } => {
             usage(format!("{e}; --restart throws it away, another --output leaves it alone"))
         }
@@ -73,12 +75,13 @@ fn write(args: &Compress, reporter: &Reporter) -> Result<()> {
 
     let unfinished = Unfinished::announce(&directory);
     let work = || -> Result<_> {
-        let mut compressed = journal.compress(reporter)?;
+        let mut compressed = journal.compress(&timings)?;
         let name = std::path::absolute(&args.model)?.file_name().map(|n| n.to_string_lossy().into_owned());
         compressed.draft.set_provenance("model", &name.unwrap_or_default())?;
         compressed.draft.set_provenance("made by", &describe(method, text.is_some()))?;
         let resident = (compressed.order.minimum_bytes(), compressed.order.total_bytes());
         let existing = if args.force { Existing::Replace } else { Existing::Refuse };
+        timings.part(Part::Writing, resident.1);
         let bytes = journal.write(&compressed, output, existing, &mut reporter.bytes("write (bytes)"))?;
         Ok((resident, bytes))
     };
@@ -99,6 +102,9 @@ fn write(args: &Compress, reporter: &Reporter) -> Result<()> {
         started.elapsed().as_secs_f64(),
         peak_memory().map(|b| format!(", peak memory {}", size::show(b))).unwrap_or_default()
     ));
+    if args.timings {
+        to_stderr(&table(&timings.so_far()));
+    }
     Ok(())
 }
 

@@ -15,6 +15,7 @@ mod plot;
 mod progress;
 mod quality;
 mod size;
+mod timings;
 
 use anyhow::Result;
 use args::{Bench, Cli, Command};

@@ -1,0 +1,101 @@
+//! Products with ordinary matrices, for a few tokens: how a model decodes that is not compressed.
+
+use half::{bf16, f16};
+
+use crate::kernel::dense;
+use crate::{CpuError, Kernel, Threads};
+
+/// Elements of a task at most. They take as long to read as a thread to wake several times over.
+const TASK: usize = 1 << 16;
+
+/// Elements of an ordinary matrix, row-major, in the type they are stored in. All widen to f32 exactly.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum DenseValues<'a> {
+    /// 32-bit.
+    F32(&'a [f32]),
+    /// IEEE half precision.
+    F16(&'a [f16]),
+    /// The upper half of an f32.
+    Bf16(&'a [bf16]),
+}
+
+impl DenseValues<'_> {
+    /// Number of elements.
+    pub fn len(self) -> usize {
+        match self {
+            Self::F32(w) => w.len(),
+            Self::F16(w) => w.len(),
+            Self::Bf16(w) => w.len(),
+        }
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(self) -> bool {
+        self.len() == 0
+    }
+
+    fn split_at(self, at: usize) -> (Self, Self) {
+        match self {
+            Self::F32(w) => (Self::F32(&w[..at]), Self::F32(&w[at..])),
+            Self::F16(w) => (Self::F16(&w[..at]), Self::F16(&w[at..])),
+            Self::Bf16(w) => (Self::Bf16(&w[..at]), Self::Bf16(&w[at..])),
+        }
+    }
+}
+
+impl Kernel {
+    /// y = x Wᵀ for a dense W of `cols` columns, with sums in f32. W is read once for every two tokens, as fast as memory gives it; for more,
+    /// a product that keeps a part of it in the cache is faster.
+    ///
+    /// # Shapes
+    /// `w`: rows x cols; `x`: tokens x cols; `y`: tokens x rows, overwritten; all row-major. Rows and tokens are what the lengths say.
+    ///
+    /// # Errors
+    /// [`CpuError::PartialRow`], [`CpuError::PartialToken`] and [`CpuError::OutputLength`] when the lengths do not fit; `y` is untouched then.
+    pub fn apply_dense(
+        &self,
+        w: DenseValues<'_>,
+        cols: usize,
+        x: &[f32],
+        y: &mut [f32],
+        threads: Threads,
+    ) -> Result<(), CpuError> {
+        if cols == 0 || !w.len().is_multiple_of(cols) {
+            return Err(CpuError::PartialRow { cols, len: w.len() });
+        }
+        if !x.len().is_multiple_of(cols) {
+            return Err(CpuError::PartialToken { cols, len: x.len() });
+        }
+        let (rows, tokens) = (w.len() / cols, x.len() / cols);
+        // Saturating: a product that overflows is longer than any slice.
+        let expected = tokens.saturating_mul(rows);
+        if y.len() != expected {
+            return Err(CpuError::OutputLength { tokens, rows, expected, actual: y.len() });
+        }
+        if rows == 0 {
+            return Ok(());
+        }
+        for (x, y) in x.chunks(2 * cols).zip(y.chunks_mut(2 * rows)) {
+            if x.len() == cols {
+                self.rows(w, [x], [y], threads);
+            } else {
+                let ((x, second_x), (y, second_y)) = (x.split_at(cols), y.split_at_mut(rows));
+                self.rows(w, [x, second_x], [y, second_y], threads);
+            }
+        }
+        Ok(())
+    }
+
+    fn rows<const V: usize>(self, w: DenseValues<'_>, x: [&[f32]; V], y: [&mut [f32]; V], threads: Threads) {
+        let (rows, cols) = (y[0].len(), x[0].len());
+        if threads == Threads::One || rows == 1 || w.len() <= TASK {
+            return dense::rows(self.isa(), w, x, y);
+        }
+        let half = rows / 2;
+        let (w_top, w_bottom) = w.split_at(half * cols);
+        let mut halves = y.map(|y| y.split_at_mut(half));
+        let top = halves.each_mut().map(|(top, _)| std::mem::take(top));
+        let bottom = halves.map(|(_, bottom)| bottom);
+        rayon::join(|| self.rows(w_top, x, top, threads), || self.rows(w_bottom, x, bottom, threads));
+    }
+}
