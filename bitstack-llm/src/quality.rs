@@ -3,7 +3,7 @@
 use crate::eval::{Metrics, WithReference};
 use crate::journal::Units;
 use crate::order::{CHECKS, Curve, Reference, Runs, at_levels, check_budgets};
-use crate::{Checkpoint, LlmError, Progress};
+use crate::{Checkpoint, LlmError, Part, Progress};
 use bitstack_format::BlockSource;
 use bitstack_sort::{LoadOrder, Plan, Sizes, SortError};
 use serde::{Deserialize, Deserializer, Serialize};
@@ -208,12 +208,14 @@ pub(crate) fn measure<S: BlockSource + Sync + ?Sized>(
     let mut runs = Runs::new("runs.quality", units);
     // Of each size, divergence and agreement.
     let mut found = runs.finished(2 * plans.len())?;
+    progress.part(Part::Quality, 0);
     progress.stage("quality (sizes)", plans.len() as u64);
     let open: Vec<usize> = (0..plans.len()).filter(|i| found[2 * i].is_nan()).collect();
     progress.advance((plans.len() - open.len()) as u64);
     if !open.is_empty() {
         let reference = Reference::new(checkpoint, windows)?;
         for i in open {
+            progress.part(Part::Quality, windows.iter().map(|w| w.len() as u64).sum());
             let scores = reference.scores_of(&mut at_levels(source, &plans[i].levels)?)?;
             let metrics = Metrics::of(&scores, WithReference::Yes)?;
             let (kl, top1) = metrics.kl.zip(metrics.top1).expect("there is a reference");
