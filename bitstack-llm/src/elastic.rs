@@ -146,6 +146,10 @@ impl<S: ReadAt + Send + Sync + 'static> ElasticModel<S> {
 
 /// A weight at a level, multiplied by as it is stored.
 #[derive(Debug, Clone)]
+#[expect(
+    clippy::large_enum_variant,
+    reason = "nearly all are planes, and a box would be an allocation for each product"
+)]
 pub enum Operator<'a> {
     /// Blocks.
     Planes {

@@ -57,9 +57,9 @@ fn with_spikes(directory: &Path, size: f32) {
         .iter()
         .map(|(name, (_, w))| (name, w.iter().flat_map(|w| bf16::from_f32(*w).to_le_bytes()).collect()))
         .collect();
-    let views = changed.iter().map(|(name, (shape, _))| {
-        (name.clone(), TensorView::new(Dtype::BF16, shape.clone(), &bytes[name]).unwrap())
-    });
+    let views = changed
+        .iter()
+        .map(|(name, (shape, _))| (name.clone(), TensorView::new(Dtype::BF16, shape.clone(), &bytes[name]).unwrap()));
     safetensors::serialize_to_file(views, None, &directory.join("model.safetensors")).unwrap();
 }
 
