@@ -567,7 +567,7 @@ mod tests {
 
     #[test]
     fn a_weight_has_a_block_more_for_each_level_that_it_is_ahead() {
-        assert_eq!([-9.0, -2.0, -0.4, 0.0, 0.6, 3.0, 9.0].map(default_blocks), [4, 6, 8, 8, 9, 11, 12]);
+        assert_eq!([-9.0, -2.0, -0.4, 0.0, 0.6, 3.0, 9.0].map(default_blocks), [8, 8, 9, 9, 10, 12, 12]);
     }
 
     #[test]

@@ -124,8 +124,9 @@ fn timings_have_a_line_for_every_part_and_add_up() {
     let file = dir.path().join("timed.bitstack");
     let arguments = "-q compress {} -o {} --calibration {} --samples 2 --seq-len 16 --blocks 2 --timings";
     let output = line(arguments, &[&model(), &file, &text()]);
-    succeeds(&output);
-    let rows: Vec<&str> = stderr(&output).lines().skip(1).collect();
+    is_written(&output);
+    // Two blocks are far from the model, which is said behind the table.
+    let rows: Vec<&str> = stderr(&output).lines().skip(1).take_while(|row| !row.starts_with("warning")).collect();
     let names: Vec<&str> = rows.iter().map(|row| row[..14].trim()).collect();
     let expected = [
         "opening",
@@ -136,6 +137,7 @@ fn timings_have_a_line_for_every_part_and_add_up() {
         "decomposition",
         "sensitivity",
         "check",
+        "quality",
         "writing",
         "all",
     ];
