@@ -146,6 +146,7 @@ impl<S: ReadAt + Send + Sync + 'static> ElasticModel<S> {
 
 /// A weight at a level, multiplied by as it is stored.
 #[derive(Debug, Clone)]
+#[allow(clippy::large_enum_variant, reason = "there is one for each weight, and most of them are planes")]
 pub enum Operator<'a> {
     /// Blocks.
     Planes {
