@@ -150,6 +150,18 @@ fn timings_have_a_line_for_every_part_and_add_up() {
 }
 
 #[test]
+fn inspect_shows_how_many_spikes_a_weight_has_and_their_bytes() {
+    let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("../bitstack-format/tests/golden/v1-spikes.bitstack");
+    let inspect = json(&line("inspect {} --json", &[&file]));
+    let shown = |w: usize| ["spikes", "spike_bytes"].map(|field| inspect["weights"][w][field].as_u64().unwrap());
+    // Seven spikes and four entries that bridge gaps, 15 sizes, the ends of three tiles; and a list of one tile without entries.
+    assert_eq!([shown(0), shown(1)], [[11, 2 * (11 + 15 + 6)], [0, 2 * (15 + 2)]]);
+    let output = line("inspect {}", &[&file]);
+    succeeds(&output);
+    assert!(stdout(&output).contains("11 entries"), "{}", stdout(&output));
+}
+
+#[test]
 fn a_truncated_file_is_the_plan_and_nothing_else() {
     let dir = tempfile::tempdir().unwrap();
     let small = dir.path().join("small.bitstack");
