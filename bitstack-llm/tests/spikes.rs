@@ -86,7 +86,7 @@ fn a_model_with_super_weights_and_massive_activations_is_as_good_as_one_without(
     let (plain, _) = compressed(&demo().join("tiny-llama"), &directory.path().join("plain.partial"));
     let (spiked, lists) = compressed(&model, &directory.path().join("spiked.partial"));
     assert!(lists >= 2, "the lists of {lists} weights");
-    // Without lists the divergence stays above .05 with all blocks.
+    // A factor of two for the noise of a few hundred tokens; .001 is what a good format of 8 bits leaves.
     assert!(spiked.whole().kl < 2.0 * plain.whole().kl.max(0.001), "{} and {}", spiked.whole().kl, plain.whole().kl);
     for (plain, spiked) in plain.sizes.iter().zip(&spiked.sizes).skip(2) {
         // Sizes differ by what the lists take.
