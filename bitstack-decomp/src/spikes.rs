@@ -67,9 +67,8 @@ pub(crate) fn find(
     reach: Reach,
 ) -> Vec<(usize, usize)> {
     let (rows, cols) = weight.dim();
-    let mean = |values: &mut dyn Iterator<Item = f64>, n: usize| values.sum::<f64>() / n as f64;
-    let row_mean = mean(&mut envelope.rows.iter().map(|a| a * a), rows);
-    let col_mean = mean(&mut column_weights.iter().copied(), cols);
+    let row_mean = envelope.rows.iter().map(|a| a * a).sum::<f64>() / rows as f64;
+    let col_mean = column_weights.iter().sum::<f64>() / cols as f64;
     if row_mean.partial_cmp(&0.0) != Some(std::cmp::Ordering::Greater)
         || col_mean.partial_cmp(&0.0) != Some(std::cmp::Ordering::Greater)
     {

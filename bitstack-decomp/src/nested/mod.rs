@@ -80,9 +80,8 @@ pub(crate) fn steps(
     let metric = full.as_ref().unwrap_or(&columns);
 
     // Spikes are found once; their sizes are rounded again in the units of what is stored.
-    let planes = nested.range / (1.0 - nested.ratio);
     let places = options.spikes.map(|error| {
-        let reach = Reach { clear: 0.9 * planes, rest: 0.75 * planes, error };
+        let reach = Reach { clear: 0.9 * reach, rest: 0.75 * reach, error };
         let mut column_weights = vec![0.0; cols];
         order.iter().zip(&metric.pivots).for_each(|(&c, d)| column_weights[c] = *d);
         let envelope = spikes::Envelope { rows: &envelope.rows, inverse_cols: &inverse };
@@ -97,7 +96,7 @@ pub(crate) fn steps(
     let q = nested.joint.min(options.n_blocks);
     let weights: Vec<f64> = (0..q).map(|b| nested.level_weight(b)).collect();
     let start: Vec<f64> = (0..q).map(|i| nested.range * nested.ratio.powi(i as i32)).collect();
-    let sample = sample(weight, &envelope.rows, &inverse, planes);
+    let sample = sample(weight, &envelope.rows, &inverse, reach);
     let levels = scalar::design(&sample, &weights, &start, LLOYD_ROUNDS);
     let mut plan = Plan {
         metric,
