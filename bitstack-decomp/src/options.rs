@@ -212,7 +212,7 @@ impl<'a> DecomposeOptions<'a> {
 
     /// Weights far outside the envelope go to a list beside block 1 ([`bitstack_core::Spikes`]), where that pays. The number is the squared
     /// error that the planes leave of an ordinary weight at the level that counts, in units of its mean square: the smaller, the more
-    /// entries pay, up to one weight in 200. `None`: no list. [`DecomposeOptions::nested`] sets it from [`Nested::around`];
+    /// entries pay, up to 7 weights in a thousand. `None`: no list. [`DecomposeOptions::nested`] sets it from [`Nested::around`];
     /// [`Method::Avd`] makes no list, whatever is set here.
     pub fn spikes(self, error: Option<f64>) -> Self {
         Self { spikes: error, ..self }
