@@ -26,9 +26,6 @@ use tile::{RowError, SUBS, Stage, TILE, Tile};
 const LLOYD_ROUNDS: usize = 1;
 /// Weights beyond so many standard deviations count for no more in the envelope, where they can go to a list.
 const CLEAR: f64 = 3.0;
-/// The error for which spikes are taken that codes leave: that of level 5.5. A lower one makes the largest models better, and costs the small
-/// ones bytes. Without such spikes the divergence of a model of 135 million parameters stayed at .0042 with all its blocks, with them .0021.
-const LEFT_ERROR: f64 = 4.0 / 2048.0;
 /// The first magnitude of a plane after the joint ones, in mean magnitudes of the residual: more than 1, for the sake of its tails.
 const GAIN: f64 = 1.15;
 
@@ -105,6 +102,7 @@ pub(crate) fn steps(
         weights,
         pattern: levels.coefficients,
         sweeps: nested.sweeps,
+        left: nested.left,
         rows: envelope.rows,
         spikes: first_list,
         position: vec![0; cols],
@@ -247,6 +245,8 @@ struct Plan<'a> {
     /// `pattern[level][plane]`: the magnitudes of the planes; before it is learned of the joint ones only.
     pattern: Vec<Vec<f64>>,
     sweeps: usize,
+    /// The error for which spikes are taken that codes leave.
+    left: f64,
     /// a of every row.
     rows: Vec<f64>,
     order: Vec<usize>,
@@ -311,7 +311,7 @@ impl<'a> Plan<'a> {
         let row_weights: Vec<f64> = tile.row_scale.iter().map(|a| a * a / mean).collect();
         let pivots = self.metric.pivots.iter().sum::<f64>() / self.metric.n as f64;
         let most = (spikes::MOST_LEFT * (TILE * self.metric.n) as f64) as usize;
-        let price = spikes::price(LEFT_ERROR) * pivots;
+        let price = spikes::price(self.left) * pivots;
         let found = tile.mend(&stage, &row_weights, price, most, |value| list.nearest(value));
         found.into_iter().map(|(row, j, size, value)| (row, Entry { col: self.order[j], size, value })).collect()
     }
