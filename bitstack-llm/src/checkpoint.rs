@@ -8,7 +8,8 @@ use std::collections::{HashMap, HashSet};
 use std::fs::File;
 use std::io::{Error, ErrorKind, Read, Seek, SeekFrom};
 use std::path::{Component, Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
+use std::ops::Range;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use half::{bf16, f16};
 use ndarray::Array2;
@@ -66,7 +67,7 @@ const COMPANIONS: [&str; 6] = [
 ];
 
 /// An opened model directory.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Checkpoint {
     dir: PathBuf,
     config: ModelConfig,
@@ -76,14 +77,14 @@ pub struct Checkpoint {
     tensors: HashMap<String, Location>,
 }
 
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 struct DataFile {
     path: PathBuf,
     /// Reads move the file's cursor, so one at a time.
-    file: Mutex<File>,
+    file: Arc<Mutex<File>>,
 }
 
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 struct Location {
     file: usize,
     dtype: Dtype,
@@ -112,7 +113,7 @@ impl Checkpoint {
     pub fn open_with(dir: impl AsRef<Path>, limits: &CheckpointLimits) -> Result<Self, LlmError> {
         let checkpoint = Self::open_headers(dir.as_ref(), limits)?;
         for weight in checkpoint.config.weights() {
-            checkpoint.locate(&weight.tensor_name(), &[weight.rows, weight.cols])?;
+            checkpoint.locate(&weight.tensor_name(), &weight.tensor_shape())?;
         }
         for vector in checkpoint.config.other_tensors() {
             checkpoint.locate(&vector.name, &[vector.len])?;
@@ -155,6 +156,12 @@ impl Checkpoint {
         &self.config
     }
 
+    /// The same checkpoint with its embedding and head in parts: [`ModelConfig::cut_vocabulary`].
+    #[must_use]
+    pub fn with_cut_vocabulary(&self) -> Self {
+        Self { config: self.config.clone().cut_vocabulary(), ..self.clone() }
+    }
+
     /// `config.json` as it stands in the directory.
     pub fn config_text(&self) -> &str {
         &self.config_text
@@ -185,7 +192,7 @@ impl Checkpoint {
 
     /// Bytes that the model's tensors take in the checkpoint.
     pub fn stored_bytes(&self) -> u64 {
-        let names = self.config.weights().into_iter().map(|w| w.tensor_name());
+        let names = self.config.weights().into_iter().filter(|w| w.first_row == 0).map(|w| w.tensor_name());
         let names = names.chain(self.config.other_tensors().into_iter().map(|v| v.name));
         let bytes = |at: &Location| (at.shape.iter().product::<usize>() * at.dtype.bitsize() / 8) as u64;
         names.filter_map(|name| self.tensors.get(&name)).map(bytes).sum()
@@ -196,7 +203,8 @@ impl Checkpoint {
     /// # Errors
     /// Missing tensor, wrong shape or dtype, NaN or infinite elements, a read that fails.
     pub fn weight(&self, weight: &WeightSpec) -> Result<Dense, LlmError> {
-        let elements = self.elements(&weight.tensor_name(), &[weight.rows, weight.cols])?;
+        let first = weight.first_row * weight.cols;
+        let elements = self.part(&weight.tensor_name(), &weight.tensor_shape(), first..first + weight.rows * weight.cols)?;
         Ok(Dense::new(weight.rows, weight.cols, elements).expect("as many elements as the shape, which was checked"))
     }
 
@@ -205,7 +213,7 @@ impl Checkpoint {
     /// # Errors
     /// As [`weight`](Self::weight).
     pub fn matrix(&self, weight: &WeightSpec) -> Result<Array2<f32>, LlmError> {
-        let values = self.elements(&weight.tensor_name(), &[weight.rows, weight.cols])?.into_f32();
+        let values = self.weight(weight)?.into_elements().into_f32();
         Ok(Array2::from_shape_vec((weight.rows, weight.cols), values).expect("as many elements as the shape"))
     }
 
@@ -303,7 +311,7 @@ impl Checkpoint {
             }
             self.tensors.insert(name, location);
         }
-        self.files.push(DataFile { path, file: Mutex::new(file) });
+        self.files.push(DataFile { path, file: Arc::new(Mutex::new(file)) });
         Ok(())
     }
 
@@ -342,7 +350,7 @@ impl Checkpoint {
             return Err(self.wrong_shape(tensor, location, &[len]));
         }
         let mut bytes = vec![0; len];
-        self.read(location, &mut bytes)?;
+        self.read(location, 0, &mut bytes)?;
         Ok(bytes)
     }
 
@@ -390,11 +398,11 @@ impl Checkpoint {
         }
     }
 
-    /// Fills `bytes` from the first byte of a tensor on.
-    fn read(&self, location: &Location, bytes: &mut [u8]) -> Result<(), LlmError> {
+    /// Fills `bytes` from byte `first` of a tensor on.
+    fn read(&self, location: &Location, first: usize, bytes: &mut [u8]) -> Result<(), LlmError> {
         let file = &self.files[location.file];
         let mut cursor = file.file.lock().unwrap_or_else(PoisonError::into_inner);
-        let read = cursor.seek(SeekFrom::Start(location.offset_bytes)).and_then(|_| cursor.read_exact(bytes));
+        let read = cursor.seek(SeekFrom::Start(location.offset_bytes + first as u64)).and_then(|_| cursor.read_exact(bytes));
         read.map_err(|source| LlmError::Io { path: file.path.clone(), source })
     }
 
@@ -403,15 +411,20 @@ impl Checkpoint {
     /// # Errors
     /// As [`weight`](Self::weight).
     pub fn elements(&self, tensor: &str, shape: &[usize]) -> Result<Elements, LlmError> {
+        self.part(tensor, shape, 0..shape.iter().product())
+    }
+
+    /// Reads some of the elements of a tensor of this shape, which has them.
+    fn part(&self, tensor: &str, shape: &[usize], range: Range<usize>) -> Result<Elements, LlmError> {
         let location = self.locate(tensor, shape)?;
         // The header was held against the file's length, so this asks for no more memory than the file has bytes.
-        let len = shape.iter().product::<usize>();
+        let (first, len) = (range.start, range.len());
         let finite = |first_bad: Option<(usize, f32)>| match first_bad {
             None => Ok(()),
             Some((index, value)) => Err(LlmError::NotFinite {
                 tensor: tensor.to_owned(),
                 path: self.files[location.file].path.clone(),
-                index,
+                index: first + index,
                 value,
             }),
         };
@@ -419,21 +432,21 @@ impl Checkpoint {
         match location.dtype {
             Dtype::F32 => {
                 let mut values = vec![0.0_f32; len];
-                self.read(location, bytemuck::cast_slice_mut(&mut values))?;
+                self.read(location, first * location.dtype.bitsize() / 8, bytemuck::cast_slice_mut(&mut values))?;
                 values.iter_mut().for_each(|v| *v = f32::from_bits(u32::from_le(v.to_bits())));
                 finite(values.iter().position(|v| !v.is_finite()).map(|i| (i, values[i])))?;
                 Ok(Elements::F32(values))
             }
             Dtype::F16 => {
                 let mut values = vec![f16::ZERO; len];
-                self.read(location, bytemuck::cast_slice_mut(&mut values))?;
+                self.read(location, first * location.dtype.bitsize() / 8, bytemuck::cast_slice_mut(&mut values))?;
                 values.iter_mut().for_each(|v| *v = f16::from_bits(u16::from_le(v.to_bits())));
                 finite(values.iter().position(|v| !v.is_finite()).map(|i| (i, values[i].to_f32())))?;
                 Ok(Elements::F16(values))
             }
             _ => {
                 let mut values = vec![bf16::ZERO; len];
-                self.read(location, bytemuck::cast_slice_mut(&mut values))?;
+                self.read(location, first * location.dtype.bitsize() / 8, bytemuck::cast_slice_mut(&mut values))?;
                 values.iter_mut().for_each(|v| *v = bf16::from_bits(u16::from_le(v.to_bits())));
                 finite(values.iter().position(|v| !v.is_finite()).map(|i| (i, values[i].to_f32())))?;
                 Ok(Elements::Bf16(values))

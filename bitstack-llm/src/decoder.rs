@@ -11,11 +11,12 @@
 //! can be called one by one ([`Decoder::embed`], [`Decoder::layer`], [`Decoder::logits`]), so that a layer can be run
 //! again and again on stored hidden states.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use faer::prelude::ReborrowMut;
 use faer::{MatMut, MatRef};
-use ndarray::{Array2, ArrayView2, ArrayViewMut2};
+use ndarray::{Array2, ArrayView2, ArrayViewMut2, Axis};
 use rayon::prelude::*;
 
 use crate::config::WEIGHTS_PER_LAYER;
@@ -25,7 +26,7 @@ use crate::{Checkpoint, Dense, LlmError, ModelConfig, Progress, RopeConfig, Vect
 /// Sees the inputs of the linear operators as a pass goes by.
 pub trait Observer {
     /// Called once per group of weights that read the same input, before they do: q, k, v; then o; gate, up; down; and the
-    /// head (under tied embeddings that is weight 0, the embedding).
+    /// head, in all its parts (under tied embeddings they are those of the embedding).
     ///
     /// `weights` are indices into [`ModelConfig::weights`]; `x` is tokens x cols. Look-ups in the embedding are not seen.
     fn input(&mut self, weights: &[usize], x: ArrayView2<'_, f32>);
@@ -329,9 +330,11 @@ impl<L: LinearOp> Decoder<L> {
         if let Some(&token) = tokens.iter().find(|&&t| t as usize >= vocab_size) {
             return Err(LlmError::TokenOutOfRange { token, vocab_size });
         }
+        let part_rows = self.frame.config.vocab_part_rows;
         let mut hidden = vec![0.0; tokens.len() * self.frame.config.hidden_size];
         for (&token, row) in tokens.iter().zip(hidden.chunks_exact_mut(self.frame.config.hidden_size)) {
-            self.weights[0].row_into(token as usize, row);
+            let (part, row_of_part) = (token as usize / part_rows, token as usize % part_rows);
+            self.weights[part].row_into(row_of_part, row);
         }
         Ok(Array2::from_shape_vec((tokens.len(), self.frame.config.hidden_size), hidden).expect("one row per token"))
     }
@@ -361,7 +364,7 @@ impl<L: LinearOp> Decoder<L> {
         }
         let h = hidden.as_slice_mut().expect("made standard above");
         let vectors = &self.frame.layers[layer];
-        let first = 1 + layer * WEIGHTS_PER_LAYER;
+        let first = config.vocab_parts() + layer * WEIGHTS_PER_LAYER;
         let [q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj] =
             std::array::from_fn::<_, WEIGHTS_PER_LAYER, _>(|i| &self.weights[first + i]);
 
@@ -434,7 +437,10 @@ impl<L: LinearOp> Decoder<L> {
         let width = self.frame.config.hidden_size;
         let normed = self.head_input(hidden, pass)?;
         let mut logits = Array2::zeros((hidden.nrows(), self.frame.config.vocab_size));
-        self.weights[self.head_index()].apply(view(&normed, width), logits.view_mut(), pass.threads);
+        let parts = logits.axis_chunks_iter_mut(Axis(1), self.frame.config.vocab_part_rows);
+        for (part, logits) in self.weights[self.head()].iter().zip(parts) {
+            part.apply(view(&normed, width), logits, pass.threads);
+        }
         pass.scratch.normed = normed;
         Ok(logits)
     }
@@ -448,9 +454,15 @@ impl<L: LinearOp> Decoder<L> {
         Ok(())
     }
 
-    /// The weight that gives the logits: the embedding when it is tied.
-    pub fn head_index(&self) -> usize {
-        if self.frame.config.tied { 0 } else { self.weights.len() - 1 }
+    /// The weights that look tokens up: the embedding, or its parts.
+    pub fn embedding(&self) -> Range<usize> {
+        0..self.frame.config.vocab_parts()
+    }
+
+    /// The weights that give the logits: the head, or its parts; those of the embedding when it is tied.
+    pub fn head(&self) -> Range<usize> {
+        let n = self.weights.len();
+        if self.frame.config.tied { self.embedding() } else { n - self.frame.config.vocab_parts()..n }
     }
 
     /// The final norm of `hidden`, in the pass's buffer.
@@ -466,7 +478,7 @@ impl<L: LinearOp> Decoder<L> {
             self.frame.config.norm_eps,
             &mut normed,
         );
-        pass.observe(&[self.head_index()], view(&normed, width));
+        pass.observe(&self.head().collect::<Vec<_>>(), view(&normed, width));
         Ok(normed)
     }
 

@@ -85,18 +85,21 @@ pub fn export_dense<S: BlockSource + Sync + ?Sized>(
     let mut tensors = Vec::new();
     let mut n_stacked = 0;
     for spec in config.weights() {
-        let (name, shape) = (spec.tensor_name(), vec![spec.rows, spec.cols]);
+        let (name, shape) = (spec.tensor_name(), spec.tensor_shape().to_vec());
         let Some(weight) = source.weight_index(&spec.name) else {
             tensors.push(unstacked(source, &name, Some(&shape))?);
             continue;
         };
         let found = source.weights()[weight].shape;
-        let found = vec![found.rows(), found.cols()];
-        if found != shape {
-            return Err(LlmError::StackShape { name: spec.name, found, expected: shape });
+        let (found, expected) = (vec![found.rows(), found.cols()], vec![spec.rows, spec.cols]);
+        if found != expected {
+            return Err(LlmError::StackShape { name: spec.name, found, expected });
         }
         n_stacked += 1;
-        tensors.push(Tensor { name, dtype: float.dtype(), shape, contents: Contents::Rebuilt(weight) });
+        match tensors.last_mut() {
+            Some(Tensor { contents: Contents::Rebuilt(parts), .. }) if spec.first_row > 0 => parts.push(weight),
+            _ => tensors.push(Tensor { name, dtype: float.dtype(), shape, contents: Contents::Rebuilt(vec![weight]) }),
+        }
     }
     if n_stacked != source.weights().len() {
         let known: Vec<String> = config.weights().into_iter().map(|s| s.name).collect();
@@ -224,8 +227,8 @@ enum Contents {
     Stored(String),
     /// The signs of a block (from 1), in the published order of bits.
     Signs { weight: usize, block: usize, part: String },
-    /// A weight, rebuilt.
-    Rebuilt(usize),
+    /// A weight, rebuilt; or the parts of one, one below the other.
+    Rebuilt(Vec<usize>),
 }
 
 impl Tensor {
@@ -341,9 +344,11 @@ fn write_tensor<S: BlockSource + Sync + ?Sized>(
             })?;
             put(out, &signs.view().to_reference_bytes())?;
         }
-        Contents::Rebuilt(weight) => {
-            let level = levels.get(*weight).copied().unwrap_or(0);
-            return write_rebuilt(source, *weight, level, tensor.dtype, out, progress);
+        Contents::Rebuilt(parts) => {
+            return parts.iter().try_for_each(|&weight| {
+                let level = levels.get(weight).copied().unwrap_or(0);
+                write_rebuilt(source, weight, level, tensor.dtype, out, progress)
+            });
         }
     }
     progress.advance(tensor.len_bytes());

@@ -25,6 +25,7 @@ mod stream;
 pub mod synthetic;
 pub mod text;
 mod tokenizer;
+mod vocabulary;
 
 pub use checkpoint::{Checkpoint, CheckpointLimits};
 pub use compress::{BlockMethod, CompressOptions, Compressed, Ordering, Scaling, compress, default_rank};

@@ -169,6 +169,11 @@ impl Dense {
         &self.elements
     }
 
+    /// The elements, taken out.
+    pub fn into_elements(self) -> Elements {
+        self.elements
+    }
+
     /// The same matrix stored as f32: twice the memory of a 16-bit one, and nothing left to widen on every use.
     pub fn widened(self) -> Self {
         Self { elements: Elements::F32(self.elements.into_f32()), ..self }

@@ -40,8 +40,7 @@ impl<'a> Reference<'a> {
     pub(crate) fn new(checkpoint: &'a Checkpoint, windows: &'a [&'a [u32]]) -> Result<Self, LlmError> {
         let mut model = original(checkpoint)?;
         let finals = finals(&mut model, windows)?;
-        let head = model.decoder().head_index();
-        let logits = model.with(head..head + 1, |model| {
+        let logits = model.with(model.decoder().head(), |model| {
             let each = finals.par_iter().with_max_len(1);
             each.map(|hidden| model.decoder().logits(hidden.view(), &mut Pass::new())).collect()
         })?;
@@ -61,8 +60,7 @@ impl<'a> Reference<'a> {
     /// The scores of a model on each window.
     pub(crate) fn scores_of(&self, model: &mut Streamed<'_>) -> Result<Vec<eval::Scores>, LlmError> {
         let hidden = finals(model, self.windows)?;
-        let head = model.decoder().head_index();
-        model.with(head..head + 1, |model| {
+        model.with(model.decoder().head(), |model| {
             let each = (0..hidden.len()).into_par_iter().with_max_len(1);
             each.map(|i| self.score(i, model.decoder(), &hidden[i])).collect()
         })
@@ -343,7 +341,7 @@ fn one_by_one<S: BlockSource + ?Sized>(
     trials
 }
 
-/// A trial for the weights of each layer, and for those outside of layers one each.
+/// A trial for the weights of each layer, for the embedding, and for the head.
 fn layer_by_layer<S: BlockSource + ?Sized>(
     specs: &[WeightSpec],
     source: &S,
@@ -351,11 +349,15 @@ fn layer_by_layer<S: BlockSource + ?Sized>(
 ) -> Vec<Vec<Place>> {
     let mut places = one_by_one(specs, source, which).concat();
     places.sort_unstable();
-    let layer = |place: &Place| specs[place.index].layer;
-    places.chunk_by(|a, b| layer(a).is_some() && layer(a) == layer(b)).map(<[Place]>::to_vec).collect()
+    let group = |place: &Place| {
+        let spec = &specs[place.index];
+        (spec.layer, spec.layer.is_none().then_some(spec.role))
+    };
+    places.chunk_by(|a, b| group(a) == group(b)).map(<[Place]>::to_vec).collect()
 }
 
-/// Puts in the places of each trial, which are in the same layer, what `other` makes for them, and measures the model: the mean over windows
+/// Puts in the places of each trial, which are in the same layer, or all of the embedding, or of the head, what `other` makes for them, and
+/// measures the model: the mean over windows
 /// of `measure(window, decoder, final hidden states)`, NaN for a trial without a place.
 ///
 /// Only what comes after the weight is run again: the weights are gone through in forward order, and the hidden states in front of the
@@ -372,7 +374,7 @@ fn try_each(
     progress: &dyn Progress,
 ) -> Result<Vec<f64>, LlmError> {
     let config = model.decoder().config();
-    let (specs, n_layers, head) = (config.weights(), config.n_layers, model.decoder().head_index());
+    let (specs, n_layers, head) = (config.weights(), config.n_layers, model.decoder().head());
     let mut found = runs.finished(trials.len())?;
     progress.advance(found.iter().filter(|f| !f.is_nan()).count() as u64);
     // What is to be measured, in forward order.
@@ -385,27 +387,33 @@ fn try_each(
     let inputs = inputs(windows);
     let (mut front, mut at) = (model.embed(&inputs)?, 0);
     // Embedding, each layer, head.
-    let at_of = |places: &[Place]| (places[0].index > 0, specs[places[0].index].layer);
+    let embedding = model.decoder().embedding();
+    let at_of = |places: &[Place]| (!embedding.contains(&places[0].index), specs[places[0].index].layer);
     for group in trials.chunk_by(|a, b| at_of(a.0) == at_of(b.0)) {
         // Of every trial, the windows.
         let mut hidden: Vec<Array2<f32>> = Vec::with_capacity(group.len() * windows.len());
         match at_of(group[0].0) {
             (false, _) => {
-                model.put(0, Some(other(group[0].0[0])?))?;
-                hidden = inputs.iter().map(|w| model.decoder().embed(w)).collect::<Result<_, _>>()?;
-                model.put(0, None)?;
+                model.with(embedding.clone(), |model| {
+                    for &(places, _) in group {
+                        let own = exchange(model, places, &other)?;
+                        let embedded = inputs.iter().map(|w| model.decoder().embed(w));
+                        hidden.extend(embedded.collect::<Result<Vec<_>, _>>()?);
+                        put_back(model, places, own)?;
+                    }
+                    Ok(())
+                })?;
                 model.run(0..n_layers, &mut hidden)?;
             }
             (true, Some(layer)) => {
                 model.run(at..layer, &mut front)?;
                 model.with(model.layer_weights(layer), |model| {
                     for &(places, _) in group {
-                        let own = places.iter().map(|place| model.put(place.index, Some(other(*place)?)));
-                        let own = own.collect::<Result<Vec<_>, _>>()?;
+                        let own = exchange(model, places, &other)?;
                         let first = hidden.len();
                         hidden.extend_from_slice(&front);
                         run_layer(model.decoder(), layer, &mut hidden[first..])?;
-                        places.iter().zip(own).try_for_each(|(place, own)| model.put(place.index, own).map(drop))?;
+                        put_back(model, places, own)?;
                     }
                     run_layer(model.decoder(), layer, &mut front)
                 })?;
@@ -415,19 +423,19 @@ fn try_each(
             (true, None) => {
                 model.run(at..n_layers, &mut front)?;
                 at = n_layers;
-                hidden.extend_from_slice(&front);
+                group.iter().for_each(|_| hidden.extend_from_slice(&front));
             }
         }
-        model.with(head..head + 1, |model| {
+        model.with(head.clone(), |model| {
             for (&(places, trial), hidden) in group.iter().zip(hidden.chunks(windows.len())) {
-                if places[0].index == head {
-                    model.put(head, Some(other(places[0])?))?;
-                }
+                let in_head = if head.contains(&places[0].index) { places } else { &[] };
+                let own = exchange(model, in_head, &other)?;
                 let decoder = model.decoder();
                 let values =
                     hidden.par_iter().enumerate().with_max_len(1).map(|(i, hidden)| measure(i, decoder, hidden));
                 let values = values.collect::<Result<Vec<f64>, LlmError>>()?;
                 found[trial] = values.iter().sum::<f64>() / values.len() as f64;
+                put_back(model, in_head, own)?;
                 progress.advance(1);
             }
             Ok(())
@@ -436,6 +444,19 @@ fn try_each(
     }
     runs.keep(&found, true)?;
     Ok(found)
+}
+
+/// Puts in the places of a trial what `other` makes for them; what was there.
+fn exchange(
+    model: &mut Streamed<'_>,
+    places: &[Place],
+    other: impl Fn(Place) -> Result<Dense, LlmError>,
+) -> Result<Vec<Option<Dense>>, LlmError> {
+    places.iter().map(|place| model.put(place.index, Some(other(*place)?))).collect()
+}
+
+fn put_back(model: &mut Streamed<'_>, places: &[Place], own: Vec<Option<Dense>>) -> Result<(), LlmError> {
+    places.iter().zip(own).try_for_each(|(place, own)| model.put(place.index, own).map(drop))
 }
 
 /// The tokens of windows that are run.
@@ -496,6 +517,7 @@ impl<'a> Runs<'a> {
 mod tests {
     use super::*;
     use crate::stack::StackModel;
+    use crate::vocabulary::tests::with_large_vocabulary;
     use crate::{CompressOptions, Ordering, compress};
     use bitstack_format::Draft;
 
@@ -601,6 +623,41 @@ mod tests {
                 trial.iter().for_each(|place| levels[place.weight] = 2);
                 let whole = reference.divergence_of(&mut at_levels(&draft, &levels).unwrap()).unwrap();
                 assert!((found / whole - 1.0).abs() < 1e-9, "{name} {trial:?}: {found} and {whole}");
+            }
+        }
+    }
+
+    #[test]
+    fn parts_of_a_vocabulary_are_tried_alone_and_together() {
+        for name in ["llama", "llama31"] {
+            let (_dir, checkpoint) = with_large_vocabulary(name);
+            let checkpoint = checkpoint.with_cut_vocabulary();
+            let options =
+                CompressOptions { n_blocks: Some(2), samples: 1, seq_len: Some(16), ordering: Ordering::Random, ..Default::default() };
+            let draft = compress(&checkpoint, None, &options, &std::env::temp_dir(), &()).unwrap().draft;
+            let tokens: Vec<Vec<u32>> = (0..2).map(|w| (0..12).map(|i| (w * 7 + i * 431) % 5000).collect()).collect();
+            let windows: Vec<&[u32]> = tokens.iter().map(|w| &w[..]).collect();
+            let reference = Reference::new(&checkpoint, &windows).unwrap();
+            let specs = checkpoint.config().weights();
+            let is_part = |w: usize| draft.weights()[w].name.contains(".rows.");
+            for trials in [one_by_one(&specs, &draft, is_part), layer_by_layer(&specs, &draft, is_part)] {
+                let n = draft.weights().len();
+                let next = |place: Place| rebuild(&draft, place.weight, 2);
+                let measure = |window: usize, decoder: &Decoder<Slot>, hidden: &Array2<f32>| {
+                    reference.divergence(window, decoder, hidden)
+                };
+                let none = Units::none("".as_ref());
+                let mut model = at_levels(&draft, &vec![1; n]).unwrap();
+                let runs = Runs::new("runs", &none);
+                let found = try_each(&mut model, &trials, next, &windows, measure, runs, &()).unwrap();
+                let tried: Vec<_> = trials.iter().zip(found).filter(|(trial, _)| !trial.is_empty()).collect();
+                assert!(tried.iter().map(|(trial, _)| trial.len()).sum::<usize>() == if name == "llama" { 6 } else { 3 });
+                for (trial, found) in tried {
+                    let mut levels = vec![1; n];
+                    trial.iter().for_each(|place| levels[place.weight] = 2);
+                    let whole = reference.divergence_of(&mut at_levels(&draft, &levels).unwrap()).unwrap();
+                    assert!((found / whole - 1.0).abs() < 1e-9, "{name} {trial:?}: {found} and {whole}");
+                }
             }
         }
     }

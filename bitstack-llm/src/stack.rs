@@ -73,7 +73,8 @@ impl<'s, S: BlockSource + Sync + ?Sized> StackModel<'s, S> {
 pub fn config<S: BlockSource + ?Sized>(source: &S) -> Result<ModelConfig, LlmError> {
     let text =
         |name: &str| -> Result<String, LlmError> { Ok(String::from_utf8_lossy(&source.read_file(name)?).into_owned()) };
-    let mut config = ModelConfig::from_json(&text("config.json")?)?;
+    let config = ModelConfig::from_json(&text("config.json")?)?;
+    let mut config = config.cut_as(source.weights().iter().map(|info| &info.name[..]));
     if source.files().iter().any(|f| f.name == "generation_config.json") {
         config.add_generation_config(&text("generation_config.json")?)?;
     }
@@ -113,8 +114,8 @@ pub fn tokenizer<S: BlockSource + ?Sized>(source: &S) -> Result<Tokenizer, LlmEr
 /// A weight that was not stacked.
 pub(crate) fn kept<S: BlockSource + ?Sized>(source: &S, spec: &WeightSpec) -> Result<Dense, LlmError> {
     let tensor = source.read_tensor(&spec.tensor_name())?;
-    let shape = [spec.rows, spec.cols];
-    if tensor.shape != shape {
+    let shape = spec.tensor_shape();
+    if tensor.shape != shape || shape != [spec.rows, spec.cols] {
         let expected = shape.to_vec();
         return Err(LlmError::StackShape { name: spec.name.clone(), found: tensor.shape, expected });
     }

@@ -69,7 +69,7 @@ impl<'a> Streamed<'a> {
 
     /// The hidden states of the windows in front of the first layer.
     pub(crate) fn embed(&mut self, windows: &[&[u32]]) -> Result<Vec<Array2<f32>>, LlmError> {
-        self.with(0..1, |model| windows.iter().map(|w| model.decoder.embed(w)).collect())
+        self.with(self.decoder.embedding(), |model| windows.iter().map(|w| model.decoder.embed(w)).collect())
     }
 
     /// Takes hidden states, each of a window, through some layers.

@@ -87,7 +87,7 @@ pub fn draft(
     progress: &dyn Progress,
 ) -> Result<Draft, LlmError> {
     let json = shape.config_json();
-    let config = ModelConfig::from_json(&json)?;
+    let config = ModelConfig::from_json(&json)?.cut_vocabulary();
     let mut draft = Draft::create_in(scratch)?;
     draft.push_file("config.json", json.as_bytes())?;
     for spec in config.other_tensors() {

@@ -90,7 +90,7 @@ fn tied_embeddings_are_stored_once_and_read_both_ways() {
     let [low, high] = [1, 8].map(|level| {
         let levels = vec![level; file.weights().len()];
         let model = StackModel::open(&file, &levels, &()).unwrap().into_decoder();
-        assert_eq!(model.head_index(), 0);
+        assert_eq!(model.head(), 0..1);
         compare(&model, &original, &[&tokens], &()).unwrap().kl.unwrap().mean
     });
     assert!(high < low / 15.0, "{high} of {low}");
@@ -103,7 +103,7 @@ fn kept_embeddings_are_left_bit_for_bit() {
     let levels = vec![1; file.weights().len()];
     let model = StackModel::open(&file, &levels, &()).unwrap().into_decoder();
     let original = Decoder::load(&checkpoint("llama")).unwrap();
-    for index in [0, original.head_index()] {
+    for index in [0, original.head().start] {
         assert_eq!(*model.linears()[index], original.linears()[index]);
         assert_eq!(model.linears()[index].rows(), 96);
     }
