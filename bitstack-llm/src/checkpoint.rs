@@ -7,8 +7,8 @@
 use std::collections::{HashMap, HashSet};
 use std::fs::File;
 use std::io::{Error, ErrorKind, Read, Seek, SeekFrom};
-use std::path::{Component, Path, PathBuf};
 use std::ops::Range;
+use std::path::{Component, Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use half::{bf16, f16};
@@ -204,7 +204,8 @@ impl Checkpoint {
     /// Missing tensor, wrong shape or dtype, NaN or infinite elements, a read that fails.
     pub fn weight(&self, weight: &WeightSpec) -> Result<Dense, LlmError> {
         let first = weight.first_row * weight.cols;
-        let elements = self.part(&weight.tensor_name(), &weight.tensor_shape(), first..first + weight.rows * weight.cols)?;
+        let elements =
+            self.part(&weight.tensor_name(), &weight.tensor_shape(), first..first + weight.rows * weight.cols)?;
         Ok(Dense::new(weight.rows, weight.cols, elements).expect("as many elements as the shape, which was checked"))
     }
 
@@ -402,7 +403,8 @@ impl Checkpoint {
     fn read(&self, location: &Location, first: usize, bytes: &mut [u8]) -> Result<(), LlmError> {
         let file = &self.files[location.file];
         let mut cursor = file.file.lock().unwrap_or_else(PoisonError::into_inner);
-        let read = cursor.seek(SeekFrom::Start(location.offset_bytes + first as u64)).and_then(|_| cursor.read_exact(bytes));
+        let read =
+            cursor.seek(SeekFrom::Start(location.offset_bytes + first as u64)).and_then(|_| cursor.read_exact(bytes));
         read.map_err(|source| LlmError::Io { path: file.path.clone(), source })
     }
 

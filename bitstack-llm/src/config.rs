@@ -328,7 +328,9 @@ impl ModelConfig {
         // The second part says how long the first is. Parts of any other length have names that no weight of the model has.
         let part = |name: &str| name.strip_prefix(EMBEDDING)?.strip_prefix(PART)?.parse::<usize>().ok();
         let rows = names.filter_map(part).filter(|first| *first > 0).min();
-        if let Some(rows) = rows.filter(|rows| *rows < self.vocab_size && self.vocab_size.div_ceil(*rows) <= limit::VOCAB_PARTS) {
+        if let Some(rows) =
+            rows.filter(|rows| *rows < self.vocab_size && self.vocab_size.div_ceil(*rows) <= limit::VOCAB_PARTS)
+        {
             self.vocab_part_rows = rows;
         }
         self

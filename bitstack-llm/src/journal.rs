@@ -669,8 +669,15 @@ mod tests {
     #[test]
     fn a_weight_is_taken_only_whole_and_for_its_input() {
         let dir = tempfile::tempdir().unwrap();
-        let spec =
-            WeightSpec { name: "w".to_owned(), first_row: 0, rows: 3, tensor_rows: 3, cols: 9, role: crate::WeightRole::Query, layer: Some(0) };
+        let spec = WeightSpec {
+            name: "w".to_owned(),
+            first_row: 0,
+            rows: 3,
+            tensor_rows: 3,
+            cols: 9,
+            role: crate::WeightRole::Query,
+            layer: Some(0),
+        };
         let matrix = ndarray::Array2::from_shape_fn((3, 9), |(r, c)| (r * 7 + c * 5) as f32 % 4.0 - 1.5);
         let options = bitstack_decomp::DecomposeOptions::new(1, 2);
         let stack = bitstack_decomp::decompose(matrix.view(), &options).unwrap().stack;

@@ -632,8 +632,13 @@ mod tests {
         for name in ["llama", "llama31"] {
             let (_dir, checkpoint) = with_large_vocabulary(name);
             let checkpoint = checkpoint.with_cut_vocabulary();
-            let options =
-                CompressOptions { n_blocks: Some(2), samples: 1, seq_len: Some(16), ordering: Ordering::Random, ..Default::default() };
+            let options = CompressOptions {
+                n_blocks: Some(2),
+                samples: 1,
+                seq_len: Some(16),
+                ordering: Ordering::Random,
+                ..Default::default()
+            };
             let draft = compress(&checkpoint, None, &options, &std::env::temp_dir(), &()).unwrap().draft;
             let tokens: Vec<Vec<u32>> = (0..2).map(|w| (0..12).map(|i| (w * 7 + i * 431) % 5000).collect()).collect();
             let windows: Vec<&[u32]> = tokens.iter().map(|w| &w[..]).collect();
@@ -651,7 +656,9 @@ mod tests {
                 let runs = Runs::new("runs", &none);
                 let found = try_each(&mut model, &trials, next, &windows, measure, runs, &()).unwrap();
                 let tried: Vec<_> = trials.iter().zip(found).filter(|(trial, _)| !trial.is_empty()).collect();
-                assert!(tried.iter().map(|(trial, _)| trial.len()).sum::<usize>() == if name == "llama" { 6 } else { 3 });
+                assert!(
+                    tried.iter().map(|(trial, _)| trial.len()).sum::<usize>() == if name == "llama" { 6 } else { 3 }
+                );
                 for (trial, found) in tried {
                     let mut levels = vec![1; n];
                     trial.iter().for_each(|place| levels[place.weight] = 2);

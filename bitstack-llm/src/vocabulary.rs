@@ -33,8 +33,7 @@ pub(crate) mod tests {
     use super::*;
     use crate::stack::StackModel;
     use crate::{
-        Checkpoint, CompressOptions, Compressed, Decoder, ExportOptions, FloatType, Pass, compress,
-        export_dense,
+        Checkpoint, CompressOptions, Compressed, Decoder, ExportOptions, FloatType, Pass, compress, export_dense,
     };
     use bitstack_format::{BlockSource, StackFile};
     use safetensors::{Dtype, tensor::TensorView};
@@ -65,9 +64,8 @@ pub(crate) mod tests {
         for spec in small.config().other_tensors() {
             tensors.push((spec.name.clone(), vec![spec.len], bytes(small.vector(&spec).unwrap())));
         }
-        let views = tensors.iter().map(|(name, shape, data)| {
-            (name, TensorView::new(Dtype::F32, shape.clone(), data).unwrap())
-        });
+        let views =
+            tensors.iter().map(|(name, shape, data)| (name, TensorView::new(Dtype::F32, shape.clone(), data).unwrap()));
         std::fs::write(dir.path().join("model.safetensors"), safetensors::serialize(views, None).unwrap()).unwrap();
         let checkpoint = Checkpoint::open(dir.path()).unwrap();
         (dir, checkpoint)
@@ -75,7 +73,8 @@ pub(crate) mod tests {
 
     #[test]
     fn a_vocabulary_is_cut_into_16_parts_at_most_and_a_small_one_not() {
-        let config = Checkpoint::open(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/llama")).unwrap().config().clone();
+        let config =
+            Checkpoint::open(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/llama")).unwrap().config().clone();
         for (tokens, rows, parts) in
             [(96, 96, 1), (2048, 2048, 1), (2049, 2048, 2), (49152, 3072, 16), (151_936, 9536, 16), (128_256, 8064, 16)]
         {
@@ -92,7 +91,9 @@ pub(crate) mod tests {
             assert_eq!([WeightRole::Embedding, WeightRole::Head].map(of_role), [Some((tokens, tokens)); 2]);
         }
         // Names that lie about the parts are names of nothing.
-        for name in ["model.embed_tokens.rows.1", "model.embed_tokens.rows.96", "model.embed_tokens.rows.x", "lm_head.rows.9"] {
+        for name in
+            ["model.embed_tokens.rows.1", "model.embed_tokens.rows.96", "model.embed_tokens.rows.x", "lm_head.rows.9"]
+        {
             assert_eq!(config.clone().cut_as([name].into_iter()), config, "{name}");
         }
     }
@@ -121,7 +122,8 @@ pub(crate) mod tests {
             let (_dir, checkpoint) = with_large_vocabulary(name);
             let options =
                 CompressOptions { n_blocks: Some(4), samples: 2, seq_len: Some(24), ..CompressOptions::default() };
-            let Compressed { draft, order } = compress(&checkpoint, None, &options, &std::env::temp_dir(), &()).unwrap();
+            let Compressed { draft, order } =
+                compress(&checkpoint, None, &options, &std::env::temp_dir(), &()).unwrap();
             let mut bytes = Vec::new();
             draft.finish(order.weights(), &mut bytes, &mut |_, _| {}).unwrap();
             let file = StackFile::open(bytes).unwrap();

@@ -4,7 +4,7 @@ use bitstack_format::{BlockSource, StackFile};
 use bitstack_llm::quality::Quality;
 use bitstack_llm::{Checkpoint, CompressOptions, Journal};
 use half::bf16;
-use safetensors::tensor::{Dtype, SafeTensors, TensorView};
+use safetensors::tensor::{Dtype, TensorView};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
@@ -12,38 +12,58 @@ fn demo() -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../bitstack/demo")
 }
 
-/// The built-in model with spikes: in each layer, four channels of the MLP become copies of four others, and `down_proj` gets ±`size` root
+/// Tensors by name: shape and values.
+type Tensors = BTreeMap<String, (Vec<usize>, Vec<f32>)>;
+
+/// A copy of a model with other tensors, in bf16.
+fn with_tensors(source: &Path, directory: &Path, change: impl FnOnce(&mut Tensors)) {
+    let checkpoint = Checkpoint::open(source).unwrap();
+    for (name, contents) in checkpoint.companions().unwrap() {
+        std::fs::write(directory.join(name), contents).unwrap();
+    }
+    let mut tensors = Tensors::new();
+    for spec in checkpoint.config().weights() {
+        let values = checkpoint.weight(&spec).unwrap().into_elements().into_f32();
+        tensors.insert(spec.tensor_name(), (spec.tensor_shape().to_vec(), values));
+    }
+    for spec in checkpoint.config().other_tensors() {
+        tensors.insert(spec.name.clone(), (vec![spec.len], checkpoint.vector(&spec).unwrap()));
+    }
+    change(&mut tensors);
+    let bytes: BTreeMap<&String, Vec<u8>> = tensors
+        .iter()
+        .map(|(name, (_, w))| (name, w.iter().flat_map(|w| bf16::from_f32(*w).to_le_bytes()).collect()))
+        .collect();
+    let views = tensors
+        .iter()
+        .map(|(name, (shape, _))| (name.clone(), TensorView::new(Dtype::BF16, shape.clone(), &bytes[name]).unwrap()));
+    safetensors::serialize_to_file(views, None, &directory.join("model.safetensors")).unwrap();
+}
+
+fn rms(values: &[f32]) -> f32 {
+    (values.iter().map(|w| w * w).sum::<f32>() / values.len() as f32).sqrt()
+}
+
+/// Spikes for the built-in model: in each layer, four channels of the MLP become copies of four others, and `down_proj` gets ±`size` root
 /// mean squares at one place of either. What the two say cancels, so the model is one whose channels happen to agree, and quite ordinary;
 /// but an error in either place is multiplied by what passes there. The channels are made ten times larger, and their columns of `down_proj`
 /// as much smaller, which changes nothing either.
-fn with_spikes(directory: &Path, size: f32) {
-    let source = demo().join("tiny-llama");
-    for name in ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"] {
-        std::fs::copy(source.join(name), directory.join(name)).unwrap();
-    }
-    let bytes = std::fs::read(source.join("model.safetensors")).unwrap();
-    let tensors = SafeTensors::deserialize(&bytes).unwrap();
-    let mut changed: BTreeMap<String, (Vec<usize>, Vec<f32>)> = BTreeMap::new();
-    for (name, view) in tensors.iter() {
-        assert_eq!(view.dtype(), Dtype::BF16);
-        let values = view.data().chunks_exact(2).map(|b| bf16::from_le_bytes([b[0], b[1]]).to_f32()).collect();
-        changed.insert(name.to_owned(), (view.shape().to_vec(), values));
-    }
+fn add_spikes(tensors: &mut Tensors, size: f32) {
     for layer in 0..2 {
         let part = |part: &str| format!("model.layers.{layer}.mlp.{part}_proj.weight");
         for i in 0..4 {
             let (one, other) = (17 + 40 * i, 230 + 31 * i);
             for name in ["gate", "up"] {
-                let (shape, w) = changed.get_mut(&part(name)).unwrap();
+                let (shape, w) = tensors.get_mut(&part(name)).unwrap();
                 let cols = shape[1];
                 if name == "up" {
                     w[one * cols..][..cols].iter_mut().for_each(|w| *w *= 10.0);
                 }
                 w.copy_within(one * cols..(one + 1) * cols, other * cols);
             }
-            let (shape, w) = changed.get_mut(&part("down")).unwrap();
+            let (shape, w) = tensors.get_mut(&part("down")).unwrap();
             let (rows, cols) = (shape[0], shape[1]);
-            let rms = (w.iter().map(|w| w * w).sum::<f32>() / w.len() as f32).sqrt();
+            let rms = rms(w);
             for r in 0..rows {
                 let half = w[r * cols + one] / 20.0;
                 (w[r * cols + one], w[r * cols + other]) = (half, half);
@@ -53,22 +73,13 @@ fn with_spikes(directory: &Path, size: f32) {
             w[29 * cols + other] -= spike;
         }
     }
-    let bytes: BTreeMap<&String, Vec<u8>> = changed
-        .iter()
-        .map(|(name, (_, w))| (name, w.iter().flat_map(|w| bf16::from_f32(*w).to_le_bytes()).collect()))
-        .collect();
-    let views = changed
-        .iter()
-        .map(|(name, (shape, _))| (name.clone(), TensorView::new(Dtype::BF16, shape.clone(), &bytes[name]).unwrap()));
-    safetensors::serialize_to_file(views, None, &directory.join("model.safetensors")).unwrap();
 }
 
 /// The quality that a compression by default measures.
-fn compressed(model: &Path, directory: &Path) -> (Quality, usize) {
+fn compressed(model: &Path, text: Option<&str>, directory: &Path) -> (Quality, usize) {
     let checkpoint = Checkpoint::open(model).unwrap();
-    let text = std::fs::read_to_string(demo().join("text.txt")).unwrap();
     let options = CompressOptions { samples: 16, seq_len: Some(128), ..Default::default() };
-    let journal = Journal::open(directory, &checkpoint, Some(&text), &options, &()).unwrap();
+    let journal = Journal::open(directory, &checkpoint, text, &options, &()).unwrap();
     let compressed = journal.compress(&()).unwrap();
     let mut bytes = Vec::new();
     compressed.draft.finish(compressed.order.weights(), &mut bytes, &mut |_, _| {}).unwrap();
@@ -82,9 +93,11 @@ fn a_model_with_super_weights_and_massive_activations_is_as_good_as_one_without(
     let directory = tempfile::tempdir().unwrap();
     let model = directory.path().join("model");
     std::fs::create_dir(&model).unwrap();
-    with_spikes(&model, 40.0);
-    let (plain, _) = compressed(&demo().join("tiny-llama"), &directory.path().join("plain.partial"));
-    let (spiked, lists) = compressed(&model, &directory.path().join("spiked.partial"));
+    let source = demo().join("tiny-llama");
+    with_tensors(&source, &model, |tensors| add_spikes(tensors, 40.0));
+    let text = std::fs::read_to_string(demo().join("text.txt")).unwrap();
+    let (plain, _) = compressed(&source, Some(&text), &directory.path().join("plain.partial"));
+    let (spiked, lists) = compressed(&model, Some(&text), &directory.path().join("spiked.partial"));
     assert!(lists >= 2, "the lists of {lists} weights");
     // A factor of two for the noise of a few hundred tokens; .001 is what a good format of 8 bits leaves.
     assert!(spiked.whole().kl < 2.0 * plain.whole().kl.max(0.001), "{} and {}", spiked.whole().kl, plain.whole().kl);
@@ -92,4 +105,33 @@ fn a_model_with_super_weights_and_massive_activations_is_as_good_as_one_without(
         // Sizes differ by what the lists take.
         assert!(spiked.kl < 2.0 * plain.kl + 0.001, "{spiked:?} where the plain one has {plain:?}");
     }
+}
+
+/// As in Qwen2.5: keys whose biases are a hundred times what the projection adds, a projection with a few weights far outside its envelope,
+/// and tokens whose rows of the embedding have some.
+#[test]
+fn spikes_under_large_biases_and_in_the_embedding_cost_nothing() {
+    let directory = tempfile::tempdir().unwrap();
+    let model = directory.path().join("model");
+    std::fs::create_dir(&model).unwrap();
+    let source = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/data/qwen2");
+    with_tensors(&source, &model, |tensors| {
+        for layer in 0..2 {
+            let part = |part: &str| format!("model.layers.{layer}.self_attn.k_proj.{part}");
+            let (_, bias) = tensors.get_mut(&part("bias")).unwrap();
+            bias.iter_mut().enumerate().for_each(|(i, b)| *b = if i % 3 == 0 { 40.0 } else { -7.0 } * (1.0 + *b));
+            let (shape, w) = tensors.get_mut(&part("weight")).unwrap();
+            let (cols, spike) = (shape[1], 30.0 * rms(w));
+            (w[3 * cols + 5], w[7 * cols + 11], w[7 * cols + 12]) = (spike, -spike, spike / 2.0);
+        }
+        let (shape, w) = tensors.get_mut("model.embed_tokens.weight").unwrap();
+        let (cols, spike) = (shape[1], 12.0 * rms(w));
+        for token in (0..shape[0]).step_by(9) {
+            w[token * cols + token % 7] += spike;
+        }
+    });
+    let (plain, _) = compressed(&source, None, &directory.path().join("plain.partial"));
+    let (spiked, lists) = compressed(&model, None, &directory.path().join("spiked.partial"));
+    assert!(lists >= 3, "the lists of {lists} weights");
+    assert!(spiked.whole().kl < 2.0 * plain.whole().kl.max(0.001), "{} and {}", spiked.whole().kl, plain.whole().kl);
 }
