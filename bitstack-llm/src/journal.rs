@@ -18,6 +18,10 @@ use std::fs::{self, File, TryLockError};
 use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 
+/// Changes with whatever changes the contents of a unit for the same input, its blocks above all: a journal of another algorithm is another
+/// journal.
+const UNITS: u32 = 2;
+
 const RECORD: &str = "journal.json";
 const LOCK: &str = "lock";
 const HASH_BYTES: usize = blake3::OUT_LEN;
@@ -233,6 +237,7 @@ fn input(
     let mut input = vec![
         // Architectures differ in their rounding, and in the order of bytes.
         ("program", format!("{} on {}", env!("CARGO_PKG_VERSION"), std::env::consts::ARCH)),
+        ("units", UNITS.to_string()),
         ("method", method.name().to_owned()),
         ("rank", or_default(rank)),
         ("blocks", or_default(n_blocks)),
