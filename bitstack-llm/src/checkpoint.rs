@@ -421,6 +421,7 @@ impl Checkpoint {
         let location = self.locate(tensor, shape)?;
         // The header was held against the file's length, so this asks for no more memory than the file has bytes.
         let (first, len) = (range.start, range.len());
+        let offset = first * location.dtype.bitsize() / 8;
         let finite = |first_bad: Option<(usize, f32)>| match first_bad {
             None => Ok(()),
             Some((index, value)) => Err(LlmError::NotFinite {
@@ -434,21 +435,21 @@ impl Checkpoint {
         match location.dtype {
             Dtype::F32 => {
                 let mut values = vec![0.0_f32; len];
-                self.read(location, first * location.dtype.bitsize() / 8, bytemuck::cast_slice_mut(&mut values))?;
+                self.read(location, offset, bytemuck::cast_slice_mut(&mut values))?;
                 values.iter_mut().for_each(|v| *v = f32::from_bits(u32::from_le(v.to_bits())));
                 finite(values.iter().position(|v| !v.is_finite()).map(|i| (i, values[i])))?;
                 Ok(Elements::F32(values))
             }
             Dtype::F16 => {
                 let mut values = vec![f16::ZERO; len];
-                self.read(location, first * location.dtype.bitsize() / 8, bytemuck::cast_slice_mut(&mut values))?;
+                self.read(location, offset, bytemuck::cast_slice_mut(&mut values))?;
                 values.iter_mut().for_each(|v| *v = f16::from_bits(u16::from_le(v.to_bits())));
                 finite(values.iter().position(|v| !v.is_finite()).map(|i| (i, values[i].to_f32())))?;
                 Ok(Elements::F16(values))
             }
             _ => {
                 let mut values = vec![bf16::ZERO; len];
-                self.read(location, first * location.dtype.bitsize() / 8, bytemuck::cast_slice_mut(&mut values))?;
+                self.read(location, offset, bytemuck::cast_slice_mut(&mut values))?;
                 values.iter_mut().for_each(|v| *v = bf16::from_bits(u16::from_le(v.to_bits())));
                 finite(values.iter().position(|v| !v.is_finite()).map(|i| (i, values[i].to_f32())))?;
                 Ok(Elements::Bf16(values))

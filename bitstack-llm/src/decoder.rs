@@ -78,9 +78,9 @@ impl<'a> Pass<'a> {
         self
     }
 
-    fn observe(&mut self, weights: &[usize], x: ArrayView2<'_, f32>) {
+    fn observe(&mut self, weights: Range<usize>, x: ArrayView2<'_, f32>) {
         if let Some(observer) = &mut self.observer {
-            observer.input(weights, x);
+            observer.input(&weights.collect::<Vec<_>>(), x);
         }
     }
 }
@@ -374,7 +374,7 @@ impl<L: LinearOp> Decoder<L> {
 
         let normed = take(normed, tokens * width);
         math::rms_norm(h, &vectors.attention_norm, config.norm_eps, normed);
-        pass.observe(&[first, first + 1, first + 2], view(normed, width));
+        pass.observe(first..first + 3, view(normed, width));
         let q = take(q, tokens * q_size);
         let (keys, values, new) = match &mut pass.cache {
             Some(cache) => {
@@ -403,14 +403,14 @@ impl<L: LinearOp> Decoder<L> {
 
         let mixed = take(mixed, tokens * q_size);
         attention(config, config.windows[layer], q, keys, values, mixed, past, threads);
-        pass.observe(&[first + 3], view(mixed, q_size));
+        pass.observe(first + 3..first + 4, view(mixed, q_size));
         let delta = take(delta, tokens * width);
         o_proj.apply(view(mixed, q_size), view_mut(delta, width), threads);
         bias(delta, &vectors.o_bias);
         math::add(h, delta);
 
         math::rms_norm(h, &vectors.mlp_norm, config.norm_eps, normed);
-        pass.observe(&[first + 4, first + 5], view(normed, width));
+        pass.observe(first + 4..first + 6, view(normed, width));
         let gate = take(gate, tokens * inner);
         let up = take(up, tokens * inner);
         gate_proj.apply(view(normed, width), view_mut(gate, inner), threads);
@@ -418,7 +418,7 @@ impl<L: LinearOp> Decoder<L> {
         bias(gate, &vectors.gate_bias);
         bias(up, &vectors.up_bias);
         math::swiglu(gate, up);
-        pass.observe(&[first + 6], view(gate, inner));
+        pass.observe(first + 6..first + 7, view(gate, inner));
         down_proj.apply(view(gate, inner), view_mut(delta, width), threads);
         bias(delta, &vectors.down_bias);
         math::add(h, delta);
@@ -478,7 +478,7 @@ impl<L: LinearOp> Decoder<L> {
             self.frame.config.norm_eps,
             &mut normed,
         );
-        pass.observe(&self.head().collect::<Vec<_>>(), view(&normed, width));
+        pass.observe(self.head(), view(&normed, width));
         Ok(normed)
     }
 

@@ -87,7 +87,7 @@ pub fn export_dense<S: BlockSource + Sync + ?Sized>(
     for spec in config.weights() {
         let (name, shape) = (spec.tensor_name(), spec.tensor_shape().to_vec());
         let Some(weight) = source.weight_index(&spec.name) else {
-            tensors.push(unstacked(source, &name, Some(&shape))?);
+            tensors.push(unstacked(source, &stack::kept_name(&spec)?, Some(&shape))?);
             continue;
         };
         let found = source.weights()[weight].shape;

@@ -2,7 +2,7 @@
 
 use crate::{Decoder, Dense, Elements, Frame, LlmError, ModelConfig, Progress, Tokenizer, VectorSpec, WeightSpec};
 use bitstack_core::Level;
-use bitstack_format::{BlockSource, Dtype, Tensor};
+use bitstack_format::{BlockSource, Dtype, FormatError, Tensor};
 use half::{bf16, f16};
 use rayon::prelude::*;
 use std::sync::Arc;
@@ -111,11 +111,19 @@ pub fn tokenizer<S: BlockSource + ?Sized>(source: &S) -> Result<Tokenizer, LlmEr
     Tokenizer::from_bytes(&source.read_file("tokenizer.json")?)
 }
 
+/// The tensor of a weight that is not stacked. A part of one always is.
+pub(crate) fn kept_name(spec: &WeightSpec) -> Result<String, LlmError> {
+    if spec.rows == spec.tensor_rows {
+        return Ok(spec.tensor_name());
+    }
+    Err(FormatError::NoSuch { what: "weight", name: spec.name.clone() }.into())
+}
+
 /// A weight that was not stacked.
 pub(crate) fn kept<S: BlockSource + ?Sized>(source: &S, spec: &WeightSpec) -> Result<Dense, LlmError> {
-    let tensor = source.read_tensor(&spec.tensor_name())?;
+    let tensor = source.read_tensor(&kept_name(spec)?)?;
     let shape = spec.tensor_shape();
-    if tensor.shape != shape || shape != [spec.rows, spec.cols] {
+    if tensor.shape != shape {
         let expected = shape.to_vec();
         return Err(LlmError::StackShape { name: spec.name.clone(), found: tensor.shape, expected });
     }
