@@ -35,8 +35,9 @@ pub(crate) mod tests {
     use crate::{
         Checkpoint, CompressOptions, Compressed, Decoder, ExportOptions, FloatType, Pass, compress, export_dense,
     };
-    use bitstack_format::{BlockSource, StackFile};
-    use safetensors::{Dtype, tensor::TensorView};
+    use bitstack_core::Shape;
+    use bitstack_format::{BlockSource, Draft, Dtype, StackFile};
+    use safetensors::tensor::TensorView;
 
     /// A model of the tests with 5000 tokens in place of its 96: those again, each time a little larger.
     pub(crate) fn with_large_vocabulary(name: &str) -> (tempfile::TempDir, Checkpoint) {
@@ -64,8 +65,9 @@ pub(crate) mod tests {
         for spec in small.config().other_tensors() {
             tensors.push((spec.name.clone(), vec![spec.len], bytes(small.vector(&spec).unwrap())));
         }
-        let views =
-            tensors.iter().map(|(name, shape, data)| (name, TensorView::new(Dtype::F32, shape.clone(), data).unwrap()));
+        let views = tensors
+            .iter()
+            .map(|(name, shape, data)| (name, TensorView::new(safetensors::Dtype::F32, shape.clone(), data).unwrap()));
         std::fs::write(dir.path().join("model.safetensors"), safetensors::serialize(views, None).unwrap()).unwrap();
         let checkpoint = Checkpoint::open(dir.path()).unwrap();
         (dir, checkpoint)
@@ -177,5 +179,29 @@ pub(crate) mod tests {
         let mut rare = [0.0, 4.0, 7.0, 5.0];
         share_by_frequency(&mut rare, &specs, &[11]);
         assert!(rare[0] > 0.0, "no part is worth nothing: {rare:?}");
+    }
+
+    #[test]
+    fn a_part_that_is_missing_is_named() {
+        let (_dir, checkpoint) = with_large_vocabulary("llama31");
+        let specs = checkpoint.with_cut_vocabulary().config().weights();
+        let mut draft = Draft::create_on(Vec::new(), "memory");
+        for (name, contents) in checkpoint.companions().unwrap() {
+            draft.push_file(&name, &contents).unwrap();
+        }
+        for spec in checkpoint.config().other_tensors() {
+            draft.push_base(&spec.name, Dtype::F32, &[spec.len], &vec![0; 4 * spec.len]).unwrap();
+        }
+        // The whole tensor is no stand-in for the first part.
+        let bytes = vec![0; 4 * specs[0].tensor_rows * specs[0].cols];
+        draft.push_base(&specs[0].tensor_name(), Dtype::F32, &specs[0].tensor_shape(), &bytes).unwrap();
+        draft.add_weight(&specs[1].name, Shape::new(specs[1].rows, specs[1].cols).unwrap(), 1, "nested").unwrap();
+        let out = tempfile::tempdir().unwrap();
+        let options = ExportOptions::default();
+        let opened = StackModel::open(&draft, &[1], &()).unwrap_err().to_string();
+        let exported = export_dense(&draft, &[1], None, &out.path().join("x"), &options, &()).unwrap_err().to_string();
+        for error in [opened, exported] {
+            assert!(error.contains("model.embed_tokens.rows.0"), "{error}");
+        }
     }
 }
