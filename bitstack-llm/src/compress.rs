@@ -18,8 +18,8 @@ use rayon::prelude::*;
 use std::ops::Range;
 use std::path::Path;
 
-/// Windows on which orders are measured.
-const ORDER_WINDOWS: usize = 16;
+/// Windows of text that measurements choose from; and those on which the orders by perplexity are measured, if not told otherwise.
+const VALIDATION_WINDOWS: usize = 16;
 
 /// Windows for the order by gain: divergences are far less noisy than perplexities.
 const GAIN_WINDOWS: usize = 2;
@@ -125,6 +125,9 @@ pub struct CompressOptions {
     pub samples: usize,
     /// Tokens per window; `None`: 512, or the model's limit.
     pub seq_len: Option<usize>,
+    /// Windows on which [`Ordering::Perplexity`] and [`Ordering::Greedy`] measure each block: every block of the model is a run over all of
+    /// them.
+    pub order_windows: usize,
     /// Leave embeddings and head unstacked.
     pub keep_embeddings: bool,
     /// Seed of everything random.
@@ -141,6 +144,7 @@ impl Default for CompressOptions {
             ordering: Ordering::Gain,
             samples: 64,
             seq_len: None,
+            order_windows: VALIDATION_WINDOWS,
             keep_embeddings: false,
             seed: 0,
         }
@@ -195,7 +199,10 @@ pub(crate) fn run(
     progress.part(Part::Text, 0);
     let tokens = match text {
         Some(text) => Tokenizer::from_bytes(&checkpoint.companion("tokenizer.json")?)?.encode(text)?,
-        None => own_text(checkpoint, options.samples + ORDER_WINDOWS, seq_len, options.seed, units, progress)?,
+        None => {
+            let windows = options.samples + options.order_windows.max(VALIDATION_WINDOWS);
+            own_text(checkpoint, windows, seq_len, options.seed, units, progress)?
+        }
     };
     progress.part(Part::Text, tokens.len() as u64);
     let windows = Windows::new(&tokens, seq_len, checkpoint.config().max_positions)?;
@@ -206,7 +213,8 @@ pub(crate) fn run(
     // A text of one window has to do for both.
     let calibration = if calibration.is_empty() { windows } else { calibration };
     let calibration = calibration.evenly_spaced(options.samples);
-    let validation = validation.evenly_spaced(ORDER_WINDOWS);
+    let ordering = validation.evenly_spaced(options.order_windows);
+    let validation = validation.evenly_spaced(VALIDATION_WINDOWS);
 
     let n_tokens = calibration.iter().map(|w| w.len()).sum();
     let checks = beginnings(&validation, CHECK_RUN);
@@ -236,12 +244,12 @@ pub(crate) fn run(
         }
         (None, Ordering::Perplexity) => {
             progress.part(Part::Order, 0);
-            let scores = order::perplexities(&draft, &validation, units, progress)?;
+            let scores = order::perplexities(&draft, &ordering, units, progress)?;
             Balanced { scores: Scores::new(scores) }.order(&sizes)?
         }
         (None, Ordering::Greedy) => {
             progress.part(Part::Order, 0);
-            let scores = order::perplexities(&draft, &validation, units, progress)?;
+            let scores = order::perplexities(&draft, &ordering, units, progress)?;
             Greedy { scores: Scores::new(scores) }.order(&sizes)?
         }
         (None, Ordering::Random) => Random { seed: options.seed }.order(&sizes)?,

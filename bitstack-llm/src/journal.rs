@@ -231,8 +231,18 @@ fn input(
     options: &CompressOptions,
 ) -> Result<Vec<(String, String)>, LlmError> {
     // Whoever adds an option has to add it here.
-    let CompressOptions { method, rank, n_blocks, scaling, ordering, samples, seq_len, keep_embeddings, seed } =
-        options;
+    let CompressOptions {
+        method,
+        rank,
+        n_blocks,
+        scaling,
+        ordering,
+        samples,
+        seq_len,
+        order_windows,
+        keep_embeddings,
+        seed,
+    } = options;
     let or_default = |n: &Option<usize>| n.map_or("default".to_owned(), |n| n.to_string());
     let mut input = vec![
         // Architectures differ in their rounding, and in the order of bytes.
@@ -245,6 +255,7 @@ fn input(
         ("order", format!("{ordering:?}").to_lowercase()),
         ("samples", samples.to_string()),
         ("seq-len", seq_len.unwrap_or_else(|| default_seq_len(checkpoint.config())).to_string()),
+        ("order-windows", order_windows.to_string()),
         ("keep-embeddings", keep_embeddings.to_string()),
         ("seed", seed.to_string()),
         ("calibration text", text.map_or("the model's own".to_owned(), |t| hex(blake3::hash(t.as_bytes())))),

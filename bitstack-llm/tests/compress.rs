@@ -3,8 +3,12 @@
 use bitstack_format::{BlockSource, StackFile};
 use bitstack_llm::eval::{compare, perplexity};
 use bitstack_llm::stack::StackModel;
-use bitstack_llm::{BlockMethod, Checkpoint, CompressOptions, Compressed, Decoder, LinearOp, Ordering, compress};
-use bitstack_sort::{LoadOrder, Sizes};
+use bitstack_llm::text::Windows;
+use bitstack_llm::{
+    BlockMethod, Checkpoint, CompressOptions, Compressed, Decoder, LinearOp, Ordering, Tokenizer, block_perplexities,
+    compress,
+};
+use bitstack_sort::{Balanced, LoadOrder, Method, Scores, Sizes};
 use std::path::PathBuf;
 
 fn checkpoint(name: &str) -> Checkpoint {
@@ -190,4 +194,24 @@ fn levels_beyond_the_stack_are_errors() {
     model.set_levels(&[2; 16]).unwrap();
     let tokens: Vec<u32> = (0..30).collect();
     assert!(perplexity(model.decoder(), &[&tokens], &()).unwrap().perplexity.is_finite());
+}
+
+#[test]
+fn an_order_by_perplexity_is_measured_on_as_many_windows_as_asked() {
+    let checkpoint = Checkpoint::open(concat!(env!("CARGO_MANIFEST_DIR"), "/../bitstack/demo/tiny-llama")).unwrap();
+    let text: String = (0..4000u32).map(|i| char::from(b'a' + (i * i % 23) as u8)).collect();
+    let tokenizer = Tokenizer::from_bytes(&checkpoint.companion("tokenizer.json").unwrap()).unwrap();
+    let tokens = tokenizer.encode(&text).unwrap();
+    let validation = Windows::new(&tokens, 32, 32).unwrap().halves().1;
+    let orders = [1, 5].map(|order_windows| {
+        let options = CompressOptions { ordering: Ordering::Perplexity, n_blocks: Some(3), order_windows, ..options() };
+        let compressed = compress(&checkpoint, Some(&text), &options, &std::env::temp_dir(), &()).unwrap();
+        let sizes = Sizes::new(compressed.draft.base_bytes(), compressed.draft.block_sizes()).unwrap();
+        let windows = validation.evenly_spaced(order_windows);
+        assert_eq!(windows.len(), order_windows);
+        let scores = Scores::new(block_perplexities(&compressed.draft, &windows, &()).unwrap());
+        assert_eq!(compressed.order.weights(), Balanced { scores }.order(&sizes).unwrap().weights());
+        compressed.order.weights().to_vec()
+    });
+    assert_ne!(orders[0], orders[1], "the windows make no difference");
 }

@@ -97,7 +97,7 @@ pub(crate) struct MethodArgs {
     #[arg(long, value_enum, default_value_t = Method::Nested)]
     pub(crate) method: Method,
 
-    /// Blocks per weight [default: 16 for avd; for nested about 8, more for weights that matter more].
+    /// Blocks per weight [default: 16 for avd; for nested 9 to 12, more for weights that matter more].
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=256))]
     pub(crate) blocks: Option<u16>,
 
@@ -125,6 +125,10 @@ pub(crate) struct MethodArgs {
     /// In which order the blocks of the whole model are loaded.
     #[arg(long, value_enum, default_value_t = Order::Gain)]
     pub(crate) order: Order,
+
+    /// Windows of text on which --order perplexity and greedy measure each block; fewer make a rougher order sooner.
+    #[arg(long, value_name = "N", default_value_t = 16, value_parser = clap::value_parser!(u32).range(1..=65536))]
+    pub(crate) order_windows: u32,
 
     /// Leave embeddings and output head as they are, as the published method does.
     #[arg(long)]

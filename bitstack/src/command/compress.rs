@@ -173,6 +173,7 @@ fn options(args: &MethodArgs) -> CompressOptions {
         },
         samples: args.samples as usize,
         seq_len: args.seq_len.map(|n| n as usize),
+        order_windows: args.order_windows as usize,
         keep_embeddings: args.keep_embeddings,
         seed: args.seed,
     }
@@ -183,7 +184,7 @@ fn describe(args: &MethodArgs, from_text: bool) -> String {
     let name = |value: &dyn Fn() -> Option<clap::builder::PossibleValue>| value().map(|v| v.get_name().to_owned());
     use clap::ValueEnum;
     format!(
-        "bitstack {} compress --method {} {}{}--scale {} --samples {} {}--order {} {}--seed {}, calibrated on {}",
+        "bitstack {} compress --method {} {}{}--scale {} --samples {} {}--order {} {}{}--seed {}, calibrated on {}",
         env!("CARGO_PKG_VERSION"),
         name(&|| args.method.to_possible_value()).unwrap_or_default(),
         args.blocks.map(|n| format!("--blocks {n} ")).unwrap_or_default(),
@@ -192,6 +193,10 @@ fn describe(args: &MethodArgs, from_text: bool) -> String {
         args.samples,
         args.seq_len.map(|n| format!("--seq-len {n} ")).unwrap_or_default(),
         name(&|| args.order.to_possible_value()).unwrap_or_default(),
+        match args.order {
+            Order::Perplexity | Order::Greedy => format!("--order-windows {} ", args.order_windows),
+            Order::Gain | Order::Random => String::new(),
+        },
         if args.keep_embeddings { "--keep-embeddings " } else { "" },
         args.seed,
         if from_text { "text of the user's" } else { "text of the model's own" },
