@@ -126,7 +126,7 @@ pub struct CompressOptions {
     /// Tokens per window; `None`: 512, or the model's limit.
     pub seq_len: Option<usize>,
     /// Windows on which [`Ordering::Perplexity`] and [`Ordering::Greedy`] measure each block: every block of the model is a run over all of
-    /// them.
+    /// them. At least one for these orders.
     pub order_windows: usize,
     /// Leave embeddings and head unstacked.
     pub keep_embeddings: bool,
@@ -190,6 +190,9 @@ pub(crate) fn run(
     units: &Units,
     progress: &dyn Progress,
 ) -> Result<Compressed, LlmError> {
+    if options.order_windows == 0 && matches!(options.ordering, Ordering::Perplexity | Ordering::Greedy) {
+        return Err(LlmError::NoWindows);
+    }
     // First, so that a place that cannot be written to is known before the long work.
     let draft = Draft::create_in(units.dir())?;
     let whole = checkpoint;

@@ -5,8 +5,8 @@ use bitstack_llm::eval::{compare, perplexity};
 use bitstack_llm::stack::StackModel;
 use bitstack_llm::text::Windows;
 use bitstack_llm::{
-    BlockMethod, Checkpoint, CompressOptions, Compressed, Decoder, LinearOp, Ordering, Tokenizer, block_perplexities,
-    compress,
+    BlockMethod, Checkpoint, CompressOptions, Compressed, Decoder, LinearOp, LlmError, Ordering, Tokenizer,
+    block_perplexities, compress,
 };
 use bitstack_sort::{Balanced, LoadOrder, Method, Scores, Sizes};
 use std::path::PathBuf;
@@ -214,4 +214,7 @@ fn an_order_by_perplexity_is_measured_on_as_many_windows_as_asked() {
         compressed.order.weights().to_vec()
     });
     assert_ne!(orders[0], orders[1], "the windows make no difference");
+    let none = CompressOptions { ordering: Ordering::Perplexity, order_windows: 0, ..options() };
+    let error = compress(&checkpoint, Some(&text), &none, &std::env::temp_dir(), &()).unwrap_err();
+    assert!(matches!(error, LlmError::NoWindows), "{error}");
 }
