@@ -6,8 +6,8 @@ use crate::order::{Curve, Reference};
 use crate::text::{Windows, default_seq_len, with_random_thirds};
 use crate::vocabulary::share_by_frequency;
 use crate::{
-    Checkpoint, Decoder, LlmError, Part, Progress, SamplingOptions, Tokenizer, WeightRole, WeightSpec, order, quality,
-    sample, stack,
+    Checkpoint, Decoder, LlmError, ModelConfig, Part, Progress, SamplingOptions, Tokenizer, WeightRole, WeightSpec,
+    importance, order, quality, sample, stack,
 };
 use bitstack_core::{ActivationStats, Collect, Scales, Shape, WeightStack};
 use bitstack_decomp::{DecomposeOptions, Nested, Parallelism};
@@ -24,7 +24,13 @@ const VALIDATION_WINDOWS: usize = 16;
 /// Windows for the order by gain: divergences are far less noisy than perplexities.
 const GAIN_WINDOWS: usize = 2;
 
-/// The fewest tokens that a weight is measured on. On 64 and 128 instead of 512, the divergence of a model of 14.7 million parameters is 10 and
+/// Tokens on which the importance of weights is found. With half of them it scatters by .08 levels about this.
+const PROBE_TOKENS: usize = 4096;
+
+/// The hidden states in front of all layers that this keeps in memory, at most; those of one window at least.
+const PROBE_BYTES: u64 = 2 << 30;
+
+/// The fewest tokens that a layer is measured on. On 64 and 128 instead of 512, the divergence of a model of 14.7 million parameters is 10 and
 /// 6 % larger, averaged over formats from 1.6 to 5.7 bits per weight.
 const LEAST_RUN: usize = 64;
 
@@ -96,7 +102,8 @@ pub enum Scaling {
 /// By what the blocks of the model are ordered.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Ordering {
-    /// Fall of the predicted divergence per byte: a model run per weight and one per layer, and a few at each of eight sizes to check it.
+    /// Fall of the predicted divergence per byte: the model forward and backward once, a run per layer, and a few at each of eight sizes to
+    /// check it.
     #[default]
     Gain,
     /// The paper's: level by level, by measured perplexity; one model run per block.
@@ -221,7 +228,9 @@ pub(crate) fn run(
 
     let n_tokens = calibration.iter().map(|w| w.len()).sum();
     let checks = beginnings(&validation, CHECK_RUN);
-    let runs = runs(&validation, n_tokens, checkpoint.config().weights().len());
+    let runs = runs(&validation, n_tokens, checkpoint.config().n_layers);
+
+    let probe = probe(&validation, checkpoint.config());
 
     // Nested codes put their errors where the inputs are not. Inputs unlike any text make sure that this is nowhere.
     let mixed = match options.method {
@@ -231,7 +240,7 @@ pub(crate) fn run(
     let mixed: Vec<&[u32]> = mixed.iter().map(|w| &w[..]).collect();
     let windows = if mixed.is_empty() { &calibration } else { &mixed };
     let Decomposed { mut draft, errors, roundings } =
-        decompose_all(checkpoint, &tokens, windows, &runs[..1], options, draft, units, progress)?;
+        decompose_all(checkpoint, &tokens, windows, &probe, options, draft, units, progress)?;
     let sizes = Sizes::new(draft.base_bytes(), draft.block_sizes())?;
     let finished = units.load(ORDER)?.and_then(|order| LoadOrder::from_weights(&order, &sizes).ok());
     let order = match (finished, options.ordering) {
@@ -265,11 +274,19 @@ pub(crate) fn run(
     Ok(Compressed { draft, order })
 }
 
-/// The beginnings of the windows on which weights and layers are measured: short enough that all these runs together, of one window for a weight
-/// and of two for a layer, and of half of the model each, read about half as many tokens as calibration does.
-fn runs<'w>(validation: &[&'w [u32]], calibration: usize, n_weights: usize) -> Vec<&'w [u32]> {
-    let most = (2 * calibration / (3 * n_weights)).max(LEAST_RUN);
-    beginnings(validation, most)
+/// The windows on which the importance of weights is found: [`PROBE_TOKENS`] in all, fewer where their states are larger than [`PROBE_BYTES`].
+fn probe<'w>(validation: &[&'w [u32]], config: &ModelConfig) -> Vec<&'w [u32]> {
+    let len = validation.iter().map(|w| w.len()).max().unwrap_or(1).max(1);
+    let states = 4 * (len * config.hidden_size) as u64 * (config.n_layers as u64 + 1);
+    let most = (PROBE_BYTES / states).min((PROBE_TOKENS / len) as u64).max(1) as usize;
+    let n = most.min(validation.len());
+    (0..n).map(|i| validation[i * validation.len() / n]).collect()
+}
+
+/// The beginnings of the windows on which layers are measured: short enough that all these runs together, of half of the model each, read an
+/// eighth as many tokens as calibration does.
+fn runs<'w>(validation: &[&'w [u32]], calibration: usize, n_layers: usize) -> Vec<&'w [u32]> {
+    beginnings(validation, (calibration / (8 * n_layers.max(1))).max(LEAST_RUN))
 }
 
 /// The first tokens of the windows for the order by gain.
@@ -362,14 +379,14 @@ fn decompose_all(
 
     let mut roundings = match (options.ordering, options.method) {
         (Ordering::Random, _) | (Ordering::Perplexity | Ordering::Greedy, BlockMethod::Avd) => Vec::new(),
-        _ => order::roundings(checkpoint, &work.draft, probe, units, progress)?,
+        _ => importance::roundings(checkpoint, &work.draft, probe, options.seed, units, progress)?,
     };
     if !roundings.is_empty() {
         let stacked: Vec<&WeightSpec> = specs.iter().filter(|spec| !work.is_kept(spec)).collect();
         share_by_frequency(&mut roundings, &stacked, tokens);
     }
     let sizes: Vec<f64> = work.draft.weights().iter().map(|w| w.shape.n_elems() as f64).collect();
-    work.leads = if roundings.is_empty() { vec![0.0; sizes.len()] } else { order::leads(&roundings, &sizes) };
+    work.leads = if roundings.is_empty() { vec![0.0; sizes.len()] } else { importance::leads(&roundings, &sizes) };
     let finished = work.take_finished()?;
     progress.stage("decompose (weights)", work.errors.len() as u64);
     progress.advance(finished);
@@ -428,7 +445,7 @@ struct Work<'a> {
     draft: Draft,
     /// See [`Decomposed`].
     errors: Vec<Vec<f64>>,
-    /// See [`order::leads`].
+    /// See [`importance::leads`].
     leads: Vec<f64>,
 }
 
@@ -578,7 +595,7 @@ impl Work<'_> {
         }
         let result = bitstack_decomp::decompose(matrix.view(), &options).map_err(in_decomposition)?;
         let error = |e: &bitstack_decomp::LevelError| e.output.map_or(e.squared_error, |o| o.squared_error);
-        let rounded = order::rounding_error(matrix.view(), gram);
+        let rounded = importance::rounding_error(matrix.view(), gram);
         Ok((result.stack, result.errors.iter().map(error).chain([rounded]).collect()))
     }
 }
@@ -593,18 +610,31 @@ mod tests {
     }
 
     #[test]
-    fn runs_of_all_weights_read_no_more_tokens_than_calibration() {
+    fn runs_of_all_layers_read_an_eighth_of_the_tokens_of_calibration() {
         let window: Vec<u32> = (0..512).collect();
         let validation = [&window[..]; 3];
-        for (calibration, n_weights) in [(64 * 512, 226), (64 * 512, 47), (128 * 512, 47), (512, 226), (0, 1)] {
-            let runs = runs(&validation, calibration, n_weights);
+        for (calibration, n_layers) in [(64 * 512, 30), (64 * 512, 4), (128 * 512, 80), (512, 30), (0, 0)] {
+            let runs = runs(&validation, calibration, n_layers);
             let len = runs[0].len();
             assert!(runs.len() == GAIN_WINDOWS && runs.iter().all(|run| run[..] == window[..len]));
-            // As if there were as many layers as weights: one window and two, through half of the model each.
-            assert!(len == LEAST_RUN || n_weights * 3 * len <= 2 * calibration, "{len}");
-            assert!(len == window.len() || n_weights * 3 * (len + 1) > 2 * calibration, "{len}");
+            // Two windows through half of the model are one.
+            assert!(len == LEAST_RUN || 8 * n_layers * len <= calibration, "{len}");
+            assert!(len == window.len() || 8 * n_layers * (len + 1) > calibration, "{len}");
         }
         assert_eq!(runs(&validation[..1], 1 << 20, 10).len(), 1);
+    }
+
+    #[test]
+    fn importance_is_found_on_few_enough_windows_that_their_states_fit() {
+        let windows: Vec<Vec<u32>> = (0..16).map(|w| vec![w; 512]).collect();
+        let windows: Vec<&[u32]> = windows.iter().map(|w| &w[..]).collect();
+        let data = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/llama");
+        let mut config = Checkpoint::open(data).unwrap().config().clone();
+        let firsts = |config: &ModelConfig| probe(&windows, config).iter().map(|w| w[0]).collect::<Vec<_>>();
+        assert_eq!(firsts(&config), [0, 2, 4, 6, 8, 10, 12, 14]);
+        (config.hidden_size, config.n_layers) = (16384, 126);
+        assert_eq!(firsts(&config), [0]);
+        assert_eq!(probe(&[&[1, 2]], &config), [[1, 2]]);
     }
 
     #[test]

@@ -11,6 +11,10 @@
 //! can be called one by one ([`Decoder::embed`], [`Decoder::layer`], [`Decoder::logits`]), so that a layer can be run
 //! again and again on stored hidden states.
 
+mod backward;
+
+pub(crate) use backward::Transposed;
+
 use std::ops::Range;
 use std::sync::Arc;
 

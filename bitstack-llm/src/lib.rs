@@ -11,6 +11,7 @@ mod error;
 pub mod eval;
 mod export;
 mod header;
+mod importance;
 mod journal;
 mod linear;
 mod math;

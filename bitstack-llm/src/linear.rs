@@ -14,6 +14,7 @@ use half::{bf16, f16};
 use ndarray::{Array2, ArrayView2, ArrayViewMut2, CowArray};
 use rayon::prelude::*;
 
+use crate::decoder::Transposed;
 use crate::math;
 
 /// Whether one call may spread over the threads of the current rayon pool. The results are the same bits either way.
@@ -211,6 +212,29 @@ impl LinearOp for Dense {
 
     fn row_into(&self, row: usize, out: &mut [f32]) {
         self.elements.widen(row * self.cols..(row + 1) * self.cols, out);
+    }
+}
+
+impl Transposed for Dense {
+    fn add_transposed(&self, g: ArrayView2<'_, f32>, mut x: ArrayViewMut2<'_, f32>) {
+        let tokens = g.nrows();
+        assert_eq!((g.ncols(), x.dim()), (self.rows, (tokens, self.cols)), "g is tokens x rows, x tokens x cols");
+        let g = MatRef::from_row_major_slice(g.as_slice().expect("g is in row order"), tokens, self.rows);
+        let x = x.as_slice_mut().expect("x is in row order");
+        let mut x = MatMut::from_row_major_slice_mut(x, tokens, self.cols);
+        if let Elements::F32(w) = &self.elements {
+            let w = MatRef::from_row_major_slice(w, self.rows, self.cols);
+            return math::add_product(x, g, w, 1.0);
+        }
+        let step = panel_rows(tokens, self.cols);
+        let mut panel = vec![0.0; step * self.cols];
+        for start in (0..self.rows).step_by(step) {
+            let n = step.min(self.rows - start);
+            let panel = &mut panel[..n * self.cols];
+            self.elements.widen(start * self.cols..(start + n) * self.cols, panel);
+            let panel = MatRef::from_row_major_slice(panel, n, self.cols);
+            math::add_product(x.rb_mut(), g.subcols(start, n), panel, 1.0);
+        }
     }
 }
 

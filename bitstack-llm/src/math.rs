@@ -43,6 +43,12 @@ pub(crate) fn product(out: MatMut<'_, f32>, a: MatRef<'_, f32>, b: MatRef<'_, f3
     clear_registers();
 }
 
+/// `out += factor · a b`, on the calling thread: see [`product`].
+pub(crate) fn add_product(out: MatMut<'_, f32>, a: MatRef<'_, f32>, b: MatRef<'_, f32>, factor: f32) {
+    matmul(out, Accum::Add, a, b, factor, Par::Seq);
+    clear_registers();
+}
+
 /// e^x in f32 with a relative error below 2e-7 for x in [-87, 88]; below that range 1.6e-38, above it e^88. NaN stays NaN.
 ///
 /// The standard library's is exact to the last bit but is a call per element; softmax and SwiGLU take one per score.
@@ -189,6 +195,44 @@ wide! {
     pub(crate) fn swiglu(gate: &mut [f32], up: &[f32]) {
         for (gate, &up) in gate.iter_mut().zip(up) {
             *gate = *gate / (1.0 + exp(-*gate)) * up;
+        }
+    }
+
+    /// Adds the gradient by `x` of [`rms_norm`] to `out`, from `g`, that by its output, row by row. With y = x s w and s = 1 / sqrt(mean(x²) + eps)
+    /// it is s (w g − x s² mean(w g x)).
+    pub(crate) fn rms_norm_backward(x: &[f32], weight: &[f32], eps: f32, g: &[f32], out: &mut [f32]) {
+        let n = weight.len();
+        for ((x, g), out) in x.chunks_exact(n).zip(g.chunks_exact(n)).zip(out.chunks_exact_mut(n)) {
+            let scale = inverse_rms(x, eps);
+            let mut sum = 0.0;
+            for ((&x, &g), &w) in x.iter().zip(g).zip(weight) {
+                sum += x * g * w;
+            }
+            let along = scale * scale * sum / n as f32;
+            for (((out, &x), &g), &w) in out.iter_mut().zip(x).zip(g).zip(weight) {
+                *out += scale * (w * g - x * along);
+            }
+        }
+    }
+
+    /// From the arguments of [`swiglu`] and `g`, the gradient by its result, the gradients by each, in their place.
+    pub(crate) fn swiglu_backward(gate: &mut [f32], up: &mut [f32], g: &[f32]) {
+        for ((gate, up), &g) in gate.iter_mut().zip(up).zip(g) {
+            let sigmoid = 1.0 / (1.0 + exp(-*gate));
+            let silu = *gate * sigmoid;
+            *gate = g * *up * (sigmoid + silu * (1.0 - sigmoid));
+            *up = g * silu;
+        }
+    }
+
+    /// From probabilities and the gradient by them, that by the scores whose [`softmax`] they are, in its place.
+    pub(crate) fn softmax_backward(p: &[f32], g: &mut [f32]) {
+        let mut mean = 0.0;
+        for (&p, &g) in p.iter().zip(g.iter()) {
+            mean += p * g;
+        }
+        for (&p, g) in p.iter().zip(g) {
+            *g = p * (*g - mean);
         }
     }
 

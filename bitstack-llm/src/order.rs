@@ -4,10 +4,10 @@ use crate::eval::{self, score_against, score_hidden};
 use crate::journal::Units;
 use crate::stack::{self, rebuild};
 use crate::stream::{Slot, Streamed, run_layer};
-use crate::{Checkpoint, Decoder, Dense, Elements, Frame, LlmError, Part, Pass, Progress, WeightSpec};
+use crate::{Checkpoint, Decoder, Dense, Frame, LlmError, Part, Pass, Progress, WeightSpec};
 use bitstack_format::BlockSource;
 use bitstack_sort::{GainPerByte, LoadOrder, Method, Scores, Sizes};
-use ndarray::{Array2, ArrayView1, ArrayView2};
+use ndarray::Array2;
 use rayon::prelude::*;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -21,12 +21,6 @@ pub(crate) const CHECKS: usize = 8;
 /// A later trust has to leave less than this share of the divergence of an earlier one: differences below it are noise, and an order that is
 /// as good at one size may be worse between two.
 const BETTER: f64 = 0.98;
-
-/// The step of the rounding that tells what a weight counts for, in root mean squares of a row: an error of 3 %, as at level 3 or 4.
-const ROUNDING_STEP: f64 = 0.6;
-
-/// Rows whose rounding is looked at for its error.
-const ROUNDING_ROWS: usize = 256;
 
 /// What the original model says on some windows, which every other is compared with.
 pub(crate) struct Reference<'a> {
@@ -73,72 +67,9 @@ impl<'a> Reference<'a> {
     }
 }
 
-fn original(checkpoint: &Checkpoint) -> Result<Streamed<'_>, LlmError> {
+pub(crate) fn original(checkpoint: &Checkpoint) -> Result<Streamed<'_>, LlmError> {
     let frame = Frame::new::<LlmError>(checkpoint.config().clone(), |spec| checkpoint.vector(spec))?;
     Streamed::new(Arc::new(frame), |_, spec| checkpoint.weight(spec))
-}
-
-/// Per stacked weight, the divergence when it alone is rounded: each row to multiples of [`ROUNDING_STEP`] times its root mean square.
-/// One run per weight, before there are blocks.
-pub(crate) fn roundings<S: BlockSource + ?Sized>(
-    checkpoint: &Checkpoint,
-    source: &S,
-    windows: &[&[u32]],
-    units: &Units,
-    progress: &dyn Progress,
-) -> Result<Vec<f64>, LlmError> {
-    progress.part(Part::Importance, source.weights().len() as u64 * tokens(windows));
-    let reference = Reference::new(checkpoint, windows)?;
-    progress.stage("importance (runs)", source.weights().len() as u64);
-    let specs = checkpoint.config().weights();
-    let rounded = |place: Place| {
-        let mut weight = checkpoint.matrix(&specs[place.index])?;
-        for mut row in weight.rows_mut() {
-            let round = rounding(row.view());
-            row.mapv_inplace(round);
-        }
-        let (rows, cols) = weight.dim();
-        let values = Elements::F32(weight.into_raw_vec_and_offset().0);
-        Ok(Dense::new(rows, cols, values).expect("as many values as the shape"))
-    };
-    let measure =
-        |window: usize, decoder: &Decoder<Slot>, hidden: &Array2<f32>| reference.divergence(window, decoder, hidden);
-    let trials = one_by_one(&specs, source, |_| true);
-    try_each(&mut original(checkpoint)?, &trials, rounded, windows, measure, Runs::new("runs.rounded", units), progress)
-}
-
-/// The rounding of a row.
-fn rounding(row: ArrayView1<'_, f32>) -> impl Fn(f32) -> f32 + use<> {
-    let square = row.iter().map(|w| f64::from(*w).powi(2)).sum::<f64>() / row.len() as f64;
-    let step = (ROUNDING_STEP * square.sqrt()) as f32;
-    move |w| if step > 0.0 { (w / step).round() * step } else { w }
-}
-
-/// The squared error of the outputs of a weight when it is rounded, per token, from an even sample of its rows; without a Gram matrix that
-/// of the weight.
-pub(crate) fn rounding_error(weight: ArrayView2<'_, f32>, gram: Option<ArrayView2<'_, f64>>) -> f64 {
-    let (rows, cols) = weight.dim();
-    let n = rows.min(ROUNDING_ROWS);
-    let mut errors = Array2::<f64>::zeros((n, cols));
-    for (i, mut error) in errors.rows_mut().into_iter().enumerate() {
-        let row = weight.row(i * rows / n);
-        let round = rounding(row);
-        error.iter_mut().zip(row).for_each(|(e, w)| *e = f64::from(round(*w)) - f64::from(*w));
-    }
-    let under = gram.map_or_else(|| errors.clone(), |gram| errors.dot(&gram));
-    ((under * errors).sum() * rows as f64 / n as f64).max(0.0)
-}
-
-/// By how many levels each weight will be ahead of the others in the order by gain (behind, if negative), from its divergence when it
-/// is rounded and its size. Rounding makes the same relative error everywhere. Where bytes are well spent, one more gains the same on every
-/// weight, and errors fall by 4 with each level: f times the divergence per byte is ½ log₂ f levels.
-pub(crate) fn leads(divergences: &[f64], sizes: &[f64]) -> Vec<f64> {
-    /// Below it, in nats per token, a divergence is rounding in the last bits.
-    const LEAST: f64 = 1e-12;
-    let levels = divergences.iter().zip(sizes).map(|(nats, n)| 0.5 * (nats.max(LEAST) / n).log2());
-    let levels: Vec<f64> = levels.collect();
-    let mean = levels.iter().zip(sizes).map(|(level, n)| level * n).sum::<f64>() / sizes.iter().sum::<f64>();
-    levels.into_iter().map(|level| level - mean).collect()
 }
 
 /// What is known of a weight when the order is made.
@@ -161,10 +92,10 @@ impl<'a> Curve<'a> {
 
 /// Per stacked weight and level, the divergence that is predicted to be left: `curves[w][b - 1]` for level `b`.
 ///
-/// A step from level b to b + 1 is worth a · (error at b − error at b + 1), with a sensitivity `a` (nats per unit of error) that was measured
-/// with the model as it was and the weight alone rounded ([`roundings`]). The step from level 1 is measured too, by layers, with the rest of the
+/// A step from level b to b + 1 is worth a · (error at b − error at b + 1), with the sensitivity `a` (nats per unit of error) of the weight when
+/// it alone is rounded ([`roundings`](crate::importance::roundings)). The step from level 1 is measured too, by layers, with the rest of the
 /// model at level 1, and worth the larger of the two: errors do not add up down there, and to the first that leave level 1 a step is worth more
-/// than to the last. That is a run per weight and one per layer, whatever the number of blocks.
+/// than to the last. That is a run per layer, whatever the number of blocks.
 ///
 /// Measured on a model of 14.7 million parameters, nested codes, everything stacked: divergence at 1.99, 2.15 and 2.84 bits per weight with
 /// the larger of the two .048 .044 .0093, with the first alone .056 .037 .0097, with the second alone .064 .058 .021; weight by weight, not by
@@ -520,34 +451,6 @@ mod tests {
     use crate::vocabulary::tests::with_large_vocabulary;
     use crate::{CompressOptions, Ordering, compress};
     use bitstack_format::Draft;
-
-    #[test]
-    fn leads_are_half_the_logarithm_of_the_divergence_per_element_about_a_mean_of_0() {
-        let leads = leads(&[4e-3, 1e-3, 16e-3], &[100.0, 100.0, 200.0]);
-        assert!((leads[0] - leads[1] - 1.0).abs() < 1e-12 && (leads[2] - leads[0] - 0.5).abs() < 1e-12, "{leads:?}");
-        assert!((leads[0] + leads[1] + 2.0 * leads[2]).abs() < 1e-12, "{leads:?}");
-    }
-
-    #[test]
-    fn the_error_of_rounding_is_that_of_the_rounded_weight() {
-        // Fewer rows than the sample has: exact. A rounding to steps of δ leaves about δ²/12 in each value.
-        let weight =
-            Array2::from_shape_fn((40, 64), |(r, c)| (((r * 37 + c * 101) % 97) as f32 / 48.0 - 1.0) * (1 + r) as f32);
-        let gram = Array2::from_shape_fn((64, 64), |(i, j)| 0.5f64.powi(i.abs_diff(j) as i32));
-        let mut plain = 0.0;
-        let mut under = 0.0;
-        for row in weight.rows() {
-            let round = rounding(row);
-            let e: Vec<f64> = row.iter().map(|w| f64::from(round(*w)) - f64::from(*w)).collect();
-            plain += e.iter().map(|e| e * e).sum::<f64>();
-            under += (0..64).map(|i| (0..64).map(|j| e[i] * gram[[i, j]] * e[j]).sum::<f64>()).sum::<f64>();
-        }
-        assert!((rounding_error(weight.view(), None) / plain - 1.0).abs() < 1e-12);
-        assert!((rounding_error(weight.view(), Some(gram.view())) / under - 1.0).abs() < 1e-12);
-        let share = plain / weight.iter().map(|w| f64::from(*w).powi(2)).sum::<f64>();
-        assert!((share / (ROUNDING_STEP.powi(2) / 12.0) - 1.0).abs() < 0.1, "{share}");
-        assert_eq!(rounding_error(Array2::zeros((3, 4)).view(), None), 0.0);
-    }
 
     /// A model of the tests, three blocks of each of its weights, and windows of text for it.
     fn small(name: &str) -> (Checkpoint, Draft, Vec<Vec<u32>>) {

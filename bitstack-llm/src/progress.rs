@@ -25,7 +25,7 @@ pub enum Part {
     Opening,
     /// Text to tokens, or text of the model's own; tokens.
     Text,
-    /// Runs with one weight rounded; tokens through half of the model.
+    /// The model forward and backward once; tokens.
     Importance,
     /// The original model on the calibration's windows; tokens.
     Calibration,

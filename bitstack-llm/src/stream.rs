@@ -1,6 +1,6 @@
 //! A model run layer by layer, with the weights of one layer in memory at a time.
 
-use crate::decoder::check_operator;
+use crate::decoder::{Transposed, check_operator};
 use crate::{Decoder, Dense, Frame, LinearOp, LlmError, Pass, Threads, WeightSpec};
 use ndarray::{Array2, ArrayView2, ArrayViewMut2};
 use rayon::prelude::*;
@@ -117,5 +117,11 @@ impl LinearOp for Slot {
 
     fn row_into(&self, row: usize, out: &mut [f32]) {
         self.weight().row_into(row, out);
+    }
+}
+
+impl Transposed for Slot {
+    fn add_transposed(&self, g: ArrayView2<'_, f32>, x: ArrayViewMut2<'_, f32>) {
+        self.weight().add_transposed(g, x);
     }
 }

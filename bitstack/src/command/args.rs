@@ -159,7 +159,7 @@ pub(crate) enum Scale {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Order {
-    /// Fall of the predicted divergence per byte, a model run per weight and one per layer; checked at eight sizes.
+    /// Fall of the predicted divergence per byte, from gradients and a model run per layer; checked at eight sizes.
     Gain,
     /// The paper's: level by level, by measured perplexity; one model run per block.
     Perplexity,
