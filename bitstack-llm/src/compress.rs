@@ -3,7 +3,7 @@
 use crate::calibrate::{InputStats, Walk};
 use crate::journal::Units;
 use crate::order::{Curve, Reference};
-use crate::text::{Windows, default_seq_len, with_random_thirds};
+use crate::text::{Windows, default_seq_len, thirds, with_thirds};
 use crate::vocabulary::share_by_frequency;
 use crate::{
     Checkpoint, Decoder, LlmError, ModelConfig, Part, Progress, SamplingOptions, Tokenizer, WeightRole, WeightSpec,
@@ -14,6 +14,8 @@ use bitstack_decomp::{DecomposeOptions, Nested, Parallelism};
 use bitstack_format::{BlockSource, Draft, FormatError};
 use bitstack_sort::{Balanced, Greedy, LoadOrder, Method, Random, Scores, Sizes};
 use ndarray::ArrayView2;
+use rand::rngs::StdRng;
+use rand::{RngExt, SeedableRng};
 use rayon::prelude::*;
 use std::ops::Range;
 use std::path::Path;
@@ -68,6 +70,13 @@ const LOOKED_UP: f64 = 0.1;
 /// Weights are decomposed side by side up to this much memory; the results do not depend on it. A weight that needs more is alone: the
 /// largest of a model of 70 billion weights needs 13 GB.
 const SIDE_BY_SIDE_BYTES: u64 = 6 << 30;
+
+/// Windows of its own text that a model writes side by side: every weight is read once for all of them, and their keys and values are in memory
+/// beside it.
+const OWN_WINDOWS: usize = 32;
+
+/// A model of no more weights than this is widened to f32 (2 GB) before it writes.
+const WIDENED: usize = 500_000_000;
 
 /// The unit of the finished load order.
 const ORDER: &str = "order";
@@ -176,12 +185,13 @@ pub struct Compressed {
 
 /// Compresses a checkpoint.
 ///
-/// `text` is for calibration (first half) and for choosing an order (second half); without it the model writes its own. Nested codes take
-/// every third window of the calibration with tokens drawn at random, so that texts unlike it are served too. At last the stack is measured
+/// `text` is for calibration (first half) and for choosing an order (second half); without it the model writes its own. For nested codes
+/// the model also writes every third window of the calibration, so that texts unlike the user's are served too. At last the stack is measured
 /// against the model, from its smallest size to the largest: see [`Quality`](crate::quality::Quality). Blocks go to a
 /// scratch file in the directory `scratch`; a [`Journal`](crate::Journal) keeps them instead, and can go on after a kill.
 ///
-/// One layer is in memory at a time, but for text of the model's own, which all of the model writes.
+/// One layer is in memory at a time, except while the model writes: then it is all there in the type it is stored in (in f32 if it has no more
+/// than half a billion weights), with the keys and values of up to 32 windows. That is before the other work begins.
 ///
 /// # Errors
 /// What can be wrong with the checkpoint, the text or the options; failures to write the scratch file.
@@ -214,13 +224,16 @@ pub(crate) fn run(
     let seq_len = options.seq_len.unwrap_or_else(|| default_seq_len(checkpoint.config()));
     progress.part(Part::Text, 0);
     let tokens = match text {
-        Some(text) => Tokenizer::from_bytes(&checkpoint.companion("tokenizer.json")?)?.encode(text)?,
+        Some(text) => {
+            let tokens = Tokenizer::from_bytes(&checkpoint.companion("tokenizer.json")?)?.encode(text)?;
+            progress.part(Part::Text, tokens.len() as u64);
+            tokens
+        }
         None => {
             let windows = options.samples + options.order_windows.max(VALIDATION_WINDOWS);
             own_text(checkpoint, windows, seq_len, options.seed, units, progress)?
         }
     };
-    progress.part(Part::Text, tokens.len() as u64);
     let windows = Windows::new(&tokens, seq_len, checkpoint.config().max_positions)?;
     let (calibration, validation) = match text {
         Some(_) => windows.halves(),
@@ -238,15 +251,12 @@ pub(crate) fn run(
 
     let probe = probe(&validation, checkpoint.config());
 
-    // Nested codes put their errors where the inputs are not. Inputs unlike any text make sure that this is nowhere.
-    let mixed = match options.method {
-        BlockMethod::Nested => with_random_thirds(&calibration, options.seed),
-        BlockMethod::Avd => Vec::new(),
-    };
-    let mixed: Vec<&[u32]> = mixed.iter().map(|w| &w[..]).collect();
-    let windows = if mixed.is_empty() { &calibration } else { &mixed };
+    // Nested codes put their errors where the inputs are not. The model's own text goes to places where the user's does not.
+    let n_own = if text.is_some() && options.method == BlockMethod::Nested { thirds(calibration.len()) } else { 0 };
+    let own = own_text(checkpoint, n_own, seq_len, options.seed, units, progress)?;
+    let mixed = with_thirds(&calibration, own.chunks_exact(seq_len));
     let Decomposed { mut draft, errors, roundings } =
-        decompose_all(checkpoint, &tokens, windows, &probe, options, draft, units, progress)?;
+        decompose_all(checkpoint, &tokens, &mixed, &probe, options, draft, units, progress)?;
     let sizes = Sizes::new(draft.base_bytes(), draft.block_sizes())?;
     let finished = units.load(ORDER)?.and_then(|order| LoadOrder::from_weights(&order, &sizes).ok());
     let order = match (finished, options.ordering) {
@@ -323,7 +333,9 @@ fn default_blocks(lead: f64) -> usize {
     (BLOCKS + lead).round().clamp(LEAST_BLOCKS, MOST_BLOCKS) as usize
 }
 
-/// Text of the model's own: windows sampled at temperature 1 from its end token, which is what it saw between texts.
+/// Text of the model's own: windows sampled at temperature 1, one after the other in one list.
+///
+/// They are sampled in groups, and a group is there whole or not at all: what a window's neighbours are may show in its tokens.
 fn own_text(
     checkpoint: &Checkpoint,
     n_windows: usize,
@@ -332,24 +344,40 @@ fn own_text(
     units: &Units,
     progress: &dyn Progress,
 ) -> Result<Vec<u32>, LlmError> {
-    let name = |i: usize| format!("text.{i:05}");
-    let mut windows = (0..n_windows).map(|i| units.load(&name(i))).collect::<Result<Vec<_>, _>>()?;
-    if windows.iter().any(Option::is_none) {
+    let name = |group: usize| format!("text.{group:05}");
+    let firsts = (0..n_windows).step_by(OWN_WINDOWS);
+    let mut groups = (0..firsts.len()).map(|group| units.load(&name(group))).collect::<Result<Vec<_>, _>>()?;
+    if groups.iter().any(Option::is_none) {
         let decoder = Decoder::load_with(checkpoint, progress)?;
-        let start = checkpoint.config().eos_tokens.first().copied().unwrap_or(0);
-        let mut missing: Vec<_> = windows.iter_mut().enumerate().filter(|(_, window)| window.is_none()).collect();
-        progress.stage("text from the model (windows)", n_windows as u64);
-        progress.advance((n_windows - missing.len()) as u64);
-        missing.par_iter_mut().with_max_len(1).try_for_each(|(i, window)| {
-            let sampling = SamplingOptions::with_temperature(1.0, seed.wrapping_add(*i as u64));
-            let tokens = sample::window(&decoder, start, seq_len, sampling)?;
-            units.store(&name(*i), &[bytemuck::cast_slice(&tokens)])?;
-            **window = Some(tokens);
-            progress.advance(1);
-            Ok::<_, LlmError>(())
-        })?;
+        let n_elements: usize = checkpoint.config().weights().iter().map(|w| w.rows * w.cols).sum();
+        let decoder = if n_elements <= WIDENED { decoder.widened() } else { decoder };
+        let steps = seq_len.saturating_sub(1);
+        progress.stage("text from the model (steps)", groups.len().saturating_mul(steps) as u64);
+        for ((group, windows), first) in groups.iter_mut().enumerate().zip(firsts) {
+            if windows.is_some() {
+                progress.advance(steps as u64);
+                continue;
+            }
+            let starts: Vec<u32> = (first..n_windows.min(first + OWN_WINDOWS))
+                .map(|window| start_token(checkpoint.config().vocab_size, seed, window))
+                .collect();
+            let sampling = SamplingOptions::with_temperature(1.0, seed.wrapping_add(first as u64));
+            let sampled = sample::windows(&decoder, &starts, seq_len, sampling, progress)?.concat();
+            units.store(&name(group), &[bytemuck::cast_slice(&sampled)])?;
+            *windows = Some(sampled);
+        }
     }
-    Ok(windows.into_iter().flatten().flatten().collect())
+    progress.part(Part::Text, (n_windows * seq_len) as u64);
+    Ok(groups.into_iter().flatten().flatten().collect())
+}
+
+/// The token that window `window` of the model's own text begins with: any of the vocabulary.
+///
+/// Models see an end token between texts. But what those that were taught to chat write after it is hardly ever anything but a system prompt.
+fn start_token(vocab_size: usize, seed: u64, window: usize) -> u32 {
+    // The samples that follow come from the seed itself; the start must not be one of their numbers.
+    let seed = !seed.wrapping_add(window as u64);
+    StdRng::seed_from_u64(seed).random_range(0..vocab_size as u32)
 }
 
 /// All weights decomposed.
@@ -644,7 +672,7 @@ mod tests {
     fn runs_of_all_layers_read_an_eighth_of_the_tokens_of_calibration() {
         let window: Vec<u32> = (0..512).collect();
         let validation = [&window[..]; 3];
-        for (calibration, n_layers) in [(64 * 512, 30), (64 * 512, 4), (128 * 512, 80), (512, 30), (0, 0)] {
+        for (calibration, n_layers) in [(64 * 512, 30), (64 * 512, 4), (128 * 512, 80), (512, 30)] {
             let runs = runs(&validation, calibration, n_layers);
             let len = runs[0].len();
             assert!(runs.len() == GAIN_WINDOWS && runs.iter().all(|run| run[..] == window[..len]));

@@ -36,11 +36,12 @@ pub trait Observer {
     fn input(&mut self, weights: &[usize], x: ArrayView2<'_, f32>);
 }
 
-/// How a pass is run: with or without a cache and an observer, on one thread or many. It also holds the buffers that the
+/// How a pass is run: with or without caches and an observer, on one thread or many. It also holds the buffers that the
 /// layers share, so keep one for all calls on a sequence.
 #[derive(Default)]
 pub struct Pass<'a> {
-    cache: Option<&'a mut KvCache>,
+    /// One per sequence; none: the rows are one sequence from its start.
+    caches: &'a mut [KvCache],
     observer: Option<&'a mut dyn Observer>,
     threads: Threads,
     scratch: Scratch,
@@ -65,8 +66,17 @@ impl<'a> Pass<'a> {
     }
 
     /// Continues the sequence in `cache`, and adds to it.
-    pub fn with_cache(mut self, cache: &'a mut KvCache) -> Self {
-        self.cache = Some(cache);
+    pub fn with_cache(self, cache: &'a mut KvCache) -> Self {
+        self.with_caches(std::slice::from_mut(cache))
+    }
+
+    /// Continues several sequences in lockstep, one per cache, and adds to each: every weight is read once for all of them.
+    ///
+    /// Tokens and hidden states hold equally many rows of each sequence, those of the first one first: of `rows` rows and `n`
+    /// caches, sequence `s` has the rows `s * rows / n .. (s + 1) * rows / n`. The sequences do not see each other, and must be
+    /// equally long. No cache at all is as without this call.
+    pub fn with_caches(mut self, caches: &'a mut [KvCache]) -> Self {
+        self.caches = caches;
         self
     }
 
@@ -80,6 +90,26 @@ impl<'a> Pass<'a> {
     pub fn with_threads(mut self, threads: Threads) -> Self {
         self.threads = threads;
         self
+    }
+
+    /// Where `rows` rows go in layer `layer`: positions in front of them, and rows per sequence.
+    fn place(&self, layer: usize, rows: usize, config: &ModelConfig) -> Result<(usize, usize), LlmError> {
+        let n_sequences = self.caches.len().max(1);
+        if !rows.is_multiple_of(n_sequences) {
+            return Err(LlmError::UnevenRows { rows, sequences: n_sequences });
+        }
+        let positions = |cache: &KvCache| cache.layers[layer].0.len() / cache.kv_size;
+        let past = self.caches.first().map_or(0, positions);
+        if let Some(sequence) = self.caches.iter().position(|cache| positions(cache) != past) {
+            let positions = positions(&self.caches[sequence]);
+            return Err(LlmError::UnequalSequences { sequence, positions, first: past });
+        }
+        let needed = past + rows / n_sequences;
+        let limit = self.caches.iter().map(|cache| cache.capacity).min().unwrap_or(config.max_positions);
+        if needed > limit {
+            return Err(LlmError::ContextFull { needed, limit });
+        }
+        Ok((past, rows / n_sequences))
     }
 
     fn observe(&mut self, weights: Range<usize>, x: ArrayView2<'_, f32>) {
@@ -345,24 +375,22 @@ impl<L: LinearOp> Decoder<L> {
 
     /// Runs one layer on `hidden` (tokens x hidden) in place.
     ///
-    /// The tokens follow those that the pass's cache holds for this layer, and are the start of the sequence without one.
+    /// The tokens follow those that the pass's cache holds for this layer, and are the start of the sequence without one; of
+    /// several sequences see [`Pass::with_caches`].
     ///
     /// # Errors
-    /// [`LlmError::ContextFull`] when the positions run past the cache or the model; [`LlmError::StateShape`].
+    /// [`LlmError::ContextFull`] when the positions run past a cache or the model; [`LlmError::StateShape`];
+    /// [`LlmError::UnevenRows`] and [`LlmError::UnequalSequences`] for several sequences. The caches are unchanged then.
     ///
     /// # Panics
     /// When there is no layer of this number.
     pub fn layer(&self, layer: usize, hidden: &mut Array2<f32>, pass: &mut Pass<'_>) -> Result<(), LlmError> {
         let config = &self.frame.config;
-        let (tokens, width) = (hidden.nrows(), config.hidden_size);
+        let (rows, width) = (hidden.nrows(), config.hidden_size);
         check_state("hidden", hidden.view(), width)?;
+        let (past, tokens) = pass.place(layer, rows, config)?;
         let threads = pass.threads;
         let (q_size, kv_size, inner) = (config.query_size(), config.kv_size(), config.intermediate_size);
-        let past = pass.cache.as_ref().map_or(0, |cache| cache.layers[layer].0.len() / kv_size);
-        let limit = pass.cache.as_ref().map_or(config.max_positions, |cache| cache.capacity);
-        if past + tokens > limit {
-            return Err(LlmError::ContextFull { needed: past + tokens, limit });
-        }
         if !hidden.is_standard_layout() {
             *hidden = hidden.as_standard_layout().into_owned();
         }
@@ -376,47 +404,74 @@ impl<L: LinearOp> Decoder<L> {
         let mut scratch = std::mem::take(&mut pass.scratch);
         let Scratch { normed, q, k, v, mixed, gate, up, delta } = &mut scratch;
 
-        let normed = take(normed, tokens * width);
+        let normed = take(normed, rows * width);
         math::rms_norm(h, &vectors.attention_norm, config.norm_eps, normed);
         pass.observe(first..first + 3, view(normed, width));
-        let q = take(q, tokens * q_size);
-        let (keys, values, new) = match &mut pass.cache {
-            Some(cache) => {
+        let q = take(q, rows * q_size);
+        // Of one sequence they are made in their place, of several at once, and then put there.
+        let (new_k, new_v) = match &mut *pass.caches {
+            [cache] => {
                 let (k, v) = &mut cache.layers[layer];
                 k.resize((past + tokens) * kv_size, 0.0);
                 v.resize((past + tokens) * kv_size, 0.0);
-                (&mut k[..], &mut v[..], past * kv_size..)
+                (&mut k[past * kv_size..], &mut v[past * kv_size..])
             }
-            None => (take(k, tokens * kv_size), take(v, tokens * kv_size), 0..),
+            _ => (take(k, rows * kv_size), take(v, rows * kv_size)),
         };
-        let k = &mut keys[new.clone()];
         q_proj.apply(view(normed, width), view_mut(q, q_size), threads);
-        k_proj.apply(view(normed, width), view_mut(k, kv_size), threads);
-        v_proj.apply(view(normed, width), view_mut(&mut values[new.clone()], kv_size), threads);
+        k_proj.apply(view(normed, width), view_mut(new_k, kv_size), threads);
+        v_proj.apply(view(normed, width), view_mut(new_v, kv_size), threads);
         bias(q, &vectors.q_bias);
-        bias(k, &vectors.k_bias);
-        bias(&mut values[new], &vectors.v_bias);
+        bias(new_k, &vectors.k_bias);
+        bias(new_v, &vectors.v_bias);
         if let Some(norm) = &vectors.q_norm {
             math::rms_norm_in_place(q, norm, config.norm_eps);
         }
         if let Some(norm) = &vectors.k_norm {
-            math::rms_norm_in_place(k, norm, config.norm_eps);
+            math::rms_norm_in_place(new_k, norm, config.norm_eps);
         }
-        self.frame.rope.rotate(q, config.head_dim, tokens, past);
-        self.frame.rope.rotate(k, config.head_dim, tokens, past);
+        for (q, k) in q.chunks_exact_mut(tokens * q_size).zip(new_k.chunks_exact_mut(tokens * kv_size)) {
+            self.frame.rope.rotate(q, config.head_dim, tokens, past);
+            self.frame.rope.rotate(k, config.head_dim, tokens, past);
+        }
 
-        let mixed = take(mixed, tokens * q_size);
-        attention(config, config.windows[layer], q, keys, values, mixed, past, threads);
+        let mixed = take(mixed, rows * q_size);
+        let window = config.windows[layer];
+        match &mut *pass.caches {
+            [] => attention(config, window, q, take(k, rows * kv_size), take(v, rows * kv_size), mixed, past, threads),
+            [cache] => {
+                let (keys, values) = &cache.layers[layer];
+                attention(config, window, q, keys, values, mixed, past, threads);
+            }
+            caches => {
+                for (cache, (k, v)) in caches.iter_mut().zip(k.chunks(tokens * kv_size).zip(v.chunks(tokens * kv_size)))
+                {
+                    let (keys, values) = &mut cache.layers[layer];
+                    keys.extend_from_slice(k);
+                    values.extend_from_slice(v);
+                }
+                let one = |((q, mixed), cache): ((&[f32], &mut [f32]), &KvCache)| {
+                    let (keys, values) = &cache.layers[layer];
+                    attention(config, window, q, keys, values, mixed, past, Threads::One);
+                };
+                let len = tokens * q_size;
+                if threads == Threads::One || is_small(config, rows, past + tokens) {
+                    q.chunks_exact(len).zip(mixed.chunks_exact_mut(len)).zip(&*caches).for_each(one);
+                } else {
+                    q.par_chunks_exact(len).zip(mixed.par_chunks_exact_mut(len)).zip(&*caches).for_each(one);
+                }
+            }
+        }
         pass.observe(first + 3..first + 4, view(mixed, q_size));
-        let delta = take(delta, tokens * width);
+        let delta = take(delta, rows * width);
         o_proj.apply(view(mixed, q_size), view_mut(delta, width), threads);
         bias(delta, &vectors.o_bias);
         math::add(h, delta);
 
         math::rms_norm(h, &vectors.mlp_norm, config.norm_eps, normed);
         pass.observe(first + 4..first + 6, view(normed, width));
-        let gate = take(gate, tokens * inner);
-        let up = take(up, tokens * inner);
+        let gate = take(gate, rows * inner);
+        let up = take(up, rows * inner);
         gate_proj.apply(view(normed, width), view_mut(gate, inner), threads);
         up_proj.apply(view(normed, width), view_mut(up, inner), threads);
         bias(gate, &vectors.gate_bias);
@@ -675,15 +730,18 @@ fn attention(
             math::product(out, weights, values.subrows(first, span), 1.0);
         }
     };
-    // Below this the cost of waking other threads is not earned back.
-    let small = config.query_size() * tokens * total < 1 << 18;
-    if threads == Threads::One || small {
+    if threads == Threads::One || is_small(config, tokens, total) {
         for head in 0..config.n_heads {
             one_head(head, out.rb_mut().subcols_mut(head * head_dim, head_dim));
         }
     } else {
         out.par_col_chunks_mut(head_dim).enumerate().for_each(|(head, out)| one_head(head, out));
     }
+}
+
+/// Whether the attention of so many queries, each over `total` positions, does not earn back the cost of waking other threads.
+fn is_small(config: &ModelConfig, queries: usize, total: usize) -> bool {
+    config.query_size() * queries * total < 1 << 18
 }
 
 #[cfg(test)]

@@ -128,6 +128,26 @@ pub enum LlmError {
         /// Columns needed.
         cols: usize,
     },
+    /// Rows of several sequences are not equally many of each.
+    #[error("{rows} rows cannot be divided evenly among {sequences} sequences")]
+    UnevenRows {
+        /// Rows given.
+        rows: usize,
+        /// Sequences, one per cache.
+        sequences: usize,
+    },
+    /// Sequences that are to run in lockstep are not equally long.
+    #[error(
+        "the cache of sequence {sequence} holds {positions} positions and that of sequence 0 holds {first}; in lockstep all are equally long"
+    )]
+    UnequalSequences {
+        /// The first sequence that differs, counted from 0.
+        sequence: usize,
+        /// Its positions.
+        positions: usize,
+        /// Those of sequence 0.
+        first: usize,
+    },
     /// Hidden states or logits given to a function have the wrong size.
     #[error("{what} is {found_rows} x {found_cols}, expected {rows} x {cols}")]
     StateShape {

@@ -1,6 +1,6 @@
 //! What is finished of a compression, kept beside its output: after a kill the same call goes on where the last one was.
 //!
-//! A journal is a directory. Every unit of work (a window that the model wrote, the hidden states in front of a layer, the blocks of a
+//! A journal is a directory. Every unit of work (windows that the model wrote, the hidden states in front of a layer, the blocks of a
 //! weight, measured runs, the load order) is a file in it, written under another name, synced and renamed, so that a unit that is there is
 //! there whole. Each ends in a BLAKE3 hash keyed with what the journal is for; one that is damaged is made again, like one that is
 //! missing. `journal.json` says what the journal is for, and what the output must be once that is known.
@@ -20,7 +20,7 @@ use std::path::{Path, PathBuf};
 
 /// Changes with whatever changes the contents of a unit for the same input, its blocks above all: a journal of another algorithm is another
 /// journal.
-const UNITS: u32 = 2;
+const UNITS: u32 = 3;
 
 const RECORD: &str = "journal.json";
 const LOCK: &str = "lock";
@@ -588,7 +588,7 @@ mod tests {
     #[test]
     fn a_compression_that_stops_again_and_again_ends_with_the_same_bytes() {
         let checkpoint = checkpoint();
-        for (ordering, steps) in [(Ordering::Gain, 33), (Ordering::Perplexity, 33), (Ordering::Random, 19)] {
+        for (ordering, steps) in [(Ordering::Gain, 33), (Ordering::Perplexity, 33), (Ordering::Random, 35)] {
             let options = options(ordering);
             let dir = tempfile::tempdir().unwrap();
             let mut n_stops = 0;
@@ -604,6 +604,34 @@ mod tests {
             assert!(n_stops > 0, "{ordering:?} was never stopped");
             assert!(ended == whole(&options), "{ordering:?}: other bytes after {n_stops} stops");
         }
+    }
+
+    /// 43 windows of the model's own, two groups: one of 32, one of 11. Stops fall into the first, into the second, and behind them.
+    #[test]
+    fn a_compression_with_a_text_that_stops_around_the_models_own_ends_with_the_same_bytes() {
+        let demo = concat!(env!("CARGO_MANIFEST_DIR"), "/../bitstack/demo");
+        let checkpoint = Checkpoint::open(format!("{demo}/tiny-llama")).unwrap();
+        let text = fs::read_to_string(format!("{demo}/text.txt")).unwrap();
+        let options = CompressOptions { samples: 129, ..options(Ordering::Random) };
+        let whole = crate::compress(&checkpoint, Some(&text), &options, &std::env::temp_dir(), &()).unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("j");
+        let run = |steps| {
+            let journal = Journal::open(&path, &checkpoint, Some(&text), &options, &()).unwrap();
+            let stop = StopAfter(AtomicU64::new(steps));
+            let result = catch_unwind(AssertUnwindSafe(|| journal.compress(&stop))).ok();
+            (
+                result.map(|compressed| bytes(&compressed.unwrap())),
+                [0, 1, 2].map(|i| path.join(format!("text.0000{i}")).exists()),
+            )
+        };
+        let loaded = checkpoint.config().weights().len() as u64;
+        assert_eq!(run(loaded + 7), (None, [false; 3]));
+        assert_eq!(run(loaded + 15 + 7), (None, [true, false, false]));
+        // The first group is there, and not sampled again.
+        assert_eq!(run(loaded + 7), (None, [true, false, false]));
+        assert_eq!(run(loaded + 15 + 7), (None, [true, true, false]));
+        assert!(run(u64::MAX).0.unwrap() == bytes(&whole));
     }
 
     #[test]
@@ -629,10 +657,10 @@ mod tests {
         assert!(run() == whole);
         for name in [
             "order",
-            "text.00001",
+            "text.00000",
             "weight.0003.bitstack",
             "weight.0015.bitstack",
-            "runs.rounded",
+            "importance",
             "runs.quality",
             "journal.json",
         ] {

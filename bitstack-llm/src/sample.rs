@@ -5,9 +5,10 @@ use std::ops::ControlFlow;
 use ndarray::{Axis, Slice};
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
+use rayon::prelude::*;
 
 use crate::linear::{LinearOp, Threads};
-use crate::{Decoder, KvCache, LlmError, ModelConfig, Pass, TextStream, Tokenizer, math};
+use crate::{Decoder, KvCache, LlmError, ModelConfig, Pass, Progress, TextStream, Tokenizer, math};
 
 /// How a token is chosen from its logits. The default takes the most likely one.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -91,20 +92,23 @@ impl Sampler {
             .filter(|(_, v)| !v.is_nan())
             .map(|(i, &v)| (i as u32, (f64::from(v - top) * inverse).exp()))
             .collect();
-        // Most likely first, the lower token of equals first, so that the choice is the same everywhere.
-        candidates.sort_unstable_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
+        // Where all tokens stay candidates their order does not matter; sorting a large vocabulary takes longer than running a small model.
+        if self.options.top_k > 0 || self.options.top_p < 1.0 {
+            // Most likely first, the lower token of equals first, so that the choice is the same everywhere.
+            candidates.sort_unstable_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
+        }
         if self.options.top_k > 0 {
             candidates.truncate(self.options.top_k);
         }
-        let total: f64 = candidates.iter().map(|c| c.1).sum();
-        let mut kept = 0.0;
-        let enough = f64::from(self.options.top_p) * total;
-        let nucleus = candidates.iter().position(|c| {
-            kept += c.1;
-            kept >= enough
-        });
-        if let Some(last) = nucleus {
-            candidates.truncate(last + 1);
+        let mut kept: f64 = candidates.iter().map(|c| c.1).sum();
+        if self.options.top_p < 1.0 {
+            let enough = f64::from(self.options.top_p) * kept;
+            kept = 0.0;
+            let nucleus = candidates.iter().position(|c| {
+                kept += c.1;
+                kept >= enough
+            });
+            candidates.truncate(nucleus.map_or(candidates.len(), |last| last + 1));
         }
         let mut point = self.rng.random::<f64>() * kept;
         for &(token, weight) in &candidates {
@@ -278,23 +282,82 @@ impl<'t> Continuation<'t> {
     }
 }
 
-/// A window of `len` tokens of the model's own: `start`, and what it samples after it. End tokens do not end it.
+/// Windows of `len` tokens of the model's own, side by side: each begins with one of `starts` and goes on with samples, the first with the seed of
+/// `sampling` and each further one with the next. End tokens do not end them. `progress` advances by `len - 1` steps, each a token of every window.
+///
+/// All weights are read once per step, whatever the number of windows. Products are summed in an order that may depend on that number, so
+/// the tokens of a window may too; they do not depend on threads.
 ///
 /// # Errors
-/// More tokens than the model's limit, options out of range, logits that are not finite.
-pub(crate) fn window<L: LinearOp>(
+/// More tokens than the model's limit, starts outside the vocabulary, options out of range, logits that are not finite.
+pub(crate) fn windows<L: LinearOp>(
     model: &Decoder<L>,
-    start: u32,
+    starts: &[u32],
     len: usize,
     sampling: SamplingOptions,
-) -> Result<Vec<u32>, LlmError> {
-    let mut sampler = Sampler::new(sampling)?;
-    let mut cache = KvCache::new(model.config(), len)?;
-    let mut pass = Pass::new().with_cache(&mut cache);
-    let mut tokens = vec![start];
-    while tokens.len() < len {
-        let logits = model.forward(&tokens[tokens.len() - 1..], &mut pass)?;
-        tokens.push(sampler.choose(logits.as_slice().expect("a fresh array"))?);
+    progress: &dyn Progress,
+) -> Result<Vec<Vec<u32>>, LlmError> {
+    let sampler = |i: u64| Sampler::new(SamplingOptions { seed: sampling.seed.wrapping_add(i), ..sampling });
+    let mut samplers = (0..starts.len() as u64).map(sampler).collect::<Result<Vec<_>, _>>()?;
+    let mut caches = vec![KvCache::new(model.config(), len)?; starts.len()];
+    let mut windows: Vec<Vec<u32>> = starts.iter().map(|start| vec![*start]).collect();
+    // In a thread of the pool, as above.
+    rayon::scope(|_| {
+        let mut pass = Pass::new().with_caches(&mut caches).with_threads(Threads::Pool);
+        let mut last = starts.to_vec();
+        for _ in 1..len {
+            let logits = model.forward(&last, &mut pass)?;
+            let rows = logits.as_slice().expect("a fresh array").par_chunks_exact(model.config().vocab_size);
+            let chosen = samplers.par_iter_mut().zip(rows).with_max_len(1).map(|(sampler, row)| sampler.choose(row));
+            last = chosen.collect::<Result<Vec<_>, _>>()?;
+            windows.iter_mut().zip(&last).for_each(|(window, token)| window.push(*token));
+            progress.advance(1);
+        }
+        Ok(windows)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Checkpoint;
+
+    fn model() -> Decoder<crate::Dense> {
+        let dir = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/qwen3");
+        Decoder::load(&Checkpoint::open(dir).unwrap()).unwrap()
     }
-    Ok(tokens)
+
+    #[test]
+    fn windows_do_not_depend_on_the_number_of_threads() {
+        // So many and so long that products, attention and the choice of tokens all are shared out.
+        let (model, starts) = (model(), Vec::from_iter(0..64));
+        let [one, three] = [1, 3].map(|threads| {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            pool.install(|| windows(&model, &starts, 80, SamplingOptions::with_temperature(1.0, 5), &()).unwrap())
+        });
+        assert!(one == three);
+        assert!(one.iter().zip(starts).all(|(window, start)| window.len() == 80 && window[0] == start));
+    }
+
+    #[test]
+    fn each_window_has_a_seed_of_its_own() {
+        let sample = |starts: &[u32], seed| {
+            windows(&model(), starts, 40, SamplingOptions::with_temperature(1.0, seed), &()).unwrap()
+        };
+        let three = sample(&[7; 3], 5);
+        assert!(three[0] != three[1] && three[1] != three[2] && three[0] != three[2]);
+        // Of so small a model, logits differ by less than decides a choice, whether a window is alone or not.
+        assert_eq!(sample(&[7], 6)[0], three[1]);
+        assert_eq!(sample(&[7], 7)[0], three[2]);
+    }
+
+    #[test]
+    fn windows_beyond_the_model_or_its_vocabulary_are_errors() {
+        let limit = model().config().max_positions;
+        let error = windows(&model(), &[1, 2], limit + 1, SamplingOptions::greedy(), &()).unwrap_err();
+        assert!(matches!(error, LlmError::ContextFull { needed, limit: l } if needed == limit + 1 && l == limit));
+        let error = windows(&model(), &[1, 96], 4, SamplingOptions::greedy(), &()).unwrap_err();
+        assert!(matches!(error, LlmError::TokenOutOfRange { token: 96, .. }));
+        assert!(windows(&model(), &[], 4, SamplingOptions::greedy(), &()).is_err());
+    }
 }

@@ -4,8 +4,6 @@
 //! used. Of `total` windows, `n` evenly spaced ones are the windows `floor(i * total / n)`.
 
 use crate::{LlmError, ModelConfig};
-use rand::rngs::StdRng;
-use rand::{RngExt, SeedableRng};
 
 /// Window length where none is asked for: 512, or the model's limit if that is lower.
 pub fn default_seq_len(config: &ModelConfig) -> usize {
@@ -81,17 +79,16 @@ impl<'a> Windows<'a> {
     }
 }
 
-/// The windows, every third of them in place of its tokens with others drawn at random, each distinct token of the text as often as any.
-pub(crate) fn with_random_thirds(windows: &[&[u32]], seed: u64) -> Vec<Vec<u32>> {
-    let mut tokens: Vec<u32> = windows.concat();
-    tokens.sort_unstable();
-    tokens.dedup();
-    let mut rng = StdRng::seed_from_u64(seed);
-    let mut own = |(i, window): (usize, &&[u32])| match i % 3 {
-        2 => window.iter().map(|_| tokens[rng.random_range(0..tokens.len())]).collect(),
-        _ => window.to_vec(),
-    };
-    windows.iter().enumerate().map(&mut own).collect()
+/// How many of so many windows [`with_thirds`] replaces.
+pub(crate) fn thirds(windows: usize) -> usize {
+    windows / 3
+}
+
+/// The windows, every third of them replaced by the next one of `own`, of which there are [`thirds`].
+pub(crate) fn with_thirds<'a>(windows: &[&'a [u32]], own: impl IntoIterator<Item = &'a [u32]>) -> Vec<&'a [u32]> {
+    let mut mixed = windows.to_vec();
+    mixed.iter_mut().skip(2).step_by(3).zip(own).for_each(|(window, own)| *window = own);
+    mixed
 }
 
 #[cfg(test)]
@@ -123,18 +120,18 @@ mod tests {
     }
 
     #[test]
-    fn two_windows_of_three_are_the_text_and_the_third_draws_from_all_of_it() {
-        let tokens: Vec<u32> = (0..600).map(|i| 7 * (i % 60)).collect();
-        let windows: Vec<&[u32]> = tokens.chunks(50).collect();
-        let mixed = with_random_thirds(&windows, 3);
-        assert_eq!(mixed, with_random_thirds(&windows, 3));
-        let (random, own): (Vec<_>, Vec<_>) = (0..12).partition(|i| i % 3 == 2);
-        assert!(own.iter().all(|&i| mixed[i] == windows[i]));
-        let drawn: Vec<u32> = random.iter().flat_map(|&i| mixed[i].iter().copied()).collect();
-        assert_eq!(drawn.len(), 200);
-        assert!(drawn.iter().all(|t| t % 7 == 0 && *t < 420));
-        // 200 draws of 60: about 58 distinct, and fewer than 45 less often than once in 10^9.
-        assert!(drawn.iter().collect::<std::collections::BTreeSet<_>>().len() >= 45);
+    fn two_windows_of_three_are_the_text_and_each_third_is_the_next_of_the_others() {
+        let (text, own) = (Vec::from_iter(0..110), Vec::from_iter(200..300));
+        for n in 0..=11 {
+            let windows: Vec<&[u32]> = text.chunks(10).take(n).collect();
+            let own: Vec<&[u32]> = own.chunks(10).take(thirds(n)).collect();
+            let mixed = with_thirds(&windows, own.iter().copied());
+            assert_eq!(mixed.len(), n);
+            for (i, window) in mixed.iter().enumerate() {
+                assert_eq!(*window, if i % 3 == 2 { own[i / 3] } else { windows[i] });
+            }
+            assert_eq!(mixed.iter().filter(|window| window[0] >= 200).count(), own.len());
+        }
     }
 
     #[test]

@@ -93,6 +93,64 @@ fn a_truncated_cache_continues_from_where_it_was_cut() {
     assert!(largest_difference(logits.view(), rows) < 1e-4);
 }
 
+/// Three sequences in lockstep, a prompt and then token by token, against each alone; over a product of several rows sums may be made in another
+/// order, as in the test above.
+#[test]
+fn sequences_in_lockstep_have_the_logits_that_each_has_alone() {
+    for name in ARCHITECTURES {
+        let (model, Expected { input_ids, .. }) = load(name);
+        // Each sequence is other tokens, and longer than the sliding window of the model that has one.
+        let sequences = [0, 5, 11].map(|shift| Vec::from_iter(input_ids.iter().cycle().skip(shift).take(40).copied()));
+        let alone = sequences.each_ref().map(|tokens| model.forward(tokens, &mut Pass::new()).unwrap());
+        for threads in [Threads::One, Threads::Pool] {
+            let mut caches = vec![KvCache::new(model.config(), 40).unwrap(); 3];
+            let mut pass = Pass::new().with_caches(&mut caches).with_threads(threads);
+            let mut at = 0;
+            for step in [vec![20, 3], vec![1; 17]].concat() {
+                let tokens = sequences.each_ref().map(|tokens| &tokens[at..at + step]).concat();
+                let logits = model.forward(&tokens, &mut pass).unwrap();
+                for (s, alone) in alone.iter().enumerate() {
+                    let found = logits.slice_axis(ndarray::Axis(0), ndarray::Slice::from(s * step..(s + 1) * step));
+                    let wanted = alone.slice_axis(ndarray::Axis(0), ndarray::Slice::from(at..at + step));
+                    let difference = largest_difference(found, wanted);
+                    assert!(difference < 1e-4, "{name}, sequence {s} at {at}, {step} tokens: {difference}");
+                }
+                at += step;
+            }
+            assert!(caches.iter().all(|cache| cache.len() == 40));
+        }
+    }
+}
+
+#[test]
+fn one_cache_among_several_is_the_case_of_one_bit_for_bit() {
+    let (model, Expected { input_ids, .. }) = load("qwen3");
+    let run = |pass: &mut Pass<'_>| [&input_ids[..9], &input_ids[9..10]].map(|t| model.forward(t, pass).unwrap());
+    let mut caches = [KvCache::new(model.config(), 10).unwrap()];
+    let listed = run(&mut Pass::new().with_caches(&mut caches));
+    let mut cache = KvCache::new(model.config(), 10).unwrap();
+    assert_eq!(run(&mut Pass::new().with_cache(&mut cache)), listed);
+    assert_eq!(model.forward(&input_ids, &mut Pass::new().with_caches(&mut [])).unwrap().nrows(), input_ids.len());
+}
+
+#[test]
+fn sequences_that_cannot_run_in_lockstep_are_errors_that_leave_their_caches() {
+    let (model, _) = load("llama");
+    let mut caches = [10, 8, 10].map(|capacity| KvCache::new(model.config(), capacity).unwrap());
+    let error = model.forward(&[1; 7], &mut Pass::new().with_caches(&mut caches)).unwrap_err();
+    assert!(matches!(error, LlmError::UnevenRows { rows: 7, sequences: 3 }), "{error}");
+    assert_eq!(error.to_string(), "7 rows cannot be divided evenly among 3 sequences");
+    model.forward(&[1; 15], &mut Pass::new().with_caches(&mut caches)).unwrap();
+    // The least room counts.
+    let error = model.forward(&[1; 12], &mut Pass::new().with_caches(&mut caches)).unwrap_err();
+    assert!(matches!(error, LlmError::ContextFull { needed: 9, limit: 8 }), "{error}");
+    caches[2].truncate(4);
+    let error = model.forward(&[1; 3], &mut Pass::new().with_caches(&mut caches)).unwrap_err();
+    assert!(matches!(error, LlmError::UnequalSequences { sequence: 2, positions: 4, first: 5 }), "{error}");
+    assert!(["sequence 2", "4 positions", "holds 5"].iter().all(|part| error.to_string().contains(part)), "{error}");
+    assert_eq!(caches.each_ref().map(KvCache::len), [5, 5, 4]);
+}
+
 #[test]
 fn threads_and_widening_do_not_change_a_bit() {
     for name in ARCHITECTURES {
