@@ -75,8 +75,11 @@ const SIDE_BY_SIDE_BYTES: u64 = 6 << 30;
 /// beside it.
 const OWN_WINDOWS: usize = 32;
 
+/// A model of more weights than this does not add to a user's text: all of it would be in memory (4 GB in 16 bits).
+const MOST_WRITING: u64 = 2_000_000_000;
+
 /// A model of no more weights than this is widened to f32 (2 GB) before it writes.
-const WIDENED: usize = 500_000_000;
+const WIDENED: u64 = 500_000_000;
 
 /// The unit of the finished load order.
 const ORDER: &str = "order";
@@ -186,7 +189,7 @@ pub struct Compressed {
 /// Compresses a checkpoint.
 ///
 /// `text` is for calibration (first half) and for choosing an order (second half); without it the model writes its own. For nested codes
-/// the model also writes every third window of the calibration, so that texts unlike the user's are served too. At last the stack is measured
+/// a model of up to two billion weights also writes every third window of the calibration, so that texts unlike the user's are served too. At last the stack is measured
 /// against the model, from its smallest size to the largest: see [`Quality`](crate::quality::Quality). Blocks go to a
 /// scratch file in the directory `scratch`; a [`Journal`](crate::Journal) keeps them instead, and can go on after a kill.
 ///
@@ -252,7 +255,8 @@ pub(crate) fn run(
     let probe = probe(&validation, checkpoint.config());
 
     // Nested codes put their errors where the inputs are not. The model's own text goes to places where the user's does not.
-    let n_own = if text.is_some() && options.method == BlockMethod::Nested { thirds(calibration.len()) } else { 0 };
+    let writes = text.is_some() && options.method == BlockMethod::Nested && can_write(checkpoint.config());
+    let n_own = if writes { thirds(calibration.len()) } else { 0 };
     let own = own_text(checkpoint, n_own, seq_len, options.seed, units, progress)?;
     let mixed = with_thirds(&calibration, own.chunks_exact(seq_len));
     let Decomposed { mut draft, errors, roundings } =
@@ -333,6 +337,15 @@ fn default_blocks(lead: f64) -> usize {
     (BLOCKS + lead).round().clamp(LEAST_BLOCKS, MOST_BLOCKS) as usize
 }
 
+/// Whether a model is small enough that it can be in memory to write a third of the calibration.
+fn can_write(config: &ModelConfig) -> bool {
+    n_elements(config) <= MOST_WRITING
+}
+
+fn n_elements(config: &ModelConfig) -> u64 {
+    config.weights().iter().map(|w| w.rows as u64 * w.cols as u64).sum()
+}
+
 /// Text of the model's own: windows sampled at temperature 1, one after the other in one list.
 ///
 /// They are sampled in groups, and a group is there whole or not at all: what a window's neighbours are may show in its tokens.
@@ -349,8 +362,7 @@ fn own_text(
     let mut groups = (0..firsts.len()).map(|group| units.load(&name(group))).collect::<Result<Vec<_>, _>>()?;
     if groups.iter().any(Option::is_none) {
         let decoder = Decoder::load_with(checkpoint, progress)?;
-        let n_elements: usize = checkpoint.config().weights().iter().map(|w| w.rows * w.cols).sum();
-        let decoder = if n_elements <= WIDENED { decoder.widened() } else { decoder };
+        let decoder = if n_elements(checkpoint.config()) <= WIDENED { decoder.widened() } else { decoder };
         let steps = seq_len.saturating_sub(1);
         progress.stage("text from the model (steps)", groups.len().saturating_mul(steps) as u64);
         for ((group, windows), first) in groups.iter_mut().enumerate().zip(firsts) {
@@ -691,6 +703,19 @@ mod tests {
             [&[][..], &[0.0], &[1e-3], &[1e3]].map(middle),
             [LEAST_MIDDLE, LEAST_MIDDLE, LEAST_MIDDLE, MOST_MIDDLE]
         );
+    }
+
+    #[test]
+    fn models_that_need_much_memory_do_not_write_for_a_text() {
+        let data = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/llama");
+        let mut config = Checkpoint::open(data).unwrap().config().clone();
+        assert!(can_write(&config));
+        // The shape of Llama 3.2 1B: 1.24 billion; and with four times the layers.
+        (config.hidden_size, config.intermediate_size, config.n_layers) = (2048, 8192, 16);
+        (config.vocab_size, config.vocab_part_rows) = (128_256, 128_256);
+        assert!(can_write(&config));
+        config.n_layers = 64;
+        assert!(!can_write(&config));
     }
 
     #[test]

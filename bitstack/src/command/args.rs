@@ -110,11 +110,12 @@ pub(crate) struct MethodArgs {
     pub(crate) scale: Scale,
 
     /// Plain text to calibrate on; without it the model writes its own.
-    /// For that, and for the third of the calibration that it writes for nested codes, all of it is in memory at first; then one layer at a time.
+    /// For that, and for the third of the calibration that a model of up to two billion weights writes for nested codes, all of it is in memory
+    /// at first; then one layer at a time.
     #[arg(long, value_name = "FILE.txt")]
     pub(crate) calibration: Option<PathBuf>,
 
-    /// Windows of calibration text; for nested codes the model writes a third of them.
+    /// Windows of calibration text; for nested codes a model of up to two billion weights writes a third of them.
     #[arg(long, value_name = "N", default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..=65536))]
     pub(crate) samples: u32,
 
