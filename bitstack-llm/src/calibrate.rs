@@ -2,11 +2,10 @@
 
 use crate::journal::Units;
 use crate::stream::{Slot, Streamed};
-use crate::{Checkpoint, Decoder, Frame, LlmError, Observer, Part, Pass, Progress};
+use crate::{Checkpoint, Decoder, LlmError, Observer, Part, Pass, Progress};
 use bitstack_core::{ActivationStats, Collect};
 use ndarray::{Array2, ArrayView2};
 use rayon::prelude::*;
-use std::sync::Arc;
 
 /// Windows run side by side before their inputs are added up: enough for the threads of an ordinary machine, few enough that their
 /// inputs (windows x tokens x channels) stay small beside a layer. A constant, so that results do not depend on the machine.
@@ -45,8 +44,7 @@ impl<'a> Walk<'a> {
         progress: &'a dyn Progress,
     ) -> Result<Self, LlmError> {
         let config = checkpoint.config();
-        let frame = Frame::new::<LlmError>(config.clone(), |spec| checkpoint.vector(spec))?;
-        let model = Streamed::new(Arc::new(frame), |_, spec| checkpoint.weight(spec))?;
+        let model = Streamed::original(checkpoint)?;
         let mut walk = Self { model, hidden: Vec::new(), collect, units, progress };
         progress.part(Part::Calibration, 0);
         if layer > 0 {

@@ -189,9 +189,9 @@ pub struct Compressed {
 /// Compresses a checkpoint.
 ///
 /// `text` is for calibration (first half) and for choosing an order (second half); without it the model writes its own. For nested codes
-/// a model of up to two billion weights also writes every third window of the calibration, so that texts unlike the user's are served too. At last the stack is measured
-/// against the model, from its smallest size to the largest: see [`Quality`](crate::quality::Quality). Blocks go to a
-/// scratch file in the directory `scratch`; a [`Journal`](crate::Journal) keeps them instead, and can go on after a kill.
+/// a model of up to two billion weights also writes every third window of the calibration, so that texts unlike the user's are served too.
+/// At last the stack is measured against the model, from its smallest size to the largest: see [`Quality`](crate::quality::Quality). Blocks
+/// go to a scratch file in the directory `scratch`; a [`Journal`](crate::Journal) keeps them instead, and can go on after a kill.
 ///
 /// One layer is in memory at a time, except while the model writes: then it is all there in the type it is stored in (in f32 if it has no more
 /// than half a billion weights), with the keys and values of up to 32 windows. That is before the other work begins.
@@ -452,10 +452,11 @@ fn decompose_all(
         share_by_frequency(&mut roundings, &stacked, tokens);
     }
     let sizes: Vec<f64> = work.draft.weights().iter().map(|w| w.shape.n_elems() as f64).collect();
-    work.leads = if roundings.is_empty() { vec![0.0; sizes.len()] } else { importance::leads(&roundings, &sizes) };
-    if !roundings.is_empty() {
-        work.middle = middle(&roundings);
-    }
+    (work.leads, work.middle) = if roundings.is_empty() {
+        (vec![0.0; sizes.len()], MOST_MIDDLE)
+    } else {
+        (importance::leads(&roundings, &sizes), middle(&roundings))
+    };
     let finished = work.take_finished()?;
     progress.stage("decompose (weights)", work.errors.len() as u64);
     progress.advance(finished);

@@ -1,7 +1,6 @@
 //! What each weight counts for: the divergence of the model when it alone is rounded, from gradients.
 
 use crate::journal::Units;
-use crate::order::original;
 use crate::stream::{Slot, Streamed};
 use crate::{Checkpoint, Decoder, LinearOp, LlmError, Part, Progress, math};
 use bitstack_format::BlockSource;
@@ -65,7 +64,7 @@ pub(crate) fn roundings<S: BlockSource + ?Sized>(
         shares.into_iter().flatten().for_each(|(index, share)| sums[index] += share);
     };
 
-    let mut model = original(checkpoint)?;
+    let mut model = Streamed::original(checkpoint)?;
     let mut states = vec![model.embed(windows)?];
     for layer in 0..config.n_layers {
         let mut hidden = states.last().expect("the first was put in").clone();

@@ -4,12 +4,11 @@ use crate::eval::{self, score_against, score_hidden};
 use crate::journal::Units;
 use crate::stack::{self, rebuild};
 use crate::stream::{Slot, Streamed, run_layer};
-use crate::{Checkpoint, Decoder, Dense, Frame, LlmError, Part, Pass, Progress, WeightSpec};
+use crate::{Checkpoint, Decoder, Dense, LlmError, Part, Pass, Progress, WeightSpec};
 use bitstack_format::BlockSource;
 use bitstack_sort::{GainPerByte, LoadOrder, Method, Scores, Sizes};
 use ndarray::Array2;
 use rayon::prelude::*;
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// How far differences between weights are believed in the orders that are tried, the first first: see [`GainPerByte::trust`].
@@ -32,7 +31,7 @@ pub(crate) struct Reference<'a> {
 
 impl<'a> Reference<'a> {
     pub(crate) fn new(checkpoint: &'a Checkpoint, windows: &'a [&'a [u32]]) -> Result<Self, LlmError> {
-        let mut model = original(checkpoint)?;
+        let mut model = Streamed::original(checkpoint)?;
         let finals = finals(&mut model, windows)?;
         let logits = model.with(model.decoder().head(), |model| {
             let each = finals.par_iter().with_max_len(1);
@@ -65,11 +64,6 @@ impl<'a> Reference<'a> {
         let scores = self.scores_of(model)?;
         Ok(scores.iter().map(|s| s.kl / s.tokens as f64).sum::<f64>() / scores.len() as f64)
     }
-}
-
-pub(crate) fn original(checkpoint: &Checkpoint) -> Result<Streamed<'_>, LlmError> {
-    let frame = Frame::new::<LlmError>(checkpoint.config().clone(), |spec| checkpoint.vector(spec))?;
-    Streamed::new(Arc::new(frame), |_, spec| checkpoint.weight(spec))
 }
 
 /// What is known of a weight when the order is made.

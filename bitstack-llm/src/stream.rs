@@ -1,7 +1,7 @@
 //! A model run layer by layer, with the weights of one layer in memory at a time.
 
 use crate::decoder::{Transposed, check_operator};
-use crate::{Decoder, Dense, Frame, LinearOp, LlmError, Pass, Threads, WeightSpec};
+use crate::{Checkpoint, Decoder, Dense, Frame, LinearOp, LlmError, Pass, Threads, WeightSpec};
 use ndarray::{Array2, ArrayView2, ArrayViewMut2};
 use rayon::prelude::*;
 use std::ops::Range;
@@ -25,6 +25,12 @@ impl<'a> Streamed<'a> {
         let empty = |_, spec: &WeightSpec| Ok::<_, LlmError>(Slot { rows: spec.rows, cols: spec.cols, weight: None });
         let specs = frame.config().weights();
         Ok(Self { decoder: Decoder::with_frame(frame, empty)?, specs, load: Box::new(load) })
+    }
+
+    /// The model of a checkpoint.
+    pub(crate) fn original(checkpoint: &'a Checkpoint) -> Result<Self, LlmError> {
+        let frame = Frame::new::<LlmError>(checkpoint.config().clone(), |spec| checkpoint.vector(spec))?;
+        Self::new(Arc::new(frame), |_, spec| checkpoint.weight(spec))
     }
 
     /// The decoder. Only what was loaded may be run.
