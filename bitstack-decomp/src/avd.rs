@@ -1,15 +1,24 @@
 //! Absolute-value decomposition, arXiv 2410.23918, section 3.1: the loop over blocks.
 
+use crate::envelope::balance;
 use crate::report::OutputMetric;
+use crate::spikes::{self, List, Reach};
 use crate::svd::TruncatedSvd;
 use crate::{DecompError, DecomposeOptions, LevelError, OutputError, Parallelism, Step};
-use bitstack_core::{Basis, Block, Coefficients, Shape, SignMatrix, Values};
+use bitstack_core::{Basis, Block, Coefficients, Shape, SignMatrix, Spikes, Values};
 use bitstack_pack::{pack_into, packed_len, row_bytes};
 use faer::linalg::matmul::matmul;
 use faer::{Accum, MatMut, MatRef, Par};
 use half::f16;
 use ndarray::ArrayView2;
 use rayon::prelude::*;
+use std::collections::BTreeMap;
+
+/// From so many of the envelope's magnitudes on, an error begins that no block mends soon.
+const CLEAR: f64 = 2.5;
+
+/// What is left of a spike to the blocks.
+const REST: f64 = 2.0;
 
 /// Checks the input and makes the state of the loop.
 pub(crate) fn blocks(weight: ArrayView2<'_, f32>, options: &DecomposeOptions<'_>) -> Result<Blocks, DecompError> {
@@ -41,6 +50,10 @@ pub(crate) fn blocks(weight: ArrayView2<'_, f32>, options: &DecomposeOptions<'_>
         let base = m.squared(signs.view(), &magnitude, par);
         metric = Some((m, base));
     }
+    let spikes = match options.spikes {
+        Some(error) => cut(weight, &scales, error, &signs, &mut magnitude),
+        None => BTreeMap::new(),
+    };
     Ok(Blocks {
         shape,
         rank,
@@ -55,9 +68,34 @@ pub(crate) fn blocks(weight: ArrayView2<'_, f32>, options: &DecomposeOptions<'_>
         squared,
         base: squared,
         metric,
+        spikes,
         u: vec![0.0; rows * rank],
         v: vec![0.0; rank * cols],
     })
+}
+
+/// Cuts weights that are worth a place in a list down to [`REST`] magnitudes, so that the factors of block 1 are those of the others. What they
+/// were, by row and column, in the units of `magnitude`.
+fn cut(
+    weight: ArrayView2<'_, f32>,
+    scales: &[f32],
+    error: f64,
+    signs: &SignMatrix,
+    magnitude: &mut [f32],
+) -> BTreeMap<(usize, usize), f32> {
+    let envelope = balance(weight, scales, true);
+    let inverse: Vec<f32> = envelope.cols.iter().map(|v| if *v > 0.0 { (1.0 / v) as f32 } else { 0.0 }).collect();
+    let column_weights: Vec<f64> = envelope.cols.iter().zip(scales).map(|(v, s)| (v * f64::from(*s)).powi(2)).collect();
+    let envelope = spikes::Envelope { rows: &envelope.rows, inverse_cols: &inverse };
+    let reach = Reach { clear: CLEAR, rest: REST, error };
+    let places = spikes::find(weight, envelope, &column_weights, reach);
+    let mut take = |(row, col): (usize, usize)| {
+        let magnitude = &mut magnitude[row * weight.ncols() + col];
+        let value = signs.view().get(row, col) * *magnitude;
+        *magnitude *= (REST / envelope.normal(weight, row, col).abs()) as f32;
+        ((row, col), value)
+    };
+    places.into_iter().map(&mut take).collect()
 }
 
 /// The loop over blocks.
@@ -80,6 +118,8 @@ pub(crate) struct Blocks {
     base: f64,
     /// How to measure the outputs, and the measure of W.
     metric: Option<(OutputMetric, f64)>,
+    /// What [`cut`] took away. Until block 1 is made: the list is in units of its envelope.
+    spikes: BTreeMap<(usize, usize), f32>,
     /// The factors as stored, in the units of `magnitude`: `rows x rank` and `rank x cols`, row-major.
     u: Vec<f32>,
     v: Vec<f32>,
@@ -108,12 +148,13 @@ impl Blocks {
     fn step(&mut self) -> Result<Step, DecompError> {
         let (rows, cols, rank) = (self.shape.rows(), self.shape.cols(), self.rank);
         let (u, v) = self.factors()?;
+        let spikes = self.list()?;
         let next = self.subtract()?;
         let block = Block {
             signs: std::mem::replace(&mut self.signs, next),
             basis: Some(Basis::new(rank, cols, Values::F16(v))?),
             coefficients: Coefficients::new(rows, 1, rank, Values::F16(u))?,
-            spikes: None,
+            spikes,
         };
         Ok(Step { block, error: self.error() })
     }
@@ -164,6 +205,33 @@ impl Blocks {
             }
         }
         Ok((u16, v16))
+    }
+
+    /// The list of spikes, in units of the envelope of the factors; R without it.
+    fn list(&mut self) -> Result<Option<Spikes>, DecompError> {
+        let (cols, rank) = (self.shape.cols(), self.rank);
+        let mut left = std::mem::take(&mut self.spikes);
+        if left.is_empty() {
+            return Ok(None);
+        }
+        let unit = |row: usize, col: usize| f64::from(self.u[row * rank]) * f64::from(self.v[col]);
+        let places: Vec<(usize, usize)> = left.keys().copied().filter(|(row, col)| unit(*row, *col) > 0.0).collect();
+        let normal = |row, col| f64::from(left[&(row, col)]) / unit(row, col);
+        let list = List::new(self.shape.rows(), &places, normal, REST, 1.0);
+        for (row, col) in places {
+            let of_place = list.row(row).iter().filter(|entry| entry.col == col);
+            let listed: f64 = of_place.map(|entry| f64::from(entry.value)).sum();
+            let value = left.get_mut(&(row, col)).expect("places are of the map");
+            *value = (f64::from(*value) - listed * unit(row, col)) as f32;
+        }
+        let mut signs = self.signs.as_bytes().to_vec();
+        for ((row, col), value) in left {
+            self.magnitude[row * cols + col] = value.abs();
+            let (byte, bit) = (row * row_bytes(cols) + col / 8, 1 << (col % 8));
+            signs[byte] = if value < 0.0 { signs[byte] & !bit } else { signs[byte] | bit };
+        }
+        self.signs = SignMatrix::from_bytes(self.shape.rows(), cols, signs)?;
+        list.stored(self.shape)
     }
 
     /// Subtracts S ⊙ (U V) from R, panel of rows by panel of rows, and returns the signs of what is left.

@@ -3,6 +3,7 @@
 
 mod avd;
 mod blocks;
+mod envelope;
 mod error;
 mod nested;
 mod options;

@@ -223,8 +223,8 @@ impl<'a> DecomposeOptions<'a> {
 
     /// Weights far outside the envelope go to a list beside block 1 ([`bitstack_core::Spikes`]), where that pays. The number is the squared
     /// error that the planes leave of an ordinary weight at the level that counts, in units of its mean square: the smaller, the more
-    /// entries pay, up to 7 weights in a thousand. `None`: no list. [`DecomposeOptions::nested`] sets it from [`Nested::around`];
-    /// [`Method::Avd`] makes no list, whatever is set here.
+    /// entries pay, up to 7 weights in a thousand. `None`: no list. [`DecomposeOptions::nested`] sets it from [`Nested::around`]. The published
+    /// method knows of no list: [`Method::Avd`] makes one only where this is set.
     pub fn spikes(self, error: Option<f64>) -> Self {
         Self { spikes: error, ..self }
     }

@@ -45,7 +45,7 @@ impl Envelope<'_> {
         if self.rows[row] > 0.0 { 1.0 / self.rows[row] } else { 0.0 }
     }
 
-    fn normal(&self, weight: ArrayView2<'_, f32>, row: usize, col: usize) -> f64 {
+    pub(crate) fn normal(&self, weight: ArrayView2<'_, f32>, row: usize, col: usize) -> f64 {
         f64::from(weight[[row, col]]) * self.inverse(row) * f64::from(self.inverse_cols[col])
     }
 }
@@ -118,17 +118,18 @@ pub(crate) struct List {
 }
 
 impl List {
-    /// `places` by rows; `unit`: what a size of 1 is in normalised weights.
+    /// `places` of a weight of `rows` rows, by rows; what a `normal` weight there has beyond `rest` goes to the list. `unit`: what a size of 1
+    /// is in normalised weights.
     pub(crate) fn new(
-        weight: ArrayView2<'_, f32>,
-        envelope: Envelope<'_>,
+        rows: usize,
         places: &[(usize, usize)],
-        reach: Reach,
+        normal: impl Fn(usize, usize) -> f64,
+        rest: f64,
         unit: f64,
     ) -> Self {
         let wanted = |(r, c): (usize, usize)| {
-            let x = envelope.normal(weight, r, c);
-            x.signum() * (x.abs() - reach.rest)
+            let x = normal(r, c);
+            x.signum() * (x.abs() - rest)
         };
         let largest = places.iter().map(|place| wanted(*place).abs()).fold(0.0, f64::max);
         // The smallest is about what the least spike needs; what an entry is wrong by is left to the planes, or to another entry.
@@ -136,14 +137,10 @@ impl List {
         let sizes: [f16; SPIKE_SIZES] =
             std::array::from_fn(|i| f16::from_f64((LEAST * ratio.powi(i as i32) / unit).min(f16::MAX.to_f64())));
         let values = sizes.map(|size| size.to_f64() * unit);
-        let mut list = Self {
-            sizes,
-            values,
-            entries: Vec::with_capacity(places.len()),
-            starts: Vec::with_capacity(weight.nrows() + 1),
-        };
+        let mut list =
+            Self { sizes, values, entries: Vec::with_capacity(places.len()), starts: Vec::with_capacity(rows + 1) };
         let mut places = places.iter().copied().peekable();
-        for r in 0..weight.nrows() {
+        for r in 0..rows {
             list.starts.push(list.entries.len());
             while let Some(place) = places.next_if(|place| place.0 == r) {
                 let mut left = wanted(place);

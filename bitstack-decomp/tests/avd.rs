@@ -403,3 +403,57 @@ proptest! {
         check(&w, &DecomposeOptions::new(rank.min(rows.min(cols)), 3));
     }
 }
+
+/// [`weight`] with values far outside the others.
+fn spiked() -> Array2<f32> {
+    let mut weight = weight(150, 96, 0.3, 11);
+    for i in 0..40 {
+        weight[[(i * 67) % 150, (i * 41) % 96]] = [12.0, -25.0, 9.0][i % 3];
+    }
+    weight[[149, 1]] = 4e3;
+    weight
+}
+
+#[test]
+fn errors_with_a_list_of_spikes_are_those_of_the_stored_blocks() {
+    let weight = spiked();
+    let s = scales(&(0..96).map(|c| 1.0 + (c % 7) as f32).collect::<Vec<_>>());
+    let d = decompose(weight.view(), &DecomposeOptions::new(4, 8).scales(&s).spikes(Some(0.02))).unwrap();
+    assert!(d.stack.blocks()[0].spikes.is_some() && d.stack.blocks()[1..].iter().all(|block| block.spikes.is_none()));
+    for (level, error) in (1..).zip(&d.errors) {
+        let mut left = f64s(&weight) - rebuilt(&d, level);
+        left.columns_mut().into_iter().zip(s.as_slice()).for_each(|(mut col, s)| col *= f64::from(*s));
+        // The rest of the largest spike has the digits that f32 leaves of it: 4e3 · 2⁻²⁴, a thousandth of the others.
+        let expected = squared(&left);
+        assert!(
+            (error.squared_error - expected).abs() < 2e-3 * expected,
+            "level {level}: {} {expected}",
+            error.squared_error
+        );
+    }
+}
+
+#[test]
+fn a_list_of_spikes_leaves_the_error_of_a_weight_without_them() {
+    let plain = weight(150, 96, 0.3, 11);
+    for level in [2, 4, 8] {
+        let error = |weight: &Array2<f32>, spikes| {
+            let d = decompose(weight.view(), &DecomposeOptions::new(4, level).spikes(spikes)).unwrap();
+            squared(&(f64s(weight) - rebuilt(&d, level)))
+        };
+        let (base, with, without) = (error(&plain, None), error(&spiked(), Some(0.02)), error(&spiked(), None));
+        assert!(with < 1.3 * base, "level {level}: {with}, {base} without spikes");
+        assert!(without > 3.0 * base, "level {level}: {without} without a list, {base} without spikes");
+    }
+}
+
+#[test]
+fn a_weight_without_spikes_has_no_list_and_the_published_blocks() {
+    let rng = &mut StdRng::seed_from_u64(5);
+    let weight = Array2::from_shape_fn((70, 60), |_| rng.random::<f32>() - 0.5);
+    let [without, with] = [None, Some(0.02)]
+        .map(|spikes| decompose(weight.view(), &DecomposeOptions::new(3, 6).spikes(spikes)).unwrap().stack);
+    assert!(without == with);
+    let zeros = Array2::zeros((5, 9));
+    assert!(decompose(zeros.view(), &DecomposeOptions::new(1, 2).spikes(Some(0.02))).is_ok());
+}

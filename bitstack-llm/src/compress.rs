@@ -67,6 +67,9 @@ const TYPICAL_GAIN: f64 = 5.0;
 /// the one alone cost .035 nats and for the other .285 in SmolLM2-135M, .012 and .116 in Qwen2.5-0.5B.
 const LOOKED_UP: f64 = 0.1;
 
+/// What blocks of the published method leave of the square of a weight at the level that its spikes are chosen for: block 4 or 5.
+const AVD_ERROR: f64 = 0.02;
+
 /// Weights are decomposed side by side up to this much memory; the results do not depend on it. A weight that needs more is alone: the
 /// largest of a model of 70 billion weights needs 13 GB.
 const SIDE_BY_SIDE_BYTES: u64 = 6 << 30;
@@ -137,6 +140,9 @@ pub enum Ordering {
 pub struct CompressOptions {
     /// How a weight becomes blocks.
     pub method: BlockMethod,
+    /// Whether the published method keeps weights far outside the others in a list beside block 1; nested codes do where it pays, whatever is
+    /// said here.
+    pub spikes: bool,
     /// Rank of the blocks' magnitudes; `None`: see [`default_rank`]. Nested codes have rank 1.
     pub rank: Option<usize>,
     /// Blocks per weight; `None`: 16 for the published method, and for nested codes 9 to 12, which are then nearly exact: of each
@@ -163,6 +169,7 @@ impl Default for CompressOptions {
     fn default() -> Self {
         Self {
             method: BlockMethod::default(),
+            spikes: false,
             rank: None,
             n_blocks: None,
             scaling: Scaling::Gram,
@@ -658,7 +665,9 @@ impl Work<'_> {
                 .parallelism(Parallelism::Rayon)
             }
             BlockMethod::Avd => {
-                DecomposeOptions::new(self.rank(self.shape(spec)?), self.options.n_blocks.unwrap_or(16))
+                let n_blocks = self.options.n_blocks.unwrap_or(16);
+                DecomposeOptions::new(self.rank(self.shape(spec)?), n_blocks)
+                    .spikes(self.options.spikes.then_some(AVD_ERROR))
             }
         };
         let mut options = options.seed(self.options.seed).scales(&scales);

@@ -233,6 +233,7 @@ fn input(
     // Whoever adds an option has to add it here.
     let CompressOptions {
         method,
+        spikes,
         rank,
         n_blocks,
         scaling,
@@ -249,6 +250,7 @@ fn input(
         ("program", format!("{} on {}", env!("CARGO_PKG_VERSION"), std::env::consts::ARCH)),
         ("units", UNITS.to_string()),
         ("method", method.name().to_owned()),
+        ("spikes", spikes.to_string()),
         ("rank", or_default(rank)),
         ("blocks", or_default(n_blocks)),
         ("scale", format!("{scaling:?}").to_lowercase()),

@@ -2,7 +2,7 @@
 
 use bitstack_format::{BlockSource, StackFile};
 use bitstack_llm::quality::Quality;
-use bitstack_llm::{Checkpoint, CompressOptions, Journal};
+use bitstack_llm::{BlockMethod, Checkpoint, CompressOptions, Journal};
 use half::bf16;
 use safetensors::tensor::{Dtype, TensorView};
 use std::collections::BTreeMap;
@@ -77,8 +77,13 @@ fn add_spikes(tensors: &mut Tensors, size: f32) {
 
 /// The quality that a compression by default measures.
 fn compressed(model: &Path, text: Option<&str>, directory: &Path) -> (Quality, usize) {
+    compressed_with(CompressOptions::default(), model, text, directory)
+}
+
+/// The quality that a compression measures, and how many weights have a list.
+fn compressed_with(options: CompressOptions, model: &Path, text: Option<&str>, directory: &Path) -> (Quality, usize) {
     let checkpoint = Checkpoint::open(model).unwrap();
-    let options = CompressOptions { samples: 16, seq_len: Some(128), ..Default::default() };
+    let options = CompressOptions { samples: 16, seq_len: Some(128), ..options };
     let journal = Journal::open(directory, &checkpoint, text, &options, &()).unwrap();
     let compressed = journal.compress(&()).unwrap();
     let mut bytes = Vec::new();
@@ -104,6 +109,24 @@ fn a_model_with_super_weights_and_massive_activations_is_as_good_as_one_without(
     for (plain, spiked) in plain.sizes.iter().zip(&spiked.sizes).skip(2) {
         // Sizes differ by what the lists take.
         assert!(spiked.kl < 2.0 * plain.kl + 0.001, "{spiked:?} where the plain one has {plain:?}");
+    }
+}
+
+#[test]
+fn the_published_method_keeps_super_weights_where_it_is_told_to() {
+    let directory = tempfile::tempdir().unwrap();
+    let model = directory.path().join("model");
+    std::fs::create_dir(&model).unwrap();
+    with_tensors(&demo().join("tiny-llama"), &model, |tensors| add_spikes(tensors, 40.0));
+    let text = std::fs::read_to_string(demo().join("text.txt")).unwrap();
+    let [(without, none), (with, lists)] = [false, true].map(|spikes| {
+        let options = CompressOptions { method: BlockMethod::Avd, n_blocks: Some(6), spikes, ..Default::default() };
+        compressed_with(options, &model, Some(&text), &directory.path().join(format!("{spikes}.partial")))
+    });
+    assert!(none == 0 && lists >= 2, "the lists of {lists} weights, and of {none} where there should be none");
+    // By .6 to .9: singular vectors can be few weights too, so the published method is not lost without a list.
+    for (with, without) in with.sizes.iter().zip(&without.sizes) {
+        assert!(with.kl < without.kl, "{with:?} with, {without:?} without");
     }
 }
 

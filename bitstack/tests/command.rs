@@ -325,6 +325,7 @@ fn wrong_usage_has_status_2_and_says_what_is_right() {
         ("eval {} --text x --memory 1GB --steps 3", &["--steps", "--memory"]),
         ("compress {} -o x --method magic", &["magic", "avd"]),
         ("compress {}", &["--output"]),
+        ("compress {} -o x --spikes", &["--spikes", "--method avd"]),
         ("bench decode {} --levels 0", &["--levels", "1..=16"]),
         ("bench load {} --rounds 0", &["--rounds", "1..=1000"]),
         ("frobnicate {}", &["frobnicate"]),

@@ -8,6 +8,7 @@ mod scalar;
 mod signed;
 mod tile;
 
+use crate::envelope;
 use crate::report::measured;
 use crate::spikes::{self, Entry, List, Reach};
 use crate::{DecompError, DecomposeOptions, LevelError, Nested, OutputError, Parallelism, Step};
@@ -24,8 +25,6 @@ use tile::{RowError, SUBS, Stage, TILE, Tile};
 /// Rounds of Lloyd's iteration on the level values before any row is seen. More take the ratio of the planes to the 1/2 that is best for
 /// a weight without neighbours, and worse under H.
 const LLOYD_ROUNDS: usize = 1;
-/// Weights beyond so many standard deviations count for no more in the envelope, where they can go to a list.
-const CLEAR: f64 = 3.0;
 /// The first magnitude of a plane after the joint ones, in mean magnitudes of the residual: more than 1, for the sake of its tails.
 const GAIN: f64 = 1.15;
 
@@ -48,7 +47,7 @@ pub(crate) fn steps(
         }
     };
 
-    let envelope = balance(weight, s, if options.spikes.is_some() { CLEAR } else { f64::INFINITY });
+    let envelope = envelope::balance(weight, s, options.spikes.is_some());
     let (a_max, v_max) = (largest(&envelope.rows), largest(&envelope.cols));
     // No plane is larger than all of them together, with room for what is learned.
     let reach = nested.range / (1.0 - nested.ratio);
@@ -86,7 +85,8 @@ pub(crate) fn steps(
     });
     let list = |rows: &[f64], unit: f64| {
         let envelope = spikes::Envelope { rows, inverse_cols: &inverse };
-        places.as_ref().map(|(reach, places)| List::new(weight, envelope, places, *reach, unit))
+        let normal = |r, c| envelope.normal(weight, r, c);
+        places.as_ref().map(|(reach, places)| List::new(weight.nrows(), places, normal, reach.rest, unit))
     };
     let first_list = list(&envelope.rows, 1.0);
 
@@ -397,57 +397,6 @@ impl<'a> Plan<'a> {
             output_norm: norms.iter().zip(a).map(|(n, a)| n * a * a).sum(),
         }
     }
-}
-
-/// A rank-1 envelope a vᵀ of |W|.
-struct Envelope {
-    rows: Vec<f64>,
-    cols: Vec<f64>,
-}
-
-/// Rows and columns of W·diag(s) / (a bᵀ) get root mean square 1, nothing in them counting for more than `most`; v = b / s.
-fn balance(weight: ArrayView2<'_, f32>, s: &[f32], most: f64) -> Envelope {
-    /// Rounds in which everything counts, and in which nothing counts for more than `most`. A single weight 10⁴ times all others raises its
-    /// row by hundreds at first; each round then takes an eighth of what is left of it.
-    const ROUNDS: [usize; 2] = [4, 6];
-    let (rows, cols) = weight.dim();
-    let (mut a, mut b) = (vec![1.0f64; rows], vec![1.0f64; cols]);
-    for round in 0..ROUNDS[0] + ROUNDS[1] {
-        let most = if round < ROUNDS[0] { f64::INFINITY } else { most * most };
-        let inverse: Vec<f64> =
-            b.iter().zip(s).map(|(b, s)| if *b > 0.0 { (f64::from(*s) / b).powi(2) } else { 0.0 }).collect();
-        let live_cols = b.iter().filter(|b| **b > 0.0).count().max(1) as f64;
-        let mut live_rows = 0usize;
-        let mut sums = vec![0.0f64; cols];
-        for (row, a) in weight.rows().into_iter().zip(&mut a) {
-            let last = if *a > 0.0 { 1.0 / (*a * *a) } else { 0.0 };
-            let squares = |last: f64| {
-                row.iter().zip(&inverse).map(|(w, i)| (f64::from(*w).powi(2) * i * last).min(most)).sum::<f64>()
-                    / live_cols
-            };
-            *a = if last > 0.0 { (squares(last) / last).sqrt() } else { 0.0 };
-            if *a > 0.0 {
-                live_rows += 1;
-                let scale = 1.0 / (*a * *a);
-                for ((sum, w), i) in sums.iter_mut().zip(row).zip(&inverse) {
-                    *sum += (f64::from(*w).powi(2) * i * scale).min(most);
-                }
-            }
-        }
-        for (b, sum) in b.iter_mut().zip(&sums) {
-            *b *= (sum / live_rows.max(1) as f64).sqrt();
-        }
-    }
-    let mut v: Vec<f64> = b.iter().zip(s).map(|(b, s)| b / f64::from(*s)).collect();
-    // The magnitude is split evenly, so that both factors stay well inside f16's range.
-    let rms = |x: &[f64]| (x.iter().map(|x| x * x).sum::<f64>() / x.len() as f64).sqrt();
-    let (ra, rv) = (rms(&a), rms(&v));
-    if ra > 0.0 && rv > 0.0 {
-        let f = (ra / rv).sqrt();
-        v.iter_mut().for_each(|v| *v *= f);
-        a.iter_mut().for_each(|a| *a /= f);
-    }
-    Envelope { rows: a, cols: v }
 }
 
 /// A vector of the envelope as it is stored. An error of ε in a value makes the steps of its row or column larger or smaller by ε, no

@@ -105,6 +105,10 @@ pub(crate) struct MethodArgs {
     #[arg(long, value_name = "K", value_parser = clap::value_parser!(u16).range(1..=1024))]
     pub(crate) rank: Option<u16>,
 
+    /// Keep weights far outside the others in a list beside avd's blocks; the published method does not. Nested codes have one where it pays.
+    #[arg(long)]
+    pub(crate) spikes: bool,
+
     /// How input channels are weighed.
     #[arg(long, value_enum, default_value_t = Scale::Gram)]
     pub(crate) scale: Scale,

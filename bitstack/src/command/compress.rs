@@ -56,6 +56,9 @@ fn write(args: &Compress, reporter: &Reporter) -> Result<()> {
     if method.method == Method::Nested && method.rank.is_some_and(|k| k != 1) {
         return Err(usage("--rank: nested codes have rank 1; --method avd has any"));
     }
+    if method.method == Method::Nested && method.spikes {
+        return Err(usage("--spikes: is for --method avd; nested codes list spikes wherever that pays"));
+    }
     let options = options(method);
     if args.restart {
         Journal::discard(&directory)?;
@@ -158,6 +161,7 @@ fn options(args: &MethodArgs) -> CompressOptions {
             Method::Nested => BlockMethod::Nested,
             Method::Avd => BlockMethod::Avd,
         },
+        spikes: args.spikes,
         rank: args.rank.map(usize::from),
         n_blocks: args.blocks.map(usize::from),
         scaling: match args.scale {
@@ -184,11 +188,12 @@ fn describe(args: &MethodArgs, from_text: bool) -> String {
     let name = |value: &dyn Fn() -> Option<clap::builder::PossibleValue>| value().map(|v| v.get_name().to_owned());
     use clap::ValueEnum;
     format!(
-        "bitstack {} compress --method {} {}{}--scale {} --samples {} {}--order {} {}{}--seed {}, calibrated on {}",
+        "bitstack {} compress --method {} {}{}{}--scale {} --samples {} {}--order {} {}{}--seed {}, calibrated on {}",
         env!("CARGO_PKG_VERSION"),
         name(&|| args.method.to_possible_value()).unwrap_or_default(),
         args.blocks.map(|n| format!("--blocks {n} ")).unwrap_or_default(),
         args.rank.map(|k| format!("--rank {k} ")).unwrap_or_default(),
+        if args.spikes { "--spikes " } else { "" },
         name(&|| args.scale.to_possible_value()).unwrap_or_default(),
         args.samples,
         args.seq_len.map(|n| format!("--seq-len {n} ")).unwrap_or_default(),
