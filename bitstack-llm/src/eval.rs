@@ -5,7 +5,7 @@
 //! agreement of the most likely token. What is reported is the mean over windows with its standard error: windows are far
 //! apart in the text and nearly independent, neighbouring tokens are not.
 
-use ndarray::{ArrayView2, Axis, Slice};
+use ndarray::{Array2, ArrayView2, Axis, Slice};
 use rayon::prelude::*;
 use std::ops::Range;
 
@@ -157,7 +157,8 @@ pub fn perplexity<L: LinearOp>(
     windows: &[&[u32]],
     progress: &dyn Progress,
 ) -> Result<Metrics, LlmError> {
-    Metrics::of(&each_window(model, None::<&Decoder<L>>, windows, progress)?, WithReference::No)
+    let score = |window: &[u32]| one_window(model, None::<(&Decoder<L>, _)>, window);
+    Metrics::of(&each_window(windows, score, progress)?, WithReference::No)
 }
 
 /// Perplexity of a model, and its divergence from and agreement with a reference, both run on every window.
@@ -170,41 +171,93 @@ pub fn compare<L: LinearOp, R: LinearOp>(
     windows: &[&[u32]],
     progress: &dyn Progress,
 ) -> Result<Metrics, LlmError> {
-    let (m, r) = (model.config().vocab_size, reference.config().vocab_size);
-    if m != r {
-        return Err(LlmError::DifferentVocabulary { model: m, reference: r });
-    }
-    Metrics::of(&each_window(model, Some(reference), windows, progress)?, WithReference::Yes)
-}
-
-fn each_window<L: LinearOp, R: LinearOp>(
-    model: &Decoder<L>,
-    reference: Option<&Decoder<R>>,
-    windows: &[&[u32]],
-    progress: &dyn Progress,
-) -> Result<Vec<Scores>, LlmError> {
-    let score = |window: &&[u32]| {
-        let scores = one_window(model, reference, window)?;
-        progress.advance(1);
-        Ok(scores)
+    same_vocabulary(model, reference)?;
+    let score = |window: &[u32]| {
+        let states = states(reference, window)?;
+        one_window(model, Some((reference, states.view())), window)
     };
-    windows.par_iter().with_max_len(1).map(score).collect()
+    Metrics::of(&each_window(windows, score, progress)?, WithReference::Yes)
 }
 
-fn one_window<L: LinearOp, R: LinearOp>(
-    model: &Decoder<L>,
-    reference: Option<&Decoder<R>>,
-    window: &[u32],
-) -> Result<Scores, LlmError> {
+/// A model with its final hidden states on some windows: it runs once, however many others are compared with it.
+///
+/// The states take 4 bytes times hidden size per token; logits are made again for each comparison, as those of large vocabularies would take
+/// a hundred times as much.
+#[derive(Debug)]
+pub struct Reference<'a, R> {
+    model: &'a Decoder<R>,
+    windows: Vec<Vec<u32>>,
+    states: Vec<Array2<f32>>,
+}
+
+impl<'a, R: LinearOp> Reference<'a, R> {
+    /// Runs the model on the windows, side by side on the current rayon pool. `progress` is advanced by every window.
+    ///
+    /// # Errors
+    /// As [`perplexity`].
+    pub fn new(model: &'a Decoder<R>, windows: &[&[u32]], progress: &dyn Progress) -> Result<Self, LlmError> {
+        let states = each_window(windows, |window| states(model, window), progress)?;
+        Ok(Self { model, windows: windows.iter().map(|w| w.to_vec()).collect(), states })
+    }
+
+    /// The windows that it ran on.
+    pub fn windows(&self) -> &[Vec<u32>] {
+        &self.windows
+    }
+
+    /// The same as [`compare`], to the last bit.
+    ///
+    /// # Errors
+    /// As [`compare`].
+    pub fn compare<L: LinearOp>(&self, model: &Decoder<L>, progress: &dyn Progress) -> Result<Metrics, LlmError> {
+        same_vocabulary(model, self.model)?;
+        let windows: Vec<(&[u32], &Array2<f32>)> = self.windows.iter().map(|w| &w[..]).zip(&self.states).collect();
+        let score =
+            |(window, states): (&[u32], &Array2<f32>)| one_window(model, Some((self.model, states.view())), window);
+        Metrics::of(&each_window(&windows, score, progress)?, WithReference::Yes)
+    }
+}
+
+fn same_vocabulary<L: LinearOp, R: LinearOp>(model: &Decoder<L>, reference: &Decoder<R>) -> Result<(), LlmError> {
+    let (model, reference) = (model.config().vocab_size, reference.config().vocab_size);
+    if model == reference { Ok(()) } else { Err(LlmError::DifferentVocabulary { model, reference }) }
+}
+
+/// What `of_one` says of each window, side by side.
+fn each_window<W: Copy + Sync, T: Send>(
+    windows: &[W],
+    of_one: impl Fn(W) -> Result<T, LlmError> + Sync,
+    progress: &dyn Progress,
+) -> Result<Vec<T>, LlmError> {
+    let of_one = |window: &W| {
+        let found = of_one(*window)?;
+        progress.advance(1);
+        Ok(found)
+    };
+    windows.par_iter().with_max_len(1).map(of_one).collect()
+}
+
+/// The tokens of a window that predict another, and those that they predict.
+fn predicted<'w, L: LinearOp>(model: &Decoder<L>, window: &'w [u32]) -> Result<(&'w [u32], &'w [u32]), LlmError> {
     let Some((_, next)) = window.split_first().filter(|(_, next)| !next.is_empty()) else {
         return Err(LlmError::BadSeqLen { seq_len: window.len(), limit: model.config().max_positions });
     };
     // The last token predicts nothing, so it is not run.
-    let tokens = &window[..next.len()];
-    let mut pass = Pass::new();
-    let hidden = model.hidden(tokens, &mut pass)?;
-    let true_hidden = reference.map(|r| r.hidden(tokens, &mut pass)).transpose()?;
-    score_hidden(model, hidden.view(), reference.zip(true_hidden.as_ref().map(|h| h.view())), next)
+    Ok((&window[..next.len()], next))
+}
+
+/// The final hidden states of a window.
+fn states<L: LinearOp>(model: &Decoder<L>, window: &[u32]) -> Result<Array2<f32>, LlmError> {
+    model.hidden(predicted(model, window)?.0, &mut Pass::new())
+}
+
+fn one_window<L: LinearOp, R: LinearOp>(
+    model: &Decoder<L>,
+    reference: Option<(&Decoder<R>, ArrayView2<'_, f32>)>,
+    window: &[u32],
+) -> Result<Scores, LlmError> {
+    let hidden = states(model, window)?;
+    score_hidden(model, hidden.view(), reference, predicted(model, window)?.1)
 }
 
 /// Scores final hidden states (tokens x hidden) of a model against the tokens that came next, and against a reference's.
@@ -251,7 +304,7 @@ fn parts(rows: usize, vocab_size: usize) -> impl Iterator<Item = Range<usize>> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use ndarray::{Array2, array};
+    use ndarray::array;
 
     /// Against the definition, term by term in f64.
     #[test]

@@ -3,7 +3,7 @@
 use std::ops::ControlFlow;
 use std::path::Path;
 
-use bitstack_llm::eval::{compare, perplexity};
+use bitstack_llm::eval::{Reference, compare, perplexity};
 use bitstack_llm::sample::{Sampler, SamplingOptions, StopReason, generate};
 use bitstack_llm::{Checkpoint, Decoder, Dense, Elements, LinearOp, LlmError, Tokenizer};
 use serde_json::{Map, json};
@@ -209,6 +209,11 @@ fn evaluation_is_the_same_on_any_number_of_threads() {
     assert!(kl.mean > 1e-4 && kl.stderr > 0.0 && kl.stderr < kl.mean, "{kl:?}");
     assert!(top1.mean > 0.2 && top1.mean < 1.0, "{top1:?}");
     assert_eq!(perplexity(&model, &windows, &()).unwrap().perplexity, metrics.perplexity);
+
+    let once = Reference::new(&reference, &windows, &()).unwrap();
+    for _ in 0..2 {
+        assert_eq!(once.compare(&model, &()).unwrap(), metrics);
+    }
 
     let same = compare(&reference, &reference, &windows, &()).unwrap();
     assert_eq!((same.kl.unwrap().mean, same.top1.unwrap().mean), (0.0, 1.0));

@@ -8,7 +8,7 @@ use super::progress::Reporter;
 use super::{print, usage};
 use anyhow::{Context, Result};
 use bitstack_format::{Existing, write_atomically};
-use bitstack_llm::eval::{Metrics, compare, perplexity};
+use bitstack_llm::eval::{Metrics, Reference, perplexity};
 use bitstack_llm::stack::tokenizer;
 use bitstack_llm::text::{Windows, default_seq_len};
 use bitstack_llm::{Checkpoint, Decoder, Dense, ElasticModel, LinearOp, ModelConfig, Progress, Tokenizer};
@@ -37,8 +37,8 @@ pub(crate) fn run(args: &Eval, reporter: &Reporter) -> Result<()> {
         None => None,
     };
     let mut rows = Vec::new();
+    let mut measure = Measure { args, text: &text, original: reference.as_ref(), reference: None, reporter };
     for file in &args.files {
-        let measure = Measure { args, text: &text, reference: reference.as_ref(), reporter };
         if file.is_dir() { measure.directory(file, &mut rows) } else { measure.stack(file, &mut rows) }
             .with_context(|| file.display().to_string())?;
     }
@@ -60,12 +60,14 @@ pub(crate) fn run(args: &Eval, reporter: &Reporter) -> Result<()> {
 struct Measure<'a> {
     args: &'a Eval,
     text: &'a str,
-    reference: Option<&'a Decoder<Dense>>,
+    original: Option<&'a Decoder<Dense>>,
+    /// The original on the windows of the last file: those of the next are nearly always the same.
+    reference: Option<Reference<'a, Dense>>,
     reporter: &'a Reporter,
 }
 
 impl Measure<'_> {
-    fn stack(&self, path: &Path, rows: &mut Vec<Row>) -> Result<()> {
+    fn stack(&mut self, path: &Path, rows: &mut Vec<Row>) -> Result<()> {
         let stack = Stack::open(path, self.reporter)?;
         let bits = stack.bits;
         let budgets = match self.args.steps {
@@ -78,6 +80,7 @@ impl Measure<'_> {
         let tokens = self.tokens(&tokenizer(&stack.file)?)?;
         let model = ElasticModel::open(stack.file, budgets[0], Options::default(), self.reporter)?;
         let windows = self.windows(&tokens, model.config())?;
+        self.refer_to(&windows)?;
         self.reporter.stage("eval (windows)", (plans.len() * windows.len()) as u64);
         for (budget_bytes, plan) in budgets.into_iter().zip(plans) {
             model.elastic().set_budget(budget_bytes)?;
@@ -95,7 +98,7 @@ impl Measure<'_> {
     }
 
     /// The uncompressed model.
-    fn directory(&self, path: &Path, rows: &mut Vec<Row>) -> Result<()> {
+    fn directory(&mut self, path: &Path, rows: &mut Vec<Row>) -> Result<()> {
         let checkpoint = Checkpoint::open(path)?;
         let bytes = checkpoint.stored_bytes();
         if let Some(budget) = self.args.memory.iter().find(|m| **m < bytes) {
@@ -104,6 +107,7 @@ impl Measure<'_> {
         let decoder = Decoder::load_with(&checkpoint, self.reporter)?;
         let tokens = self.tokens(&Tokenizer::from_bytes(&checkpoint.companion("tokenizer.json")?)?)?;
         let windows = self.windows(&tokens, decoder.config())?;
+        self.refer_to(&windows)?;
         self.reporter.stage("eval (windows)", windows.len() as u64);
         let n_weights: usize = decoder.config().weights().iter().map(|w| w.rows * w.cols).sum();
         let n_others: usize = decoder.config().other_tensors().iter().map(|v| v.len).sum();
@@ -127,9 +131,19 @@ impl Measure<'_> {
         Ok(windows.with_context(|| self.args.text.display().to_string())?.evenly_spaced(self.args.samples as usize))
     }
 
+    /// Runs the original on these windows, if there is one and it has not.
+    fn refer_to(&mut self, windows: &[&[u32]]) -> Result<()> {
+        let Some(original) = self.original else { return Ok(()) };
+        if self.reference.as_ref().is_none_or(|reference| reference.windows() != windows) {
+            self.reporter.stage("original (windows)", windows.len() as u64);
+            self.reference = Some(Reference::new(original, windows, self.reporter)?);
+        }
+        Ok(())
+    }
+
     fn metrics<L: LinearOp>(&self, model: &Decoder<L>, windows: &[&[u32]]) -> Result<Metrics> {
-        Ok(match self.reference {
-            Some(reference) => compare(model, reference, windows, self.reporter)?,
+        Ok(match &self.reference {
+            Some(reference) => reference.compare(model, self.reporter)?,
             None => perplexity(model, windows, self.reporter)?,
         })
     }
