@@ -198,7 +198,7 @@ fn levels_beyond_the_stack_are_errors() {
 
 #[test]
 fn an_order_by_perplexity_is_measured_on_as_many_windows_as_asked() {
-    let checkpoint = Checkpoint::open(concat!(env!("CARGO_MANIFEST_DIR"), "/../bitstack/demo/tiny-llama")).unwrap();
+    let checkpoint = Checkpoint::open(concat!(env!("CARGO_MANIFEST_DIR"), "/../bitstack-cli/demo/tiny-llama")).unwrap();
     let text: String = (0..4000u32).map(|i| char::from(b'a' + (i * i % 23) as u8)).collect();
     let tokenizer = Tokenizer::from_bytes(&checkpoint.companion("tokenizer.json").unwrap()).unwrap();
     let tokens = tokenizer.encode(&text).unwrap();

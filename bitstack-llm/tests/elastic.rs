@@ -100,7 +100,7 @@ fn operators_take_any_memory_layout() {
 
 #[test]
 fn a_text_goes_on_while_the_model_changes_its_size() {
-    let model_dir = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../bitstack/demo/tiny-llama");
+    let model_dir = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../bitstack-cli/demo/tiny-llama");
     if !model_dir.join("tokenizer.json").exists() {
         println!("skipped: the demonstration model of the command is not beside this crate");
         return;

@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 fn demo() -> PathBuf {
-    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../bitstack/demo")
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../bitstack-cli/demo")
 }
 
 /// Tensors by name: shape and values.

@@ -1,5 +1,4 @@
 //! `compress` survives being killed: the same command goes on, and writes the bytes of a run that was left alone.
-#![cfg(feature = "cli")]
 #![expect(clippy::print_stdout, reason = "counts that a reader of the test's output wants to see")]
 
 use std::path::{Path, PathBuf};

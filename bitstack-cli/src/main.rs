@@ -1,4 +1,6 @@
-//! Dispatch, results and errors. Printing happens here and in the modules below, nowhere else in the workspace.
+//! The `bitstack` command: arguments in, library calls, results out. Printing happens here and in the modules below, nowhere else in the
+//! workspace.
+#![forbid(unsafe_code)]
 
 mod args;
 mod bench;
@@ -41,8 +43,7 @@ fn usage(text: impl Into<String>) -> anyhow::Error {
     Usage(text.into()).into()
 }
 
-/// Runs the command with the process's arguments.
-pub(crate) fn run() -> ExitCode {
+fn main() -> ExitCode {
     let cli = Cli::parse();
     match dispatch(&cli) {
         Ok(code) => code,

@@ -1,5 +1,5 @@
 //! Memory on a checkpoint of 70 billion weights: that of one layer, whatever the number of layers.
-#![cfg(all(feature = "cli", target_os = "linux"))]
+#![cfg(target_os = "linux")]
 #![expect(clippy::print_stdout, reason = "the measurement is the point")]
 
 use std::fs::{self, File};

@@ -11,14 +11,14 @@ use std::path::Path;
 
 /// The model's files, in this program.
 const MODEL: [(&str, &[u8]); 6] = [
-    ("config.json", include_bytes!("../../demo/tiny-llama/config.json")),
-    ("generation_config.json", include_bytes!("../../demo/tiny-llama/generation_config.json")),
-    ("model.safetensors", include_bytes!("../../demo/tiny-llama/model.safetensors")),
-    ("special_tokens_map.json", include_bytes!("../../demo/tiny-llama/special_tokens_map.json")),
-    ("tokenizer.json", include_bytes!("../../demo/tiny-llama/tokenizer.json")),
-    ("tokenizer_config.json", include_bytes!("../../demo/tiny-llama/tokenizer_config.json")),
+    ("config.json", include_bytes!("../demo/tiny-llama/config.json")),
+    ("generation_config.json", include_bytes!("../demo/tiny-llama/generation_config.json")),
+    ("model.safetensors", include_bytes!("../demo/tiny-llama/model.safetensors")),
+    ("special_tokens_map.json", include_bytes!("../demo/tiny-llama/special_tokens_map.json")),
+    ("tokenizer.json", include_bytes!("../demo/tiny-llama/tokenizer.json")),
+    ("tokenizer_config.json", include_bytes!("../demo/tiny-llama/tokenizer_config.json")),
 ];
-const TEXT: &[u8] = include_bytes!("../../demo/text.txt");
+const TEXT: &[u8] = include_bytes!("../demo/text.txt");
 const PROMPT: &str = "The old man looked at the river, and";
 
 /// Unpacks the built-in model and runs the commands on it that a user would, saying which.

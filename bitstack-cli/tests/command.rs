@@ -1,5 +1,4 @@
 //! The command as a user meets it: what it prints, where, and with which exit status.
-#![cfg(feature = "cli")]
 #![expect(clippy::print_stdout, reason = "a test that is skipped says so")]
 
 use std::path::{Path, PathBuf};
@@ -458,7 +457,7 @@ fn a_full_disk_keeps_what_is_done_and_room_lets_it_go_on() {
 
 /// The built-in model's stack with this as its note about its quality, or with none.
 fn with_quality(path: &Path, note: Option<&str>) {
-    use bitstack::format::{BlockSource, Draft, StackFile};
+    use bitstack_format::{BlockSource, Draft, StackFile};
     let file = StackFile::open_path(stack()).unwrap();
     let mut draft = Draft::create_in(path.parent().unwrap()).unwrap();
     for info in file.files() {

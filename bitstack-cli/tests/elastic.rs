@@ -1,8 +1,8 @@
 //! A model that changes its size while it writes, as a user meets it: keys on a terminal, and a limit on the process's memory.
-#![cfg(all(feature = "cli", target_os = "linux"))]
+#![cfg(target_os = "linux")]
 #![expect(clippy::print_stdout, reason = "a test that is skipped says so")]
 
-use bitstack::llm::synthetic::{self, ModelShape};
+use bitstack_llm::synthetic::{self, ModelShape};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
