@@ -5,12 +5,13 @@ use crate::catalog::{
 use crate::hostile::MAX_DIMS;
 use crate::tensor::wrong;
 use crate::write::write_stack;
-use crate::{BlockKind, BlockSource, Dtype, FormatError, ReadAt, StackFile, Tensor, TensorInfo, WeightInfo, WriteAt};
+use crate::{
+    BlockKind, BlockSource, Dtype, FileAt, FormatError, ReadAt, StackFile, Tensor, TensorInfo, WeightInfo, WriteAt,
+};
 use bitstack_core::{Block, BlockLayout, BlockRef, CoreError, Shape, ValuesRef, f16};
 use bitstack_pack::row_bytes;
 use std::borrow::Cow;
 use std::collections::BTreeMap;
-use std::fs::File;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
@@ -151,31 +152,37 @@ impl Draft {
     /// file, which has to stay as it is. On an error the draft is as it was.
     ///
     /// # Errors
-    /// As [`StackFile::open_path`], with the path: [`FormatError::Missing`] when the file is cut, [`FormatError::NoSuch`] for a weight
-    /// that the draft does not have, [`FormatError::Duplicate`] for one that has blocks, [`FormatError::Tensor`] for one that is not
-    /// the same in shape, rank or method. Blocks are compared with their hashes when they are read.
+    /// As [`StackFile::open`] and [`Draft::add_blocks_in`], with the path.
     pub fn add_blocks_of(&mut self, path: impl AsRef<Path>) -> Result<(), FormatError> {
         let path = path.as_ref();
-        let at = |source| FormatError::At { path: path.to_owned(), source: Box::new(source) };
-        let file = StackFile::open_path(path)?;
+        let added = StackFile::open(FileAt::new(path)).and_then(|file| self.add_blocks_in(file));
+        added.map_err(|source| FormatError::At { path: path.to_owned(), source: Box::new(source) })
+    }
+
+    /// [`Draft::add_blocks_of`] a file that is open. The draft reads from its source.
+    ///
+    /// # Errors
+    /// [`FormatError::Missing`] when the file is cut, [`FormatError::NoSuch`] for a weight that the draft does not have,
+    /// [`FormatError::Duplicate`] for one that has blocks, [`FormatError::Tensor`] for one that is not the same in shape, rank or method. Blocks
+    /// are compared with their hashes when they are read.
+    pub fn add_blocks_in<S: ReadAt + Send + Sync + 'static>(&mut self, file: StackFile<S>) -> Result<(), FormatError> {
         if let Some(missing) = file.missing() {
-            return Err(at(FormatError::Missing { name: missing.first.clone() }));
+            return Err(FormatError::Missing { name: missing.first.clone() });
         }
         let len_bytes = file.size_bytes();
-        let theirs = file.into_catalog();
+        let (source, theirs) = file.into_parts();
         let mut indices = Vec::with_capacity(theirs.weights.len());
         for weight in &theirs.weights {
             let name = &weight.name;
-            let i = self
-                .weight_index(name)
-                .ok_or_else(|| at(FormatError::NoSuch { what: "weight", name: name.clone() }))?;
+            let i =
+                self.weight_index(name).ok_or_else(|| FormatError::NoSuch { what: "weight", name: name.clone() })?;
             let ours = &self.catalog.weights[i];
             if ours.n_blocks() > 0 {
-                return Err(at(FormatError::Duplicate { name: name.clone() }));
+                return Err(FormatError::Duplicate { name: name.clone() });
             }
             let same = |what, theirs: &dyn std::fmt::Display, ours: &dyn std::fmt::Display| {
                 let (theirs, ours) = (theirs.to_string(), ours.to_string());
-                if theirs == ours { Ok(()) } else { Err(at(wrong(name, what, theirs, ours))) }
+                if theirs == ours { Ok(()) } else { Err(wrong(name, what, theirs, ours)) }
             };
             same("the shape", &weight.shape, &ours.shape)?;
             same("the rank", &weight.rank, &ours.rank)?;
@@ -185,7 +192,7 @@ impl Draft {
         let mut parts =
             theirs.blocks.iter().flatten().flat_map(BlockParts::tensors).map(|t| &theirs.tensors[t].info.name);
         if let Some(name) = parts.find(|name| self.catalog.contains(name)) {
-            return Err(at(FormatError::Duplicate { name: name.clone() }));
+            return Err(FormatError::Duplicate { name: name.clone() });
         }
         let start = self.storage.parts.last().map_or(FIRST_PART, |p| p.start + p.len_bytes);
         for ((i, weight), blocks) in indices.into_iter().zip(theirs.weights).zip(theirs.blocks) {
@@ -198,7 +205,7 @@ impl Draft {
                 self.catalog.blocks[i].push(parts);
             }
         }
-        self.storage.parts.push(Part { path: path.to_owned(), start, len_bytes });
+        self.storage.parts.push(Part { source: Box::new(source), start, len_bytes });
         Ok(())
     }
 
@@ -315,12 +322,17 @@ struct Storage {
     parts: Vec<Part>,
 }
 
-/// A file taken in. It is opened for each read: a large model has more of them than a process may have open.
-#[derive(Debug)]
+/// A file taken in.
 struct Part {
-    path: PathBuf,
+    source: Box<dyn ReadAt + Send + Sync>,
     start: u64,
     len_bytes: u64,
+}
+
+impl std::fmt::Debug for Part {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Part").field("start", &self.start).field("len_bytes", &self.len_bytes).finish_non_exhaustive()
+    }
 }
 
 impl ReadAt for Storage {
@@ -332,9 +344,8 @@ impl ReadAt for Storage {
         match self.parts.partition_point(|p| p.start <= offset_bytes).checked_sub(1) {
             None => self.scratch.read_exact_at(buf, offset_bytes),
             Some(i) => {
-                let Part { path, start, .. } = &self.parts[i];
-                let read = File::open(path).and_then(|file| file.read_exact_at(buf, offset_bytes - start));
-                read.map_err(|e| io::Error::new(e.kind(), format!("{}: {e}", path.display())))
+                let Part { source, start, .. } = &self.parts[i];
+                source.read_exact_at(buf, offset_bytes - start)
             }
         }
     }

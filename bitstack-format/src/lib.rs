@@ -23,5 +23,5 @@ pub use error::FormatError;
 pub use extent::{BlockExtent, Verify};
 pub use header::{ALIGNMENT, MAX_HEADER_BYTES, VERSION};
 pub use read::{Damage, Limits, Missing, Report, StackFile};
-pub use source::{ReadAt, WriteAt};
+pub use source::{FileAt, ReadAt, WriteAt};
 pub use tensor::{Dtype, Tensor, TensorInfo};

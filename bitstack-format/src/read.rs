@@ -345,9 +345,9 @@ impl<S: ReadAt> StackFile<S> {
         self.placed(self.catalog.read_block_bytes(&self.source, (weight, block), layout, verify, bytes, after_piece))
     }
 
-    /// The catalog, offsets being from the start of the file.
-    pub(crate) fn into_catalog(self) -> Catalog {
-        self.catalog
+    /// The source, and the catalog, offsets being from the start of the source.
+    pub(crate) fn into_parts(self) -> (S, Catalog) {
+        (self.source, self.catalog)
     }
 
     fn whole(&self, i: usize) -> Result<usize, FormatError> {

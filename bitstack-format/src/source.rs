@@ -1,6 +1,7 @@
 use std::fmt;
 use std::fs::File;
 use std::io;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 /// Bytes that can be read at any offset, by several threads at once: a file, a slice, an object store, ...
@@ -80,6 +81,43 @@ impl ReadAt for File {
             }
         }
         Ok(())
+    }
+}
+
+/// A file by its path, opened for each read: for programs with more files than they may have open. It has to stay as it is.
+///
+/// ```
+/// use bitstack_format::{FileAt, ReadAt};
+/// assert!(FileAt::new("no-such.bitstack").size_bytes().is_err());
+/// ```
+#[derive(Debug, Clone)]
+pub struct FileAt {
+    path: PathBuf,
+}
+
+impl FileAt {
+    /// The file at `path`. Nothing is opened yet.
+    pub fn new(path: impl Into<PathBuf>) -> Self {
+        Self { path: path.into() }
+    }
+
+    /// Says of a failed read where it failed.
+    fn placed<T>(&self, result: io::Result<T>) -> io::Result<T> {
+        result.map_err(|e| io::Error::new(e.kind(), format!("{}: {e}", self.path.display())))
+    }
+}
+
+impl ReadAt for FileAt {
+    fn size_bytes(&self) -> io::Result<u64> {
+        let regular = |metadata: std::fs::Metadata| match metadata.is_file() {
+            true => Ok(metadata.len()),
+            false => Err(io::Error::new(io::ErrorKind::InvalidInput, "it is not a regular file")),
+        };
+        self.placed(std::fs::metadata(&self.path).and_then(regular))
+    }
+
+    fn read_exact_at(&self, buf: &mut [u8], offset_bytes: u64) -> io::Result<()> {
+        self.placed(File::open(&self.path).and_then(|file| file.read_exact_at(buf, offset_bytes)))
     }
 }
 
