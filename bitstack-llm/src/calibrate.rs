@@ -1,8 +1,7 @@
 //! Activation statistics, layer by layer: the weights of one layer in memory at a time.
 
-use crate::journal::Units;
 use crate::stream::{Slot, Streamed};
-use crate::{Checkpoint, Decoder, LlmError, Observer, Part, Pass, Progress};
+use crate::{Decoder, LlmError, Observer, Part, Pass, Progress};
 use bitstack_core::{ActivationStats, Collect};
 use ndarray::{Array2, ArrayView2};
 use rayon::prelude::*;
@@ -18,85 +17,32 @@ pub(crate) struct InputStats {
     pub(crate) stats: ActivationStats,
 }
 
-/// Windows of text on their way through the original model.
-pub(crate) struct Walk<'a> {
-    model: Streamed<'a>,
-    /// Per window, the hidden states in front of the next layer.
-    hidden: Vec<Array2<f32>>,
+/// Takes windows of text, by their hidden states, through layer `layer`: the inputs of its weights, q k v together, o, gate and up together, down.
+pub(crate) fn layer(
+    model: &mut Streamed<'_>,
+    layer: usize,
+    hidden: &mut [Array2<f32>],
     collect: Collect,
-    units: &'a Units,
-    progress: &'a dyn Progress,
+    progress: &dyn Progress,
+) -> Result<Vec<InputStats>, LlmError> {
+    progress.part(Part::Calibration, 0);
+    model.with(model.layer_weights(layer), |model| {
+        let step = |hidden: &mut _, pass: &mut Pass<'_>| model.decoder().layer(layer, hidden, pass);
+        observe(model.decoder(), collect, hidden, step, progress)
+    })
 }
 
-/// The unit of the hidden states in front of a layer.
-fn states(layer: usize) -> String {
-    format!("states.{layer:04}")
-}
-
-impl<'a> Walk<'a> {
-    /// Brings the windows to the front of layer `layer` (`n_layers`: of the head): from where a former walk left them, if it did.
-    pub(crate) fn new(
-        checkpoint: &'a Checkpoint,
-        windows: &[&[u32]],
-        collect: Collect,
-        layer: usize,
-        units: &'a Units,
-        progress: &'a dyn Progress,
-    ) -> Result<Self, LlmError> {
-        let config = checkpoint.config();
-        let model = Streamed::original(checkpoint)?;
-        let mut walk = Self { model, hidden: Vec::new(), collect, units, progress };
-        progress.part(Part::Calibration, 0);
-        if layer > 0 {
-            walk.hidden = windows.iter().map(|w| Array2::zeros((w.len(), config.hidden_size))).collect();
-        }
-        let kept =
-            (1..=layer).rev().find_map(|layer| walk.restore(layer).map(|found| found.then_some(layer)).transpose());
-        let from = match kept.transpose()? {
-            Some(layer) => layer,
-            None => {
-                walk.hidden = walk.model.embed(windows)?;
-                0
-            }
-        };
-        walk.model.run(from..layer, &mut walk.hidden)?;
-        Ok(walk)
-    }
-
-    /// Takes all windows through layer `layer`; the inputs of its weights, q k v together, o, gate and up together, down. The states
-    /// behind it are kept.
-    pub(crate) fn layer(&mut self, layer: usize) -> Result<Vec<InputStats>, LlmError> {
-        let Self { model, hidden, collect, progress, .. } = self;
-        progress.part(Part::Calibration, 0);
-        let inputs = model.with(model.layer_weights(layer), |model| {
-            let step = |hidden: &mut _, pass: &mut Pass<'_>| model.decoder().layer(layer, hidden, pass);
-            observe(model.decoder(), *collect, hidden, step, *progress)
-        })?;
-        let slices = self.hidden.iter().map(|h| h.as_slice().expect("states are in row order"));
-        let parts: Vec<&[u8]> = slices.map(bytemuck::cast_slice).collect();
-        self.units.store(&states(layer + 1), &parts)?;
-        Ok(inputs)
-    }
-
-    /// The weights of a layer are finished: the states in front of it are not needed any more.
-    pub(crate) fn finish(&self, layer: usize) -> Result<(), LlmError> {
-        Ok(self.units.remove(&states(layer))?)
-    }
-
-    /// The input of the head, after all layers.
-    pub(crate) fn head(&mut self) -> Result<InputStats, LlmError> {
-        let decoder = self.model.decoder();
-        self.progress.part(Part::Calibration, 0);
-        let step = |hidden: &mut Array2<f32>, pass: &mut Pass<'_>| decoder.observe_head(hidden.view(), pass);
-        Ok(observe(decoder, self.collect, &mut std::mem::take(&mut self.hidden), step, self.progress)?.remove(0))
-    }
-
-    /// Fills the states with those kept in front of a layer; whether there were any. If not, they may hold anything.
-    fn restore(&mut self, layer: usize) -> Result<bool, LlmError> {
-        let slices = self.hidden.iter_mut().map(|h| h.as_slice_mut().expect("states are in row order"));
-        let mut parts: Vec<&mut [u8]> = slices.map(bytemuck::cast_slice_mut).collect();
-        Ok(self.units.load_into(&states(layer), &mut parts)?)
-    }
+/// The input of the head, from the hidden states behind all layers.
+pub(crate) fn head(
+    model: &Streamed<'_>,
+    mut hidden: Vec<Array2<f32>>,
+    collect: Collect,
+    progress: &dyn Progress,
+) -> Result<InputStats, LlmError> {
+    let decoder = model.decoder();
+    progress.part(Part::Calibration, 0);
+    let step = |hidden: &mut Array2<f32>, pass: &mut Pass<'_>| decoder.observe_head(hidden.view(), pass);
+    Ok(observe(decoder, collect, &mut hidden, step, progress)?.remove(0))
 }
 
 /// Runs every window through `step` and adds up what the weights saw, in the order of the windows.

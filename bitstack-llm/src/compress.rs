@@ -1,44 +1,26 @@
-//! From a checkpoint to blocks in their order: calibrate a layer, decompose its weights, go on to the next; then sort.
+//! From a checkpoint to blocks in their order: the jobs, one after the other.
 
-use crate::calibrate::{InputStats, Walk};
-use crate::journal::Units;
+use crate::blocks::{Inputs, Place};
+use crate::job::{Executor, Job, Pool};
+use crate::options::{BlockMethod, CompressOptions, Ordering};
 use crate::order::{Curve, Reference};
+use crate::own_text::{can_write, own_text};
+use crate::stream::Streamed;
 use crate::text::{Windows, default_seq_len, thirds, with_thirds};
+use crate::units::{Runs, Scratch, Units};
 use crate::vocabulary::share_by_frequency;
+use crate::windows::{CHECK_RUN, VALIDATION_WINDOWS, beginnings, calibration, n_tokens, probe, runs};
 use crate::{
-    Checkpoint, Decoder, LlmError, ModelConfig, Part, Progress, SamplingOptions, Tokenizer, WeightRole, WeightSpec,
-    importance, order, quality, sample, stack,
+    Checkpoint, LlmError, Part, Progress, Tokenizer, WeightRole, WeightSpec, calibrate, importance, order, quality,
+    stack,
 };
-use bitstack_core::{ActivationStats, Collect, Scales, Shape, WeightStack};
-use bitstack_decomp::{DecomposeOptions, Nested, Parallelism};
-use bitstack_format::{BlockSource, Draft, FormatError};
+use bitstack_core::{Collect, Shape};
+use bitstack_format::{BlockSource, Draft};
 use bitstack_sort::{Balanced, Greedy, LoadOrder, Method, Random, Scores, Sizes};
-use ndarray::ArrayView2;
-use rand::rngs::StdRng;
-use rand::{RngExt, SeedableRng};
-use rayon::prelude::*;
-use std::ops::Range;
-use std::path::Path;
-
-/// Windows of text that measurements choose from; and those on which the orders by perplexity are measured, if not told otherwise.
-const VALIDATION_WINDOWS: usize = 16;
-
-/// Windows for the order by gain: divergences are far less noisy than perplexities.
-const GAIN_WINDOWS: usize = 2;
-
-/// Tokens on which the importance of weights is found. It scatters by .08 levels about that on twice as many.
-const PROBE_TOKENS: usize = 2048;
-
-/// The hidden states in front of all layers that this keeps in memory, at most; those of one window at least.
-const PROBE_BYTES: u64 = 2 << 30;
-
-/// The fewest tokens that a layer is measured on. On 64 and 128 instead of 512, the divergence of a model of 14.7 million parameters is 10 and
-/// 6 % larger, averaged over formats from 1.6 to 5.7 bits per weight.
-const LEAST_RUN: usize = 64;
-
-/// The most tokens of a window on which orders are checked. Orders are compared on the same ones: on 256 of 512 the same orders win, for a
-/// model of 14.7 million parameters.
-const CHECK_RUN: usize = 256;
+use ndarray::Array2;
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 /// The range of [`middle`].
 const LEAST_MIDDLE: f64 = 3.2;
@@ -50,138 +32,6 @@ const ROUNDING_LEVEL: f64 = 2.7;
 
 /// The divergence, in nats per token, below which a model is as good as whole: half of what `compress` warns of.
 const WHOLE: f64 = 0.01;
-
-/// Blocks of a weight of nested codes that is neither ahead nor behind. One that is ahead by a level gets one more: stacks end where a further
-/// block would gain as little, per byte, on each of them.
-const BLOCKS: f64 = 9.5;
-
-/// The range for those that are ahead or behind.
-const LEAST_BLOCKS: f64 = 9.0;
-const MOST_BLOCKS: f64 = 12.0;
-
-/// What error feedback gains on a typical weight of a trained model ([`bitstack_decomp::feedback_gain`]): 4.5 to 6 for most of one of 14.7
-/// million parameters; 2 in its first layer, whose inputs are hardly correlated.
-const TYPICAL_GAIN: f64 = 5.0;
-
-/// What the errors of an embedding count where it is looked up, in means of what they count where it is also the head: the rows rounded for
-/// the one alone cost .035 nats and for the other .285 in SmolLM2-135M, .012 and .116 in Qwen2.5-0.5B.
-const LOOKED_UP: f64 = 0.1;
-
-/// What blocks of the published method leave of the square of a weight at the level that its spikes are chosen for: block 4 or 5.
-const AVD_ERROR: f64 = 0.02;
-
-/// Weights are decomposed side by side up to this much memory; the results do not depend on it. A weight that needs more is alone: the
-/// largest of a model of 70 billion weights needs 13 GB.
-const SIDE_BY_SIDE_BYTES: u64 = 6 << 30;
-
-/// Windows of its own text that a model writes side by side: every weight is read once for all of them, and their keys and values are in memory
-/// beside it.
-const OWN_WINDOWS: usize = 48;
-
-/// A model of more weights than this does not add to a user's text: all of it would be in memory (4 GB in 16 bits).
-const MOST_WRITING: u64 = 2_000_000_000;
-
-/// A model of no more weights than this is widened to f32 (2 GB) before it writes.
-const WIDENED: u64 = 500_000_000;
-
-/// The unit of the finished load order.
-const ORDER: &str = "order";
-
-/// How a weight becomes blocks.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum BlockMethod {
-    /// Nested codes: all sign planes chosen together, under the Gram matrix of the inputs.
-    #[default]
-    Nested,
-    /// Absolute-value decomposition, the published method.
-    Avd,
-}
-
-impl BlockMethod {
-    /// The name that files give it.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Nested => "nested",
-            Self::Avd => "avd",
-        }
-    }
-}
-
-/// How input channels are weighed against each other.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum Scaling {
-    /// Root mean square of each channel: the diagonal of the Gram matrix.
-    #[default]
-    Gram,
-    /// As the published implementation does: norms per sequence, and none for the attention's output projection under grouped-query
-    /// attention.
-    Reference,
-    /// All alike.
-    None,
-}
-
-/// By what the blocks of the model are ordered.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum Ordering {
-    /// Fall of the predicted divergence per byte: the model forward and backward once, a run per layer, and a few at each of eight sizes to
-    /// check it.
-    #[default]
-    Gain,
-    /// The paper's: level by level, by measured perplexity; one model run per block.
-    Perplexity,
-    /// The paper's ablation: by measured perplexity, and any weight may run ahead.
-    Greedy,
-    /// The paper's ablation.
-    Random,
-}
-
-/// How to compress.
-#[derive(Debug, Clone)]
-pub struct CompressOptions {
-    /// How a weight becomes blocks.
-    pub method: BlockMethod,
-    /// Whether the published method keeps weights far outside the others in a list beside block 1; nested codes do where it pays, whatever is
-    /// said here.
-    pub spikes: bool,
-    /// Rank of the blocks' magnitudes; `None`: see [`default_rank`]. Nested codes have rank 1.
-    pub rank: Option<usize>,
-    /// Blocks per weight; `None`: 16 for the published method, and for nested codes 9 to 12, which are then nearly exact: of each
-    /// weight those that are worth their bytes by the time all others have theirs.
-    pub n_blocks: Option<usize>,
-    /// Channel scales.
-    pub scaling: Scaling,
-    /// Load order.
-    pub ordering: Ordering,
-    /// Windows of calibration text.
-    pub samples: usize,
-    /// Tokens per window; `None`: 512, or the model's limit.
-    pub seq_len: Option<usize>,
-    /// Windows on which [`Ordering::Perplexity`] and [`Ordering::Greedy`] measure each block: every block of the model is a run over all of
-    /// them. At least one for these orders.
-    pub order_windows: usize,
-    /// Leave embeddings and head unstacked.
-    pub keep_embeddings: bool,
-    /// Seed of everything random.
-    pub seed: u64,
-}
-
-impl Default for CompressOptions {
-    fn default() -> Self {
-        Self {
-            method: BlockMethod::default(),
-            spikes: false,
-            rank: None,
-            n_blocks: None,
-            scaling: Scaling::Gram,
-            ordering: Ordering::Gain,
-            samples: 64,
-            seq_len: None,
-            order_windows: VALIDATION_WINDOWS,
-            keep_embeddings: false,
-            seed: 0,
-        }
-    }
-}
 
 /// A compressed model, ready to be written: `draft.finish(order.weights(), ..)`. One that was made by [`compress`] says how good it is:
 /// [`Quality::of`](crate::quality::Quality::of) its draft, or of the file.
@@ -212,122 +62,495 @@ pub fn compress(
     scratch: &Path,
     progress: &dyn Progress,
 ) -> Result<Compressed, LlmError> {
-    run(checkpoint, text, options, &Units::none(scratch), progress)
+    let units = Units::new(Scratch::create_in(scratch)?, [0; 32]);
+    let tokens = tokens(checkpoint, text, progress)?;
+    Making::new(checkpoint, tokens, options, units, scratch, progress)?.compress(&Pool)
 }
 
-/// [`compress`], going on from the units that are finished.
-pub(crate) fn run(
+/// The tokens of a text.
+pub(crate) fn tokens(
     checkpoint: &Checkpoint,
     text: Option<&str>,
-    options: &CompressOptions,
-    units: &Units,
     progress: &dyn Progress,
-) -> Result<Compressed, LlmError> {
-    if options.order_windows == 0 && matches!(options.ordering, Ordering::Perplexity | Ordering::Greedy) {
-        return Err(LlmError::NoWindows);
-    }
-    // First, so that a place that cannot be written to is known before the long work.
-    let draft = Draft::create_in(units.dir())?;
-    let whole = checkpoint;
-    let cut = (options.method == BlockMethod::Nested && !options.keep_embeddings).then(|| whole.with_cut_vocabulary());
-    let checkpoint = cut.as_ref().unwrap_or(whole);
-    let seq_len = options.seq_len.unwrap_or_else(|| default_seq_len(checkpoint.config()));
+) -> Result<Option<Vec<u32>>, LlmError> {
+    let Some(text) = text else { return Ok(None) };
     progress.part(Part::Text, 0);
-    let tokens = match text {
-        Some(text) => {
-            let tokens = Tokenizer::from_bytes(&checkpoint.companion("tokenizer.json")?)?.encode(text)?;
-            progress.part(Part::Text, tokens.len() as u64);
-            tokens
-        }
-        None => {
-            let windows = options.samples + options.order_windows.max(VALIDATION_WINDOWS);
-            own_text(checkpoint, windows, seq_len, options.seed, units, progress)?
-        }
-    };
-    let windows = Windows::new(&tokens, seq_len, checkpoint.config().max_positions)?;
-    let (calibration, validation) = match text {
-        Some(_) => windows.halves(),
-        None => windows.split_at(options.samples),
-    };
-    // A text of one window has to do for both.
-    let calibration = if calibration.is_empty() { windows } else { calibration };
-    let calibration = calibration.evenly_spaced(options.samples);
-    let ordering = validation.evenly_spaced(options.order_windows);
-    let validation = validation.evenly_spaced(VALIDATION_WINDOWS);
-
-    let n_tokens = calibration.iter().map(|w| w.len()).sum();
-    let checks = beginnings(&validation, CHECK_RUN);
-    let runs = runs(&validation, n_tokens, checkpoint.config().n_layers);
-
-    let probe = probe(&validation, checkpoint.config());
-
-    // Nested codes put their errors where the inputs are not. The model's own text goes to places where the user's does not.
-    let writes = text.is_some() && options.method == BlockMethod::Nested && can_write(checkpoint.config());
-    let n_own = if writes { thirds(calibration.len()) } else { 0 };
-    // Two texts to a window: twice as many are written side by side, in half as many steps.
-    let half = seq_len.div_ceil(2);
-    let own = own_text(checkpoint, 2 * n_own, half, options.seed, units, progress)?;
-    let mixed = with_thirds(&calibration, own.chunks_exact(2 * half).map(|both| &both[..seq_len]));
-    let Decomposed { mut draft, errors, roundings } =
-        decompose_all(checkpoint, &tokens, &mixed, &probe, options, draft, units, progress)?;
-    let sizes = Sizes::new(draft.base_bytes(), draft.block_sizes())?;
-    let finished = units.load(ORDER)?.and_then(|order| LoadOrder::from_weights(&order, &sizes).ok());
-    let order = match (finished, options.ordering) {
-        (Some(order), _) => order,
-        (None, Ordering::Gain) => {
-            let all = errors.iter().zip(roundings.iter().copied());
-            let curves: Vec<Curve<'_>> =
-                all.map(|(errors, rounded_divergence)| Curve::new(errors, rounded_divergence)).collect();
-            let curves =
-                order::divergence_curves(&Reference::new(checkpoint, &runs)?, &draft, &curves, units, progress)?;
-            let reference = Reference::new(checkpoint, &checks)?;
-            order::checked(&reference, &draft, &curves, units, progress)?
-        }
-        (None, Ordering::Perplexity) => {
-            progress.part(Part::Order, 0);
-            let scores = order::perplexities(&draft, &ordering, units, progress)?;
-            Balanced { scores: Scores::new(scores) }.order(&sizes)?
-        }
-        (None, Ordering::Greedy) => {
-            progress.part(Part::Order, 0);
-            let scores = order::perplexities(&draft, &ordering, units, progress)?;
-            Greedy { scores: Scores::new(scores) }.order(&sizes)?
-        }
-        (None, Ordering::Random) => Random { seed: options.seed }.order(&sizes)?,
-    };
-    units.store(ORDER, &[bytemuck::cast_slice(order.weights())])?;
-    let windows = quality::windows(&validation, runs.len(), n_tokens);
-    let costs = quality::costs(&errors, &roundings);
-    let quality = quality::measure(checkpoint, &draft, &order, &windows, &costs, units, progress)?;
-    draft.set_provenance(quality::PROVENANCE_KEY, &quality.to_json())?;
-    Ok(Compressed { draft, order })
+    let tokens = Tokenizer::from_bytes(&checkpoint.companion("tokenizer.json")?)?.encode(text)?;
+    progress.part(Part::Text, tokens.len() as u64);
+    Ok(Some(tokens))
 }
 
-/// The windows on which the importance of weights is found: [`PROBE_TOKENS`] in all, fewer where their states are larger than [`PROBE_BYTES`].
-fn probe<'w>(validation: &[&'w [u32]], config: &ModelConfig) -> Vec<&'w [u32]> {
-    let len = validation.iter().map(|w| w.len()).max().unwrap_or(1).max(1);
-    let states = 4 * (len * config.hidden_size) as u64 * (config.n_layers as u64 + 1);
-    let most = (PROBE_BYTES / states).min((PROBE_TOKENS / len) as u64).max(1) as usize;
-    let n = most.min(validation.len());
-    (0..n).map(|i| validation[i * validation.len() / n]).collect()
+/// A compression, as jobs over a store of units. Each finds there what others made, and makes what is missing.
+pub struct Making<'a> {
+    whole: &'a Checkpoint,
+    /// With embeddings and head in parts, where they are cut.
+    cut: Option<Checkpoint>,
+    pub(crate) options: CompressOptions,
+    /// Those of the user's text.
+    text: Option<Vec<u32>>,
+    pub(crate) units: Units,
+    /// A directory for scratch files.
+    scratch: PathBuf,
+    pub(crate) progress: &'a dyn Progress,
+    /// Indices, in the model, of the weights that are stacked; and these weights.
+    pub(crate) stacked: Vec<usize>,
+    specs: Vec<WeightSpec>,
+    /// Text of the model's own, once a job needed it; and so on.
+    own: OnceLock<Vec<u32>>,
+    aims: OnceLock<Aims>,
+    blocks: OnceLock<Blocks>,
+    /// What the weights of the place that is at work read.
+    pub(crate) inputs: Mutex<Option<(Place, Arc<Inputs>)>>,
+    /// Weights known to be in the store.
+    finished: Mutex<BTreeSet<usize>>,
 }
 
-/// The beginnings of the windows on which layers are measured: short enough that all these runs together, of half of the model each, read an
-/// eighth as many tokens as calibration does.
-fn runs<'w>(validation: &[&'w [u32]], calibration: usize, n_layers: usize) -> Vec<&'w [u32]> {
-    beginnings(validation, (calibration / (8 * n_layers.max(1))).max(LEAST_RUN))
+/// What codes are made for.
+#[derive(Debug)]
+pub(crate) struct Aims {
+    /// Per stacked weight, the divergence of the model when it alone is rounded; none where nothing asks for it.
+    pub(crate) roundings: Vec<f64>,
+    /// Per stacked weight, by how many levels it is ahead: see [`importance::leads`].
+    pub(crate) leads: Vec<f64>,
+    /// See [`middle`].
+    pub(crate) middle: f64,
 }
 
-/// The first tokens of the windows for the order by gain.
-fn beginnings<'w>(validation: &[&'w [u32]], tokens: usize) -> Vec<&'w [u32]> {
-    validation.iter().take(GAIN_WINDOWS).map(|w| &w[..w.len().min(tokens)]).collect()
+/// All weights decomposed.
+struct Blocks {
+    draft: Draft,
+    /// Per stacked weight, the squared error of its outputs at every level, and at last that of the rounded weight, per token.
+    errors: Vec<Vec<f64>>,
 }
 
-/// The default rank of a weight under the published method: 16, lowered until the f16 factors of a block take at most 1/8 bit per weight, which is what they
-/// take at rank 16 in a 4096 x 4096 weight.
-pub fn default_rank(shape: Shape) -> usize {
-    let bits_per_rank = 16.0 * (shape.rows() + shape.cols()) as f64 / shape.n_elems() as f64;
-    ((0.125 / bits_per_rank) as usize).clamp(1, 16)
+/// The windows of text that jobs read.
+struct Texts<'t> {
+    calibration: Vec<&'t [u32]>,
+    /// For the orders by perplexity.
+    ordering: Vec<&'t [u32]>,
+    validation: Vec<&'t [u32]>,
+}
+
+impl<'a> Making<'a> {
+    /// What `options` ask for, with the tokens of a text of the user's or without.
+    pub(crate) fn new(
+        whole: &'a Checkpoint,
+        text: Option<Vec<u32>>,
+        options: &CompressOptions,
+        units: Units,
+        scratch: &Path,
+        progress: &'a dyn Progress,
+    ) -> Result<Self, LlmError> {
+        if options.order_windows == 0 && matches!(options.ordering, Ordering::Perplexity | Ordering::Greedy) {
+            return Err(LlmError::NoWindows);
+        }
+        let cut = options.method == BlockMethod::Nested && !options.keep_embeddings;
+        let cut = cut.then(|| whole.with_cut_vocabulary());
+        let specs = cut.as_ref().unwrap_or(whole).config().weights();
+        let is_stacked = |spec: &WeightSpec| {
+            !(options.keep_embeddings && matches!(spec.role, WeightRole::Embedding | WeightRole::Head))
+        };
+        let (stacked, specs) = specs.into_iter().enumerate().filter(|(_, spec)| is_stacked(spec)).unzip();
+        let making = Self {
+            whole,
+            cut,
+            options: options.clone(),
+            text,
+            units,
+            scratch: scratch.to_owned(),
+            progress,
+            stacked,
+            specs,
+            own: OnceLock::new(),
+            aims: OnceLock::new(),
+            blocks: OnceLock::new(),
+            inputs: Mutex::default(),
+            finished: Mutex::default(),
+        };
+        if let Some(text) = &making.text {
+            making.windows(text)?;
+        }
+        Ok(making)
+    }
+
+    /// All jobs, in the order in which they happen. Those of a step may run side by side once the steps before it are finished.
+    pub fn steps(&self) -> Vec<Vec<Job>> {
+        let weights_of = |place| {
+            let weights = (0..self.stacked.len()).filter(|weight| self.place(*weight) == place);
+            weights.map(Job::Weight).collect::<Vec<_>>()
+        };
+        let n_layers = self.checkpoint().config().n_layers;
+        let layer = |layer: usize| [weights_of(Place::Layer(layer)), vec![Job::States(layer + 1)]];
+        let mut steps = Vec::new();
+        steps.extend((self.own_texts().0 > 0).then(|| vec![Job::Text]));
+        steps.extend(self.needs_importance().then(|| vec![Job::Importance]));
+        steps.push(weights_of(Place::Embedding));
+        steps.extend((0..n_layers).flat_map(layer));
+        steps.push(weights_of(Place::Head));
+        steps.extend([vec![Job::Order], vec![Job::Quality]]);
+        steps.retain(|step| !step.is_empty());
+        steps
+    }
+
+    /// Makes the units of a job from what is in the store; what should be there and is not is made too. Nothing is done where they are there.
+    ///
+    /// # Errors
+    /// What can be wrong with the checkpoint, the text or the options; failures of the store.
+    pub fn make(&self, job: Job) -> Result<(), LlmError> {
+        match job {
+            Job::Text => self.own().map(drop),
+            Job::Importance => self.aims().map(drop),
+            Job::States(layer) if (1..=self.checkpoint().config().n_layers).contains(&layer) => {
+                self.states(layer).map(drop)
+            }
+            Job::Weight(weight) if weight < self.stacked.len() => self.weight(weight),
+            Job::States(_) | Job::Weight(_) => Err(LlmError::NoSuchJob { name: job.to_string() }),
+            Job::Order => self.order().map(drop),
+            Job::Quality => self.quality().map(drop),
+        }
+    }
+
+    /// Runs all jobs that are not finished.
+    pub(crate) fn compress(mut self, executor: &dyn Executor) -> Result<Compressed, LlmError> {
+        // First, so that a place that cannot be written to is known before the long work.
+        drop(Draft::create_in(&self.scratch)?);
+        let n_finished = self.look()?;
+        let is_weight = |step: &[Job]| matches!(step[0], Job::Weight(_));
+        let mut told = false;
+        for step in self.steps() {
+            if is_weight(&step) && !std::mem::replace(&mut told, true) {
+                let n = self.stacked.len() as u64;
+                self.progress.stage("decompose (weights)", n);
+                self.progress.advance(n_finished);
+                if n_finished > 0 {
+                    self.progress.resumed(n_finished, n);
+                }
+            }
+            if step[0] == Job::Order {
+                self.forget_inputs();
+            }
+            let open: Vec<Job> = step.iter().copied().filter(|job| self.is_open(*job)).collect();
+            if !open.is_empty() {
+                executor.run(&self, &open)?;
+            }
+            self.finished().extend(step.iter().filter_map(Job::weight));
+            // The states in front of a layer, or of the head, are needed until its weights are finished.
+            match step[0] {
+                Job::States(layer) => self.units.remove(&Job::States(layer - 1).to_string())?,
+                Job::Order => self.units.remove(&Job::States(self.checkpoint().config().n_layers).to_string())?,
+                _ => {}
+            }
+        }
+        let (order, quality) = (self.order()?, self.quality()?);
+        let mut draft = self.blocks.take().expect("the quality is that of the blocks").draft;
+        draft.set_provenance(quality::PROVENANCE_KEY, &quality.to_json())?;
+        Ok(Compressed { draft, order })
+    }
+
+    /// Whether a job has something to do. States are for the weights behind them.
+    fn is_open(&self, job: Job) -> bool {
+        let finished = self.finished();
+        match job {
+            Job::Weight(weight) => !finished.contains(&weight),
+            Job::States(layer) => (0..self.stacked.len()).any(|weight| {
+                let is_behind = match self.place(weight) {
+                    Place::Embedding => false,
+                    Place::Layer(of) => of >= layer,
+                    Place::Head => true,
+                };
+                is_behind && !finished.contains(&weight)
+            }),
+            _ => true,
+        }
+    }
+
+    /// Finds out which weights are in the store; how many there are.
+    fn look(&self) -> Result<u64, LlmError> {
+        for weight in 0..self.stacked.len() {
+            if self.units.weight(&Job::Weight(weight).to_string())?.is_some() {
+                self.finished().insert(weight);
+            }
+        }
+        Ok(self.finished().len() as u64)
+    }
+
+    pub(crate) fn finished(&self) -> MutexGuard<'_, BTreeSet<usize>> {
+        self.finished.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn checkpoint(&self) -> &Checkpoint {
+        self.cut.as_ref().unwrap_or(self.whole)
+    }
+
+    /// The weight of this index among those that are stacked.
+    pub(crate) fn spec(&self, weight: usize) -> &WeightSpec {
+        &self.specs[weight]
+    }
+
+    pub(crate) fn place(&self, weight: usize) -> Place {
+        let config = self.checkpoint().config();
+        let spec = self.spec(weight);
+        match spec.layer {
+            Some(layer) => Place::Layer(layer),
+            None if spec.role == WeightRole::Embedding && !config.tied => Place::Embedding,
+            None => Place::Head,
+        }
+    }
+
+    // Text.
+
+    /// The tokens of the user's text.
+    pub(crate) fn text(&self) -> Option<&[u32]> {
+        self.text.as_deref()
+    }
+
+    fn seq_len(&self) -> usize {
+        self.options.seq_len.unwrap_or_else(|| default_seq_len(self.checkpoint().config()))
+    }
+
+    /// The windows of the user's text.
+    fn windows<'t>(&self, tokens: &'t [u32]) -> Result<Windows<'t>, LlmError> {
+        Windows::new(tokens, self.seq_len(), self.checkpoint().config().max_positions)
+    }
+
+    /// How many texts the model writes, and of how many tokens.
+    fn own_texts(&self) -> (usize, usize) {
+        match &self.text {
+            None => (self.options.samples + self.options.order_windows.max(VALIDATION_WINDOWS), self.seq_len()),
+            // Nested codes put their errors where the inputs are not. The model's own text goes to places where the user's does not. Two
+            // texts to a window: twice as many are written side by side, in half as many steps.
+            Some(text) if self.options.method == BlockMethod::Nested && can_write(self.checkpoint().config()) => {
+                let n =
+                    self.windows(text).map_or(0, |windows| thirds(calibration(windows, self.options.samples).len()));
+                (2 * n, self.seq_len().div_ceil(2))
+            }
+            Some(_) => (0, self.seq_len()),
+        }
+    }
+
+    /// Text of the model's own.
+    fn own(&self) -> Result<&[u32], LlmError> {
+        if let Some(own) = self.own.get() {
+            return Ok(own);
+        }
+        let (n, len) = self.own_texts();
+        let own = match n {
+            0 => Vec::new(),
+            _ => own_text(self.checkpoint(), n, len, self.options.seed, &self.units, self.progress)?,
+        };
+        Ok(self.own.get_or_init(|| own))
+    }
+
+    fn texts(&self) -> Result<Texts<'_>, LlmError> {
+        let own = self.own()?;
+        let text = self.text.as_deref().unwrap_or(own);
+        let windows = self.windows(text)?;
+        let (_, validation) = match self.text {
+            Some(_) => windows.halves(),
+            None => windows.split_at(self.options.samples),
+        };
+        let calibration = match self.text {
+            Some(_) => {
+                let own = own.chunks_exact(2 * self.own_texts().1).map(|both| &both[..self.seq_len()]);
+                with_thirds(&calibration(windows, self.options.samples), own)
+            }
+            None => windows.split_at(self.options.samples).0.evenly_spaced(self.options.samples),
+        };
+        Ok(Texts {
+            calibration,
+            ordering: validation.evenly_spaced(self.options.order_windows),
+            validation: validation.evenly_spaced(VALIDATION_WINDOWS),
+        })
+    }
+
+    // Importance.
+
+    fn needs_importance(&self) -> bool {
+        !matches!(
+            (self.options.ordering, self.options.method),
+            (Ordering::Random, _) | (Ordering::Perplexity | Ordering::Greedy, BlockMethod::Avd)
+        )
+    }
+
+    /// What each weight counts for, and what follows from it.
+    pub(crate) fn aims(&self) -> Result<&Aims, LlmError> {
+        if let Some(aims) = self.aims.get() {
+            return Ok(aims);
+        }
+        let n = self.stacked.len();
+        let aims = if self.needs_importance() {
+            let mut roundings = self.importance()?;
+            let text = self.text.as_deref().map_or_else(|| self.own(), Ok)?;
+            share_by_frequency(&mut roundings, &self.specs, text);
+            let sizes: Vec<f64> = self.specs.iter().map(|spec| (spec.rows * spec.cols) as f64).collect();
+            Aims { leads: importance::leads(&roundings, &sizes), middle: middle(&roundings), roundings }
+        } else {
+            Aims { roundings: Vec::new(), leads: vec![0.0; n], middle: MOST_MIDDLE }
+        };
+        Ok(self.aims.get_or_init(|| aims))
+    }
+
+    /// The unit of [`importance::roundings`].
+    fn importance(&self) -> Result<Vec<f64>, LlmError> {
+        let (unit, mut found) = (Job::Importance.to_string(), vec![f64::NAN; self.stacked.len()]);
+        self.progress.part(Part::Importance, 0);
+        if !self.units.load_into(&unit, &mut [bytemuck::cast_slice_mut(&mut found)])? {
+            let windows = probe(&self.texts()?.validation, self.checkpoint().config());
+            found =
+                importance::roundings(self.checkpoint(), &self.stacked, &windows, self.options.seed, self.progress)?;
+            self.units.store(&unit, &[bytemuck::cast_slice(&found)])?;
+        }
+        Ok(found)
+    }
+
+    // The walk of the calibration's windows through the layers.
+
+    pub(crate) fn collect(&self) -> Collect {
+        let needs_gram = self.options.ordering == Ordering::Gain || self.options.method == BlockMethod::Nested;
+        if needs_gram { Collect::Gram } else { Collect::Diagonal }
+    }
+
+    /// The hidden states of the calibration's windows in front of layer `layer` (`n_layers`: of the head): the unit, or from the nearest one before it.
+    pub(crate) fn states(&self, layer: usize) -> Result<Vec<Array2<f32>>, LlmError> {
+        let texts = self.texts()?;
+        let hidden_size = self.checkpoint().config().hidden_size;
+        let mut hidden: Vec<_> = texts.calibration.iter().map(|w| Array2::zeros((w.len(), hidden_size))).collect();
+        let mut from = layer;
+        while from > 0 && !self.load_states(from, &mut hidden)? {
+            from -= 1;
+        }
+        let mut model = Streamed::original(self.checkpoint())?;
+        if from == 0 {
+            self.progress.part(Part::Calibration, 0);
+            hidden = model.embed(&texts.calibration)?;
+        }
+        if from < layer {
+            self.progress.part(Part::Calibration, 0);
+            model.run(from..layer, &mut hidden)?;
+            self.store_states(layer, &hidden)?;
+        }
+        Ok(hidden)
+    }
+
+    fn load_states(&self, layer: usize, hidden: &mut [Array2<f32>]) -> Result<bool, LlmError> {
+        let slices = hidden.iter_mut().map(|h| h.as_slice_mut().expect("states are in row order"));
+        let mut parts: Vec<&mut [u8]> = slices.map(bytemuck::cast_slice_mut).collect();
+        Ok(self.units.load_into(&Job::States(layer).to_string(), &mut parts)?)
+    }
+
+    fn store_states(&self, layer: usize, hidden: &[Array2<f32>]) -> Result<(), LlmError> {
+        let slices = hidden.iter().map(|h| h.as_slice().expect("states are in row order"));
+        let parts: Vec<&[u8]> = slices.map(bytemuck::cast_slice).collect();
+        Ok(self.units.store(&Job::States(layer).to_string(), &parts)?)
+    }
+
+    /// What the weights of a layer read; the states behind it are kept.
+    pub(crate) fn walk(&self, layer: usize) -> Result<Vec<calibrate::InputStats>, LlmError> {
+        let mut hidden = self.states(layer)?;
+        let mut model = Streamed::original(self.checkpoint())?;
+        let inputs = calibrate::layer(&mut model, layer, &mut hidden, self.collect(), self.progress)?;
+        self.store_states(layer + 1, &hidden)?;
+        Ok(inputs)
+    }
+
+    // The blocks, and their order.
+
+    /// An empty stack: what is not stacked, and the names of what is.
+    fn frame(&self) -> Result<Draft, LlmError> {
+        let (checkpoint, config) = (self.checkpoint(), self.checkpoint().config());
+        let mut draft = Draft::create_in(&self.scratch)?;
+        for (name, contents) in checkpoint.companions()? {
+            draft.push_file(&name, &contents)?;
+        }
+        for spec in config.other_tensors() {
+            let (dtype, data) = stack::stored(&checkpoint.elements(&spec.name, &[spec.len])?);
+            draft.push_base(&spec.name, dtype, &[spec.len], &data)?;
+        }
+        for (index, spec) in config.weights().iter().enumerate() {
+            if self.stacked.binary_search(&index).is_ok() {
+                let shape = shape(spec)?;
+                draft.add_weight(&spec.name, shape, self.rank(shape), self.options.method.name())?;
+            } else {
+                let (dtype, data) = stack::stored(&checkpoint.elements(&spec.tensor_name(), &spec.tensor_shape())?);
+                draft.push_base(&spec.tensor_name(), dtype, &spec.tensor_shape(), &data)?;
+            }
+        }
+        Ok(draft)
+    }
+
+    /// All weights from the store.
+    fn blocks(&self) -> Result<&Blocks, LlmError> {
+        if let Some(blocks) = self.blocks.get() {
+            return Ok(blocks);
+        }
+        let (mut draft, mut all) = (self.frame()?, Vec::with_capacity(self.stacked.len()));
+        for weight in 0..self.stacked.len() {
+            let unit = Job::Weight(weight).to_string();
+            let found = match self.units.weight(&unit)? {
+                Some(found) => Some(found),
+                None => {
+                    self.weight(weight)?;
+                    self.units.weight(&unit)?
+                }
+            };
+            let (file, errors) = found.ok_or(bitstack_format::FormatError::Damaged { name: unit })?;
+            draft.add_blocks_in(file)?;
+            all.push(errors);
+        }
+        Ok(self.blocks.get_or_init(|| Blocks { draft, errors: all }))
+    }
+
+    fn order(&self) -> Result<LoadOrder, LlmError> {
+        let (checkpoint, units, progress) = (self.checkpoint(), Some(&self.units), self.progress);
+        let Blocks { draft, errors } = self.blocks()?;
+        let sizes = Sizes::new(draft.base_bytes(), draft.block_sizes())?;
+        let unit = Job::Order.to_string();
+        let finished = self.units.load(&unit)?.and_then(|order| LoadOrder::from_weights(&order, &sizes).ok());
+        if let Some(order) = finished {
+            return Ok(order);
+        }
+        let order = match self.options.ordering {
+            Ordering::Gain => {
+                let texts = self.texts()?;
+                let (runs, checks) = (self.runs(&texts), beginnings(&texts.validation, CHECK_RUN));
+                let all = errors.iter().zip(&self.aims()?.roundings);
+                let curves: Vec<Curve<'_>> = all.map(|(errors, rounded)| Curve::new(errors, *rounded)).collect();
+                let reference = Reference::new(checkpoint, &runs)?;
+                let curves = order::divergence_curves(&reference, draft, &curves, units, progress)?;
+                order::checked(&Reference::new(checkpoint, &checks)?, draft, &curves, units, progress)?
+            }
+            Ordering::Perplexity | Ordering::Greedy => {
+                progress.part(Part::Order, 0);
+                let scores = order::perplexities(draft, &self.texts()?.ordering, units, progress)?;
+                let scores = Scores::new(scores);
+                match self.options.ordering {
+                    Ordering::Perplexity => Balanced { scores }.order(&sizes)?,
+                    _ => Greedy { scores }.order(&sizes)?,
+                }
+            }
+            Ordering::Random => Random { seed: self.options.seed }.order(&sizes)?,
+        };
+        self.units.store(&unit, &[bytemuck::cast_slice(order.weights())])?;
+        Ok(order)
+    }
+
+    fn quality(&self) -> Result<quality::Quality, LlmError> {
+        let (order, texts) = (self.order()?, self.texts()?);
+        let Blocks { draft, errors } = self.blocks()?;
+        let windows = quality::windows(&texts.validation, self.runs(&texts).len(), n_tokens(&texts.calibration));
+        let costs = quality::costs(errors, &self.aims()?.roundings);
+        let runs = Runs::new("runs.quality", Some(&self.units));
+        quality::measure(self.checkpoint(), draft, &order, &windows, &costs, runs, self.progress)
+    }
+
+    /// The windows on which layers are measured.
+    fn runs<'t>(&self, texts: &Texts<'t>) -> Vec<&'t [u32]> {
+        runs(&texts.validation, n_tokens(&texts.calibration), self.checkpoint().config().n_layers)
+    }
+}
+
+pub(crate) fn shape(spec: &WeightSpec) -> Result<Shape, LlmError> {
+    Shape::new(spec.rows, spec.cols).map_err(|source| LlmError::Weight { name: spec.name.clone(), source })
 }
 
 /// The level that codes of an ordinary weight are best at, from the divergences of the model when each weight alone is rounded: where the whole model
@@ -341,371 +564,9 @@ fn middle(roundings: &[f64]) -> f64 {
     (ROUNDING_LEVEL + 0.5 * (nats / WHOLE).log2()).clamp(LEAST_MIDDLE, MOST_MIDDLE)
 }
 
-/// Blocks of a weight of nested codes that is so many levels ahead of the others.
-fn default_blocks(lead: f64) -> usize {
-    (BLOCKS + lead).round().clamp(LEAST_BLOCKS, MOST_BLOCKS) as usize
-}
-
-/// Whether a model is small enough that it can be in memory to write a third of the calibration.
-fn can_write(config: &ModelConfig) -> bool {
-    n_elements(config) <= MOST_WRITING
-}
-
-fn n_elements(config: &ModelConfig) -> u64 {
-    config.weights().iter().map(|w| w.rows as u64 * w.cols as u64).sum()
-}
-
-/// Text of the model's own: windows sampled at temperature 1, one after the other in one list.
-///
-/// They are sampled in groups, and a group is there whole or not at all: what a window's neighbours are may show in its tokens.
-fn own_text(
-    checkpoint: &Checkpoint,
-    n_windows: usize,
-    seq_len: usize,
-    seed: u64,
-    units: &Units,
-    progress: &dyn Progress,
-) -> Result<Vec<u32>, LlmError> {
-    let name = |group: usize| format!("text.{group:05}");
-    let firsts = (0..n_windows).step_by(OWN_WINDOWS);
-    let mut groups = (0..firsts.len()).map(|group| units.load(&name(group))).collect::<Result<Vec<_>, _>>()?;
-    if groups.iter().any(Option::is_none) {
-        let decoder = Decoder::load_with(checkpoint, progress)?;
-        let decoder = if n_elements(checkpoint.config()) <= WIDENED { decoder.widened() } else { decoder };
-        let steps = seq_len.saturating_sub(1);
-        progress.stage("text from the model (steps)", groups.len().saturating_mul(steps) as u64);
-        for ((group, windows), first) in groups.iter_mut().enumerate().zip(firsts) {
-            if windows.is_some() {
-                progress.advance(steps as u64);
-                continue;
-            }
-            let starts: Vec<u32> = (first..n_windows.min(first + OWN_WINDOWS))
-                .map(|window| start_token(checkpoint.config().vocab_size, seed, window))
-                .collect();
-            let sampling = SamplingOptions::with_temperature(1.0, seed.wrapping_add(first as u64));
-            let sampled = sample::windows(&decoder, &starts, seq_len, sampling, progress)?.concat();
-            units.store(&name(group), &[bytemuck::cast_slice(&sampled)])?;
-            *windows = Some(sampled);
-        }
-    }
-    progress.part(Part::Text, (n_windows * seq_len) as u64);
-    Ok(groups.into_iter().flatten().flatten().collect())
-}
-
-/// The token that window `window` of the model's own text begins with: any of the vocabulary.
-///
-/// Models see an end token between texts. But what those that were taught to chat write after it is hardly ever anything but a system prompt.
-fn start_token(vocab_size: usize, seed: u64, window: usize) -> u32 {
-    // The samples that follow come from the seed itself; the start must not be one of their numbers.
-    let seed = !seed.wrapping_add(window as u64);
-    StdRng::seed_from_u64(seed).random_range(0..vocab_size as u32)
-}
-
-/// All weights decomposed.
-struct Decomposed {
-    draft: Draft,
-    /// Per stacked weight, the squared error of its outputs at every level, and at last that of the rounded weight, per token.
-    errors: Vec<Vec<f64>>,
-    /// Per stacked weight, the divergence of the model when it alone is rounded; none where nothing asks for it, or no run is wanted.
-    roundings: Vec<f64>,
-}
-
-/// Measures what each weight counts for, on the windows `probe` and by the frequencies of `tokens`; calibrates and decomposes.
-#[expect(clippy::too_many_arguments, reason = "each is another part of what a compression is")]
-fn decompose_all(
-    checkpoint: &Checkpoint,
-    tokens: &[u32],
-    windows: &[&[u32]],
-    probe: &[&[u32]],
-    options: &CompressOptions,
-    draft: Draft,
-    units: &Units,
-    progress: &dyn Progress,
-) -> Result<Decomposed, LlmError> {
-    let config = checkpoint.config();
-    let specs = config.weights();
-    let mut work = Work {
-        checkpoint,
-        options,
-        units,
-        progress,
-        draft,
-        errors: Vec::new(),
-        leads: Vec::new(),
-        middle: MOST_MIDDLE,
-    };
-    for (name, contents) in checkpoint.companions()? {
-        work.draft.push_file(&name, &contents)?;
-    }
-    for spec in config.other_tensors() {
-        let (dtype, data) = stack::stored(&checkpoint.elements(&spec.name, &[spec.len])?);
-        work.draft.push_base(&spec.name, dtype, &[spec.len], &data)?;
-    }
-    for spec in &specs {
-        let shape = work.shape(spec)?;
-        if work.is_kept(spec) {
-            let (dtype, data) = stack::stored(&checkpoint.elements(&spec.tensor_name(), &spec.tensor_shape())?);
-            work.draft.push_base(&spec.tensor_name(), dtype, &spec.tensor_shape(), &data)?;
-        } else {
-            work.draft.add_weight(&spec.name, shape, work.rank(shape), options.method.name())?;
-            work.errors.push(Vec::new());
-        }
-    }
-
-    let mut roundings = match (options.ordering, options.method) {
-        (Ordering::Random, _) | (Ordering::Perplexity | Ordering::Greedy, BlockMethod::Avd) => Vec::new(),
-        _ => importance::roundings(checkpoint, &work.draft, probe, options.seed, units, progress)?,
-    };
-    if !roundings.is_empty() {
-        let stacked: Vec<&WeightSpec> = specs.iter().filter(|spec| !work.is_kept(spec)).collect();
-        share_by_frequency(&mut roundings, &stacked, tokens);
-    }
-    let sizes: Vec<f64> = work.draft.weights().iter().map(|w| w.shape.n_elems() as f64).collect();
-    (work.leads, work.middle) = if roundings.is_empty() {
-        (vec![0.0; sizes.len()], MOST_MIDDLE)
-    } else {
-        (importance::leads(&roundings, &sizes), middle(&roundings))
-    };
-    let finished = work.take_finished()?;
-    progress.stage("decompose (weights)", work.errors.len() as u64);
-    progress.advance(finished);
-    if finished > 0 {
-        progress.resumed(finished, work.errors.len() as u64);
-    }
-    let open: Vec<&WeightSpec> = specs.iter().filter(|s| work.is_open(s)).collect();
-    let (Some(_), n_layers) = (open.first(), config.n_layers) else {
-        return Ok(Decomposed { draft: work.draft, errors: work.errors, roundings });
-    };
-    if open[0].role == WeightRole::Embedding && !config.tied {
-        // Rows of an embedding are looked up, not multiplied: all its columns count alike.
-        work.weights(vec![InputStats {
-            weights: (0..config.vocab_parts()).collect(),
-            stats: ActivationStats::new(config.hidden_size, Collect::Diagonal),
-        }])?;
-    }
-    let needs_gram = options.ordering == Ordering::Gain || options.method == BlockMethod::Nested;
-    let collect = if needs_gram { Collect::Gram } else { Collect::Diagonal };
-    let first = open.iter().filter_map(|s| s.layer).min().unwrap_or(n_layers);
-    let mut walk = Walk::new(checkpoint, windows, collect, first, units, progress)?;
-    for layer in first..n_layers {
-        work.weights(walk.layer(layer)?)?;
-        walk.finish(layer)?;
-    }
-    if specs.iter().any(|s| s.layer.is_none() && work.is_open(s)) {
-        work.weights(vec![walk.head()?])?;
-    }
-    walk.finish(n_layers)?;
-    Ok(Decomposed { draft: work.draft, errors: work.errors, roundings })
-}
-
-/// Runs of jobs, in their order, that stay within `limit` together, or are one job.
-fn batches(needs: &[u64], limit: u64) -> Vec<Range<usize>> {
-    let mut batches: Vec<Range<usize>> = Vec::new();
-    let mut sum = 0;
-    for (i, need) in needs.iter().enumerate() {
-        sum += need;
-        match batches.last_mut() {
-            Some(last) if sum <= limit => last.end = i + 1,
-            _ => {
-                batches.push(i..i + 1);
-                sum = *need;
-            }
-        }
-    }
-    batches
-}
-
-/// What decomposing goes through.
-struct Work<'a> {
-    checkpoint: &'a Checkpoint,
-    options: &'a CompressOptions,
-    units: &'a Units,
-    progress: &'a dyn Progress,
-    draft: Draft,
-    /// See [`Decomposed`].
-    errors: Vec<Vec<f64>>,
-    /// See [`importance::leads`].
-    leads: Vec<f64>,
-    /// See [`middle`].
-    middle: f64,
-}
-
-impl Work<'_> {
-    fn is_kept(&self, spec: &WeightSpec) -> bool {
-        self.options.keep_embeddings && matches!(spec.role, WeightRole::Embedding | WeightRole::Head)
-    }
-
-    /// Whether the weight is to be stacked and is not yet.
-    fn is_open(&self, spec: &WeightSpec) -> bool {
-        self.draft.weight_index(&spec.name).is_some_and(|weight| self.errors[weight].is_empty())
-    }
-
-    /// Takes the weights that are finished into the draft; how many there are.
-    fn take_finished(&mut self) -> Result<u64, LlmError> {
-        let mut finished = 0;
-        for (weight, errors) in self.errors.iter_mut().enumerate() {
-            if let Some(found) = self.units.take_weight(weight, &mut self.draft)? {
-                *errors = found;
-                finished += 1;
-            }
-        }
-        Ok(finished)
-    }
-
-    fn shape(&self, spec: &WeightSpec) -> Result<Shape, LlmError> {
-        Shape::new(spec.rows, spec.cols).map_err(|source| LlmError::Weight { name: spec.name.clone(), source })
-    }
-
-    fn rank(&self, shape: Shape) -> usize {
-        match self.options.method {
-            BlockMethod::Nested => 1,
-            BlockMethod::Avd => self.options.rank.unwrap_or_else(|| default_rank(shape)),
-        }
-    }
-
-    /// Decomposes the weights that read these inputs, as many side by side as memory allows, and puts their blocks into the draft.
-    fn weights(&mut self, mut inputs: Vec<InputStats>) -> Result<(), LlmError> {
-        let specs = self.checkpoint.config().weights();
-        // Once for all weights that read the same input: it is as large as they are.
-        let mut grams: Vec<_> = inputs.iter_mut().map(|group| group.stats.take_gram()).collect();
-        for (group, gram) in inputs.iter().zip(&mut grams) {
-            // A head that is also the embedding is looked up as well as multiplied: there all columns count alike.
-            if let Some(gram) = gram
-                && group.weights.iter().any(|w| specs[*w].role == WeightRole::Embedding)
-            {
-                let mean = gram.diag().mean().unwrap_or(0.0);
-                gram.diag_mut().mapv_inplace(|h| h + LOOKED_UP * mean);
-            }
-        }
-        let jobs: Vec<(&WeightSpec, usize)> = inputs
-            .iter()
-            .enumerate()
-            .flat_map(|(group, input)| input.weights.iter().map(move |w| (*w, group)))
-            .map(|(w, group)| (&specs[w], group))
-            .filter(|(spec, _)| self.is_open(spec))
-            .collect();
-        self.progress.part(Part::Decomposition, jobs.iter().map(|(spec, _)| (spec.rows * spec.cols) as u64).sum());
-        let needs: Vec<u64> = jobs.iter().map(|(spec, group)| self.bytes_for(spec, grams[*group].is_some())).collect();
-        for batch in batches(&needs, SIDE_BY_SIDE_BYTES) {
-            let done = jobs[batch.clone()]
-                .par_iter()
-                .with_max_len(1)
-                .map(|(spec, group)| {
-                    let gram = grams[*group].as_ref().map(|g| g.view());
-                    let (stack, errors) = self.one(spec, &inputs[*group].stats, gram)?;
-                    let weight = self.draft.weight_index(&spec.name).expect("an open weight is in the draft");
-                    let kind = (self.draft.weights()[weight].rank, self.options.method.name());
-                    let is_kept = self.units.store_weight(weight, spec, kind, &stack, &errors)?;
-                    self.progress.advance(1);
-                    Ok((weight, (!is_kept).then_some(stack), errors))
-                })
-                .collect::<Result<Vec<_>, LlmError>>()?;
-            for (weight, stack, errors) in done {
-                match stack {
-                    None => {
-                        let taken = self.units.take_weight(weight, &mut self.draft)?;
-                        taken
-                            .ok_or_else(|| FormatError::Damaged { name: self.draft.weights()[weight].name.clone() })?;
-                    }
-                    Some(stack) => {
-                        stack.blocks().iter().try_for_each(|block| self.draft.push_block(weight, block.view()))?;
-                    }
-                }
-                self.errors[weight] = errors;
-            }
-            let first_needed = jobs.get(batch.end).map_or(grams.len(), |(_, group)| *group);
-            grams[..first_needed].fill(None);
-        }
-        Ok(())
-    }
-
-    /// Memory that decomposing a weight takes, about: see [`bitstack_decomp::blocks`].
-    fn bytes_for(&self, spec: &WeightSpec, has_gram: bool) -> u64 {
-        let (cols, elements) = (spec.cols as u64, (spec.rows * spec.cols) as u64);
-        let square = if has_gram { cols * cols } else { 0 };
-        match self.options.method {
-            BlockMethod::Nested => {
-                let n_blocks = self.options.n_blocks.unwrap_or(MOST_BLOCKS as usize) as u64;
-                let per_thread = 512 * cols * (2 * n_blocks + 3);
-                4 * elements + n_blocks * elements / 2 + 12 * square + per_thread * rayon::current_num_threads() as u64
-            }
-            BlockMethod::Avd => 8 * elements + 4 * square,
-        }
-    }
-
-    fn one(
-        &self,
-        spec: &WeightSpec,
-        stats: &ActivationStats,
-        gram: Option<ArrayView2<'_, f64>>,
-    ) -> Result<(WeightStack, Vec<f64>), LlmError> {
-        let in_weight = |source| LlmError::Weight { name: spec.name.clone(), source };
-        let in_decomposition = |source| LlmError::Decompose { name: spec.name.clone(), source };
-        let config = self.checkpoint.config();
-        let grouped = config.n_heads != config.n_kv_heads;
-        let scales = match self.options.scaling {
-            // Nothing is known about the inputs of an embedding.
-            _ if stats.tokens() == 0 => Scales::none(spec.cols),
-            Scaling::None => Scales::none(spec.cols),
-            Scaling::Gram => Scales::rms(stats).map_err(in_weight)?,
-            // It folds scales into the layer in front, and there is none to take them when heads share their values.
-            Scaling::Reference if grouped && spec.role == WeightRole::AttentionOutput => Scales::none(spec.cols),
-            Scaling::Reference => Scales::reference(stats).map_err(in_weight)?,
-        };
-        let matrix = self.checkpoint.matrix(spec)?;
-        let options = match self.options.method {
-            BlockMethod::Nested => {
-                let gain = gram.map_or(Ok(1.0), |gram| bitstack_decomp::feedback_gain(matrix.view(), gram));
-                let gain = gain.map_err(in_decomposition)?;
-                let weight = self.draft.weight_index(&spec.name).expect("an open weight is in the draft");
-                // Rounding knows of no feedback: a weight that gains less from it needs more levels for the same error.
-                let lead = self.leads[weight] - 0.5 * (gain / TYPICAL_GAIN).log2();
-                DecomposeOptions::nested(
-                    self.options.n_blocks.unwrap_or(default_blocks(lead)),
-                    Nested::around(self.middle + lead),
-                )
-                .parallelism(Parallelism::Rayon)
-            }
-            BlockMethod::Avd => {
-                let n_blocks = self.options.n_blocks.unwrap_or(16);
-                DecomposeOptions::new(self.rank(self.shape(spec)?), n_blocks)
-                    .spikes(self.options.spikes.then_some(AVD_ERROR))
-            }
-        };
-        let mut options = options.seed(self.options.seed).scales(&scales);
-        if let Some(gram) = gram {
-            options = options.gram(gram);
-        }
-        let result = bitstack_decomp::decompose(matrix.view(), &options).map_err(in_decomposition)?;
-        let error = |e: &bitstack_decomp::LevelError| e.output.map_or(e.squared_error, |o| o.squared_error);
-        let rounded = importance::rounding_error(matrix.view(), gram);
-        Ok((result.stack, result.errors.iter().map(error).chain([rounded]).collect()))
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_weight_has_a_block_more_for_each_level_that_it_is_ahead() {
-        assert_eq!([-9.0, -2.0, -0.4, 0.0, 0.6, 3.0, 9.0].map(default_blocks), [9, 9, 9, 10, 10, 12, 12]);
-    }
-
-    #[test]
-    fn runs_of_all_layers_read_an_eighth_of_the_tokens_of_calibration() {
-        let window: Vec<u32> = (0..512).collect();
-        let validation = [&window[..]; 3];
-        for (calibration, n_layers) in [(64 * 512, 30), (64 * 512, 4), (128 * 512, 80), (512, 30)] {
-            let runs = runs(&validation, calibration, n_layers);
-            let len = runs[0].len();
-            assert!(runs.len() == GAIN_WINDOWS && runs.iter().all(|run| run[..] == window[..len]));
-            // Two windows through half of the model are one.
-            assert!(len == LEAST_RUN || 8 * n_layers * len <= calibration, "{len}");
-            assert!(len == window.len() || 8 * n_layers * (len + 1) > calibration, "{len}");
-        }
-        assert_eq!(runs(&validation[..1], 1 << 20, 10).len(), 1);
-    }
 
     #[test]
     fn codes_are_made_for_the_level_at_which_the_model_is_as_good_as_whole() {
@@ -715,38 +576,5 @@ mod tests {
             [&[][..], &[0.0], &[1e-3], &[1e3]].map(middle),
             [LEAST_MIDDLE, LEAST_MIDDLE, LEAST_MIDDLE, MOST_MIDDLE]
         );
-    }
-
-    #[test]
-    fn models_that_need_much_memory_do_not_write_for_a_text() {
-        let data = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/llama");
-        let mut config = Checkpoint::open(data).unwrap().config().clone();
-        assert!(can_write(&config));
-        // The shape of Llama 3.2 1B: 1.24 billion; and with four times the layers.
-        (config.hidden_size, config.intermediate_size, config.n_layers) = (2048, 8192, 16);
-        (config.vocab_size, config.vocab_part_rows) = (128_256, 128_256);
-        assert!(can_write(&config));
-        config.n_layers = 64;
-        assert!(!can_write(&config));
-    }
-
-    #[test]
-    fn importance_is_found_on_few_enough_windows_that_their_states_fit() {
-        let windows: Vec<Vec<u32>> = (0..16).map(|w| vec![w; 512]).collect();
-        let windows: Vec<&[u32]> = windows.iter().map(|w| &w[..]).collect();
-        let data = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/llama");
-        let mut config = Checkpoint::open(data).unwrap().config().clone();
-        let firsts = |config: &ModelConfig| probe(&windows, config).iter().map(|w| w[0]).collect::<Vec<_>>();
-        assert_eq!(firsts(&config), [0, 4, 8, 12]);
-        (config.hidden_size, config.n_layers) = (16384, 126);
-        assert_eq!(firsts(&config), [0]);
-        assert_eq!(probe(&[&[1, 2]], &config), [[1, 2]]);
-    }
-
-    #[test]
-    fn batches_keep_the_order_and_the_limit() {
-        assert_eq!(batches(&[3, 3, 4, 11, 1, 9, 1], 10), [0..3, 3..4, 4..6, 6..7]);
-        assert!(batches(&[], 10).is_empty());
-        assert_eq!(batches(&[20, 20], 10), [0..1, 1..2]);
     }
 }

@@ -335,6 +335,15 @@ pub enum LlmError {
         /// The same, now.
         is: String,
     },
+    /// Units are there, or none, but not what they are of.
+    #[error("there is no plan of a compression here, or a damaged one")]
+    NoPlan,
+    /// A compression has no job of this name.
+    #[error("this compression has no job {name:?}")]
+    NoSuchJob {
+        /// The name.
+        name: String,
+    },
     /// A stack could not be read or written.
     #[error(transparent)]
     Format(#[from] bitstack_format::FormatError),

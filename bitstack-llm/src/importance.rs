@@ -1,9 +1,7 @@
 //! What each weight counts for: the divergence of the model when it alone is rounded, from gradients.
 
-use crate::journal::Units;
 use crate::stream::{Slot, Streamed};
 use crate::{Checkpoint, Decoder, LinearOp, LlmError, Part, Progress, math};
-use bitstack_format::BlockSource;
 use faer::{MatMut, MatRef};
 use ndarray::{Array2, ArrayView1, ArrayView2, Axis};
 use rand::rngs::StdRng;
@@ -26,10 +24,7 @@ const HEAD_TOKENS: usize = 128;
 /// Weights, by their indices in the model, and what was found of each.
 type Shares = Vec<(usize, f64)>;
 
-/// The unit of what was found.
-const FOUND: &str = "importance";
-
-/// Per stacked weight, the divergence of the model, in nats per token, when it alone is rounded: each row to multiples of
+/// Per stacked weight (`stacked` are their indices in the model, rising), the divergence of the model, in nats per token, when it alone is rounded: each row to multiples of
 /// [`ROUNDING_STEP`] times its root mean square.
 ///
 /// To second order it is ½ Σ F ⊙ Δ², where Δ is what rounding changes, whose signs are as good as random, and F the diagonal of the Fisher
@@ -41,24 +36,18 @@ const FOUND: &str = "importance";
 ///
 /// The model goes forward through all windows once and backward once, a layer in memory at a time; the states in front of all layers are
 /// kept.
-pub(crate) fn roundings<S: BlockSource + ?Sized>(
+pub(crate) fn roundings(
     checkpoint: &Checkpoint,
-    source: &S,
+    stacked: &[usize],
     windows: &[&[u32]],
     seed: u64,
-    units: &Units,
     progress: &dyn Progress,
 ) -> Result<Vec<f64>, LlmError> {
     let (config, specs) = (checkpoint.config(), checkpoint.config().weights());
     let n_tokens: usize = windows.iter().map(|window| window.len()).sum();
-    let mut found = vec![f64::NAN; source.weights().len()];
-    progress.part(Part::Importance, 0);
-    if units.load_into(FOUND, &mut [bytemuck::cast_slice_mut(&mut found)])? {
-        return Ok(found);
-    }
     progress.part(Part::Importance, n_tokens as u64);
     progress.stage("importance (layers)", 2 * config.n_layers as u64 + 1);
-    let stacked: Vec<Option<usize>> = specs.iter().map(|spec| source.weight_index(&spec.name)).collect();
+    let is_stacked: Vec<bool> = (0..specs.len()).map(|index| stacked.binary_search(&index).is_ok()).collect();
     let mut sums = vec![0.0; specs.len()];
     let mut add = |shares: Vec<Shares>| {
         shares.into_iter().flatten().for_each(|(index, share)| sums[index] += share);
@@ -76,7 +65,7 @@ pub(crate) fn roundings<S: BlockSource + ?Sized>(
     let finals = states.pop().expect("one per layer and the first");
     let behind = model.with(model.decoder().head(), |model| {
         let each = finals.par_iter().enumerate().with_max_len(1);
-        each.map(|(i, hidden)| head(model.decoder(), hidden, seed.wrapping_add(i as u64), &stacked))
+        each.map(|(i, hidden)| head(model.decoder(), hidden, seed.wrapping_add(i as u64), &is_stacked))
             .collect::<Result<Vec<_>, _>>()
     })?;
     let (mut grads, shares): (Vec<Array2<f32>>, Vec<_>) = behind.into_iter().unzip();
@@ -90,7 +79,7 @@ pub(crate) fn roundings<S: BlockSource + ?Sized>(
             let each = front.par_iter().zip(&mut grads).with_max_len(1).map(|(hidden, grad)| {
                 let mut shares = Shares::new();
                 decoder.layer_backward(layer, hidden.view(), grad, &mut |index, x, g| {
-                    if stacked[index].is_some() {
+                    if is_stacked[index] {
                         let fisher = |m: f32| f64::from(m * m);
                         shares.push((index, worth(&decoder.linears()[index], g, x, fisher)));
                     }
@@ -106,17 +95,11 @@ pub(crate) fn roundings<S: BlockSource + ?Sized>(
     let embedding = model.decoder().embedding();
     let shares = model.with(embedding, |model| {
         let each = windows.par_iter().zip(&grads).with_max_len(1);
-        Ok(each.map(|(window, grad)| looked_up(model, window, grad, &stacked)).collect())
+        Ok(each.map(|(window, grad)| looked_up(model, window, grad, &is_stacked)).collect())
     })?;
     add(shares);
 
-    for (index, sum) in sums.into_iter().enumerate() {
-        if let Some(weight) = stacked[index] {
-            found[weight] = sum / n_tokens as f64;
-        }
-    }
-    units.store(FOUND, &[bytemuck::cast_slice(&found)])?;
-    Ok(found)
+    Ok(stacked.iter().map(|index| sums[*index] / n_tokens as f64).collect())
 }
 
 /// The gradient by the final hidden states of a window of −log p of tokens that are drawn, and what the parts of the head are worth.
@@ -124,7 +107,7 @@ fn head(
     decoder: &Decoder<Slot>,
     hidden: &Array2<f32>,
     seed: u64,
-    stacked: &[Option<usize>],
+    is_stacked: &[bool],
 ) -> Result<(Array2<f32>, Shares), LlmError> {
     let mut rng = StdRng::seed_from_u64(seed);
     let mut grad = Array2::zeros(hidden.dim());
@@ -139,7 +122,7 @@ fn head(
             }
             let squares = x.mapv(|x| x * x);
             for (index, p) in decoder.head().zip(logits.axis_chunks_iter(Axis(1), part_rows)) {
-                if stacked[index].is_some() {
+                if is_stacked[index] {
                     let spread = p.mapv(|p| p * (1.0 - p));
                     shares.push((index, worth(&decoder.linears()[index], spread.view(), squares.view(), f64::from)));
                 }
@@ -165,7 +148,7 @@ fn draw(p: ArrayView1<'_, f32>, point: f64) -> usize {
 }
 
 /// What the parts of the embedding are worth to a window in which they are looked up: the gradients of equal tokens add up.
-fn looked_up(model: &Streamed<'_>, window: &[u32], grad: &Array2<f32>, stacked: &[Option<usize>]) -> Shares {
+fn looked_up(model: &Streamed<'_>, window: &[u32], grad: &Array2<f32>, is_stacked: &[bool]) -> Shares {
     let mut sums: BTreeMap<u32, ndarray::Array1<f32>> = BTreeMap::new();
     for (token, g) in window.iter().zip(grad.rows()) {
         sums.entry(*token).and_modify(|sum| *sum += &g).or_insert_with(|| g.to_owned());
@@ -175,7 +158,7 @@ fn looked_up(model: &Streamed<'_>, window: &[u32], grad: &Array2<f32>, stacked: 
     let mut row = vec![0.0; grad.ncols()];
     let worth = |(token, sum): (u32, ndarray::Array1<f32>)| {
         let part = first + token as usize / part_rows;
-        stacked[part]?;
+        is_stacked[part].then_some(())?;
         decoder.linears()[part].row_into(token as usize % part_rows, &mut row);
         let round = rounding(ArrayView1::from(&row));
         let squares = row.iter().zip(&sum).map(|(w, g)| f64::from((round(*w) - w) * g).powi(2));
@@ -246,16 +229,10 @@ mod tests {
     use super::*;
     use crate::vocabulary::tests::with_large_vocabulary;
     use crate::{Dense, Elements, Pass, WeightRole};
-    use bitstack_core::Shape;
-    use bitstack_format::Draft;
 
-    /// A draft with all weights of a model, and no blocks.
-    fn names_of(checkpoint: &Checkpoint) -> Draft {
-        let mut draft = Draft::create_on(Vec::new(), "memory");
-        for spec in checkpoint.config().weights() {
-            draft.add_weight(&spec.name, Shape::new(spec.rows, spec.cols).unwrap(), 1, "nested").unwrap();
-        }
-        draft
+    /// The indices of all weights of a model.
+    fn all(checkpoint: &Checkpoint) -> Vec<usize> {
+        (0..checkpoint.config().weights().len()).collect()
     }
 
     /// The mean divergence in f64 of the logits of one model from those of another.
@@ -287,8 +264,7 @@ mod tests {
             let windows: Vec<Vec<u32>> =
                 (0..24).map(|w| (0..60).map(|i: u32| (w * 31 + i * i * (w + 3) + 5 * i) % 96).collect()).collect();
             let windows: Vec<&[u32]> = windows.iter().map(|w| &w[..]).collect();
-            let draft = names_of(&checkpoint);
-            let found = roundings(&checkpoint, &draft, &windows, 1, &Units::none("".as_ref()), &()).unwrap();
+            let found = roundings(&checkpoint, &all(&checkpoint), &windows, 1, &()).unwrap();
             let mut model = Decoder::load(&checkpoint).unwrap();
             let original = model.clone();
             let mut ratios = Vec::new();
@@ -320,8 +296,7 @@ mod tests {
                 (0..3).map(|w| (0..20).map(|i: u32| (w * 977 + i * 431) % 5000).collect()).collect();
             let windows: Vec<&[u32]> = windows.iter().map(|w| &w[..]).collect();
             let [of_whole, of_parts] = [&whole, &cut].map(|checkpoint| {
-                let none = Units::none("".as_ref());
-                let found = roundings(checkpoint, &names_of(checkpoint), &windows, 1, &none, &()).unwrap();
+                let found = roundings(checkpoint, &all(checkpoint), &windows, 1, &()).unwrap();
                 let specs = checkpoint.config().weights();
                 [WeightRole::Embedding, WeightRole::Head, WeightRole::Query].map(|role| {
                     let weights = (0..specs.len()).filter(|w| specs[*w].role == role);

@@ -1,6 +1,7 @@
 #![doc = include_str!("../README.md")]
 #![forbid(unsafe_code)]
 
+mod blocks;
 mod calibrate;
 mod checkpoint;
 mod compress;
@@ -12,11 +13,15 @@ pub mod eval;
 mod export;
 mod header;
 mod importance;
+mod job;
 mod journal;
 mod linear;
 mod math;
 pub mod measure;
+mod options;
 mod order;
+mod own_text;
+mod plan;
 mod progress;
 pub mod quality;
 mod reference;
@@ -26,19 +31,24 @@ mod stream;
 pub mod synthetic;
 pub mod text;
 mod tokenizer;
+mod units;
 mod vocabulary;
+mod windows;
 
 pub use checkpoint::{Checkpoint, CheckpointLimits};
-pub use compress::{BlockMethod, CompressOptions, Compressed, Ordering, Scaling, compress, default_rank};
+pub use compress::{Compressed, Making, compress};
 pub use config::{Architecture, Biases, Llama3Scaling, ModelConfig, RopeConfig, VectorSpec, WeightRole, WeightSpec};
 pub use decoder::{Decoder, Frame, KvCache, Observer, Pass};
 pub use elastic::{ElasticModel, Operator};
 pub use error::LlmError;
 pub use export::{ExportOptions, FloatType, export_dense, export_reference};
+pub use job::{Executor, Job, Pool};
 pub use journal::Journal;
 pub use linear::{Dense, Elements, LinearOp, Threads, apply_by_panels};
+pub use options::{BlockMethod, CompressOptions, Ordering, Scaling, default_rank};
 pub use order::block_perplexities;
 pub use progress::{Part, Progress};
 pub use reference::import;
 pub use sample::SamplingOptions;
 pub use tokenizer::{TextStream, Tokenizer};
+pub use units::{StoredUnit, UnitDirectory, UnitStore};

@@ -1,15 +1,14 @@
 //! In which order blocks are loaded: what one block more, or one weight less well kept, does to the whole model.
 
 use crate::eval::{self, score_against, score_hidden};
-use crate::journal::Units;
 use crate::stack::{self, rebuild};
 use crate::stream::{Slot, Streamed, run_layer};
+use crate::units::{Runs, Units};
 use crate::{Checkpoint, Decoder, Dense, LlmError, Part, Pass, Progress, WeightSpec};
 use bitstack_format::BlockSource;
 use bitstack_sort::{GainPerByte, LoadOrder, Method, Scores, Sizes};
 use ndarray::Array2;
 use rayon::prelude::*;
-use std::time::{Duration, Instant};
 
 /// How far differences between weights are believed in the orders that are tried, the first first: see [`GainPerByte::trust`].
 const TRUSTS: [f64; 2] = [1.0, 0.75];
@@ -98,7 +97,7 @@ pub(crate) fn divergence_curves<S: BlockSource + Sync + ?Sized>(
     reference: &Reference<'_>,
     source: &S,
     curves: &[Curve<'_>],
-    units: &Units,
+    units: Option<&Units>,
     progress: &dyn Progress,
 ) -> Result<Vec<Vec<f64>>, LlmError> {
     let specs = reference.checkpoint.config().weights();
@@ -141,7 +140,7 @@ pub(crate) fn checked<S: BlockSource + Sync + ?Sized>(
     reference: &Reference<'_>,
     source: &S,
     curves: &[Vec<f64>],
-    units: &Units,
+    units: Option<&Units>,
     progress: &dyn Progress,
 ) -> Result<LoadOrder, LlmError> {
     let sizes = Sizes::new(source.base_bytes(), source.block_sizes())?;
@@ -212,14 +211,14 @@ pub fn block_perplexities<S: BlockSource + Sync + ?Sized>(
     windows: &[&[u32]],
     progress: &dyn Progress,
 ) -> Result<Vec<Vec<f64>>, LlmError> {
-    perplexities(source, windows, &Units::none("".as_ref()), progress)
+    perplexities(source, windows, None, progress)
 }
 
 /// [`block_perplexities`], going on from the runs that are finished.
 pub(crate) fn perplexities<S: BlockSource + Sync + ?Sized>(
     source: &S,
     windows: &[&[u32]],
-    units: &Units,
+    units: Option<&Units>,
     progress: &dyn Progress,
 ) -> Result<Vec<Vec<f64>>, LlmError> {
     let n_blocks: Vec<u32> = source.weights().iter().map(|w| w.n_blocks() as u32).collect();
@@ -401,43 +400,6 @@ fn finals(model: &mut Streamed<'_>, windows: &[&[u32]]) -> Result<Vec<Array2<f32
     Ok(hidden)
 }
 
-/// The runs that are finished of those of one kind: a unit that grows.
-pub(crate) struct Runs<'a> {
-    name: String,
-    units: &'a Units,
-    kept: Instant,
-    /// What keeping them took the last time.
-    cost: Duration,
-}
-
-impl<'a> Runs<'a> {
-    /// Keeping takes at most this share of the time: runs of a large model are kept layer by layer, those of a tiny one by the handful.
-    const SHARE: u32 = 20;
-
-    pub(crate) fn new(name: &str, units: &'a Units) -> Self {
-        Self { name: name.to_owned(), units, kept: Instant::now(), cost: Duration::ZERO }
-    }
-
-    /// What was measured, NaN where nothing was yet.
-    pub(crate) fn finished(&self, n: usize) -> Result<Vec<f64>, LlmError> {
-        let mut found = vec![f64::NAN; n];
-        if !self.units.load_into(&self.name, &mut [bytemuck::cast_slice_mut(&mut found)])? {
-            found.fill(f64::NAN);
-        }
-        Ok(found)
-    }
-
-    pub(crate) fn keep(&mut self, found: &[f64], last: bool) -> Result<(), LlmError> {
-        if last || self.kept.elapsed() >= self.cost * Self::SHARE {
-            let started = Instant::now();
-            self.units.store(&self.name, &[bytemuck::cast_slice(found)])?;
-            self.kept = Instant::now();
-            self.cost = self.kept - started;
-        }
-        Ok(())
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -476,7 +438,7 @@ mod tests {
             let gain = |w: usize| 1.5f64.powi((w as i32 * 7 + seed * 5) % 11);
             let curve = |w: usize| [1.0, 0.5, 0.3].map(|x| x * gain(w)).to_vec();
             let curves: Vec<Vec<f64>> = (0..sizes.n_weights()).map(curve).collect();
-            let order = checked(&reference, &draft, &curves, &Units::none("".as_ref()), &()).unwrap();
+            let order = checked(&reference, &draft, &curves, None, &()).unwrap();
             let mut n_blocks = sizes.n_weights();
             for budget in check_budgets(&sizes) {
                 // What either trust would have led to from the check before.
@@ -512,9 +474,8 @@ mod tests {
             let measure = |window: usize, decoder: &Decoder<Slot>, hidden: &Array2<f32>| {
                 reference.divergence(window, decoder, hidden)
             };
-            let none = Units::none("".as_ref());
             let mut model = at_levels(&draft, &vec![1; n]).unwrap();
-            let found = try_each(&mut model, &trials, next, &windows, measure, Runs::new("runs", &none), &()).unwrap();
+            let found = try_each(&mut model, &trials, next, &windows, measure, Runs::new("runs", None), &()).unwrap();
             for (trial, found) in trials.iter().zip(found) {
                 let mut levels = vec![1; n];
                 trial.iter().for_each(|place| levels[place.weight] = 2);
@@ -548,9 +509,8 @@ mod tests {
                 let measure = |window: usize, decoder: &Decoder<Slot>, hidden: &Array2<f32>| {
                     reference.divergence(window, decoder, hidden)
                 };
-                let none = Units::none("".as_ref());
                 let mut model = at_levels(&draft, &vec![1; n]).unwrap();
-                let runs = Runs::new("runs", &none);
+                let runs = Runs::new("runs", None);
                 let found = try_each(&mut model, &trials, next, &windows, measure, runs, &()).unwrap();
                 let tried: Vec<_> = trials.iter().zip(found).filter(|(trial, _)| !trial.is_empty()).collect();
                 assert!(

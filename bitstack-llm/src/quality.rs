@@ -1,8 +1,8 @@
 //! How good a stack is at its sizes: measured when its order is made, and kept in its file.
 
 use crate::eval::{Metrics, WithReference};
-use crate::journal::Units;
-use crate::order::{CHECKS, Curve, Reference, Runs, at_levels, check_budgets};
+use crate::order::{CHECKS, Curve, Reference, at_levels, check_budgets};
+use crate::units::Runs;
 use crate::{Checkpoint, LlmError, Part, Progress};
 use bitstack_format::BlockSource;
 use bitstack_sort::{LoadOrder, Plan, Sizes, SortError};
@@ -201,11 +201,10 @@ pub(crate) fn measure<S: BlockSource + Sync + ?Sized>(
     order: &LoadOrder,
     windows: &[&[u32]],
     costs: &[f64],
-    units: &Units,
+    mut runs: Runs<'_>,
     progress: &dyn Progress,
 ) -> Result<Quality, LlmError> {
     let plans = plans(order, &Sizes::new(source.base_bytes(), source.block_sizes())?)?;
-    let mut runs = Runs::new("runs.quality", units);
     // Of each size, divergence and agreement.
     let mut found = runs.finished(2 * plans.len())?;
     progress.part(Part::Quality, 0);
@@ -387,8 +386,8 @@ mod tests {
         let tokens: Vec<Vec<u32>> = (0..3).map(|w| (0..30).map(|i| (w * 17 + i * i * 5 + 3) % 96).collect()).collect();
         let windows: Vec<&[u32]> = tokens.iter().map(|w| &w[..]).collect();
         let costs = vec![1.0; order.n_weights()];
-        let units = Units::none("".as_ref());
-        let quality = measure(&checkpoint, &draft, &order, &windows, &costs, &units, &()).unwrap();
+        let quality =
+            measure(&checkpoint, &draft, &order, &windows, &costs, Runs::new("runs.quality", None), &()).unwrap();
         assert_eq!(quality.tokens, 3 * 29);
         assert_eq!(quality.sizes[0].resident_bytes, order.minimum_bytes());
         assert_eq!(quality.whole().resident_bytes, order.total_bytes());

@@ -10,7 +10,7 @@ const UNSEEN: f64 = 0.02;
 ///
 /// Errors count as often as their rows are used: looked up, or predicted (own derivation: with logits off by δ the divergence is
 /// ½ Var_p(δ), which weighs each token by its probability).
-pub(crate) fn share_by_frequency(divergences: &mut [f64], specs: &[&WeightSpec], tokens: &[u32]) {
+pub(crate) fn share_by_frequency(divergences: &mut [f64], specs: &[WeightSpec], tokens: &[u32]) {
     for role in [WeightRole::Embedding, WeightRole::Head] {
         let parts: Vec<usize> = (0..specs.len()).filter(|&weight| specs[weight].role == role).collect();
         if parts.len() < 2 || tokens.is_empty() {
@@ -18,7 +18,7 @@ pub(crate) fn share_by_frequency(divergences: &mut [f64], specs: &[&WeightSpec],
         }
         let sum: f64 = parts.iter().map(|&part| divergences[part].max(0.0)).sum();
         for part in parts {
-            let spec = specs[part];
+            let spec = &specs[part];
             let rows = spec.first_row..spec.first_row + spec.rows;
             let seen = tokens.iter().filter(|token| rows.contains(&(**token as usize))).count();
             let evenly = spec.rows as f64 / spec.tensor_rows as f64;
@@ -169,7 +169,6 @@ pub(crate) mod tests {
             part(WeightRole::Query, 0),
             part(WeightRole::Head, 0),
         ];
-        let specs: Vec<&WeightSpec> = specs.iter().collect();
         let mut found = [3.0, 1.0, 7.0, 5.0];
         share_by_frequency(&mut found, &specs, &[1, 2, 3, 4, 5, 9, 9, 19]);
         // Seven tokens of eight, and half of those that might come.
