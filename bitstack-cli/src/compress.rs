@@ -41,6 +41,12 @@ pub(crate) fn run(args: &Compress, reporter: &Reporter) -> Result<ExitCode> {
 
 fn write(args: &Compress, reporter: &Reporter) -> Result<()> {
     let (output, method) = (&args.output, &args.method);
+    if method.method == Method::Nested && method.rank.is_some_and(|k| k != 1) {
+        return Err(usage("--rank: nested codes have rank 1; --method avd has any"));
+    }
+    if method.method == Method::Nested && method.spikes {
+        return Err(usage("--spikes: is for --method avd; nested codes list spikes wherever that pays"));
+    }
     let directory = journal_of(output);
     // A process killed just after it had written the output left both; otherwise an output is not to be touched.
     if args.restart || !Journal::has_output(&directory) {
@@ -53,12 +59,6 @@ fn write(args: &Compress, reporter: &Reporter) -> Result<()> {
         Some(path) => Some(read_text(path)?),
         None => None,
     };
-    if method.method == Method::Nested && method.rank.is_some_and(|k| k != 1) {
-        return Err(usage("--rank: nested codes have rank 1; --method avd has any"));
-    }
-    if method.method == Method::Nested && method.spikes {
-        return Err(usage("--spikes: is for --method avd; nested codes list spikes wherever that pays"));
-    }
     let options = options(method);
     if args.restart {
         Journal::discard(&directory)?;

@@ -175,7 +175,7 @@ fn first_layer(shape: &Model) -> u64 {
         .spawn()
         .unwrap();
     let units: Vec<PathBuf> =
-        (0..7).map(|w| dir.path().join(format!("large.bitstack.partial/weight.{w:04}.bitstack"))).collect();
+        (0..7).map(|w| dir.path().join(format!("large.bitstack.partial/weight.{w:04}"))).collect();
     let (mut most, mut done) = (0, 0);
     while done < units.len() {
         assert!(child.try_wait().unwrap().is_none(), "it ended before the first layer was done");

@@ -118,7 +118,7 @@ fn a_run_killed_at_random_moments_ends_with_the_same_bytes() {
             if kills < n_kills && child.try_wait().unwrap().is_none() {
                 kill(child);
                 kills += 1;
-                with_work += usize::from(journal(&out).join("weight.0000.bitstack").exists());
+                with_work += usize::from(journal(&out).join("weight.0000").exists());
                 // Killed on its way out, when all was done: the same command would say that the output exists.
                 if out.exists() && !journal(&out).exists() {
                     break;
@@ -141,13 +141,13 @@ fn a_resumed_run_says_what_is_there_and_makes_no_finished_weight_again() {
     let (bytes, _) = uninterrupted();
     let dir = tempfile::tempdir().unwrap();
     let out = dir.path().join("tiny.bitstack");
-    kill(start_until(ordinary(&out), &out, "weight.0003.bitstack"));
-    let path = journal(&out).join("weight.0003.bitstack");
+    kill(start_until(ordinary(&out), &out, "weight.0003"));
+    let path = journal(&out).join("weight.0003");
     let made = path.metadata().unwrap().modified().unwrap();
     let there = names(&journal(&out)).iter().filter(|n| n.starts_with("weight.")).count();
 
     // Until the next layer, so that the journal is still there.
-    kill(start_until(ordinary(&out), &out, "weight.0010.bitstack"));
+    kill(start_until(ordinary(&out), &out, "weight.0010"));
     assert_eq!(path.metadata().unwrap().modified().unwrap(), made);
     let output = ordinary(&out).output().unwrap();
     succeeds(&output);
@@ -162,7 +162,7 @@ fn a_journal_of_something_else_is_refused_with_the_difference() {
     let (bytes, _) = uninterrupted();
     let dir = tempfile::tempdir().unwrap();
     let out = dir.path().join("tiny.bitstack");
-    kill(start_until(ordinary(&out), &out, "weight.0001.bitstack"));
+    kill(start_until(ordinary(&out), &out, "weight.0001"));
     // A unit that was being written when the process was killed is swept away.
     let units = || names(&journal(&out)).into_iter().filter(|n| !n.ends_with(".tmp")).collect::<Vec<_>>();
     let before = units();
@@ -249,7 +249,7 @@ fn an_interrupted_run_says_how_to_go_on() {
     }
     let dir = tempfile::tempdir().unwrap();
     let out = dir.path().join("tiny.bitstack");
-    let child = start_until(ordinary(&out), &out, "weight.0000.bitstack");
+    let child = start_until(ordinary(&out), &out, "weight.0000");
     assert!(Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap().success());
     let output = child.wait_with_output().unwrap();
     assert_eq!(output.status.code(), Some(130));
