@@ -7,7 +7,7 @@ use crate::order::{Curve, Reference};
 use crate::own_text::{can_write, own_text};
 use crate::stream::Streamed;
 use crate::text::{Windows, default_seq_len, thirds, with_thirds};
-use crate::units::{Runs, Scratch, Units};
+use crate::units::{Runs, Scratch, Units, WeightUnit};
 use crate::vocabulary::share_by_frequency;
 use crate::windows::{CHECK_RUN, VALIDATION_WINDOWS, beginnings, calibration, n_tokens, probe, runs};
 use crate::{
@@ -493,7 +493,7 @@ impl<'a> Making<'a> {
                     self.units.weight(&unit)?
                 }
             };
-            let (file, errors) = found.ok_or(bitstack_format::FormatError::Damaged { name: unit })?;
+            let WeightUnit { file, errors } = found.ok_or(bitstack_format::FormatError::Damaged { name: unit })?;
             draft.add_blocks_in(file)?;
             all.push(errors);
         }

@@ -198,7 +198,7 @@ impl<'a> Journal<'a> {
     /// needed: a kill right after this, before [`Journal::remove`], is what [`Journal::is_written`] is for.
     ///
     /// # Errors
-    /// As [`write_atomically`] and [`Draft::finish`].
+    /// As [`write_atomically`] and [`bitstack_format::Draft::finish`].
     pub fn write(
         &self,
         compressed: &Compressed,
@@ -474,7 +474,7 @@ mod tests {
         let n = checkpoint.config().weights().len();
         let mut importance = vec![0.0; n];
         assert!(journal.units.load_into("importance", &mut [bytemuck::cast_slice_mut(&mut importance)]).unwrap());
-        let errors = (0..n).map(|weight| journal.units.weight(&format!("weight.{weight:04}")).unwrap().unwrap().1);
+        let errors = (0..n).map(|weight| journal.units.weight(&format!("weight.{weight:04}")).unwrap().unwrap().errors);
         let found = Golden { units: UNITS, importance, errors: errors.collect() };
         if std::env::var_os("BITSTACK_BLESS").is_some() {
             fs::write(path, serde_json::to_vec_pretty(&found).unwrap()).unwrap();

@@ -30,7 +30,7 @@ pub(crate) struct Plan {
 }
 
 impl<'a> Making<'a> {
-    /// A compression that somebody else planned ([`Journal::plan`]), from nothing but its store and the checkpoint: to do some of its jobs. Scratch
+    /// A compression that somebody else planned ([`Journal::plan`](crate::Journal::plan)), from nothing but its store and the checkpoint: to do some of its jobs. Scratch
     /// files go to the directory `scratch`. The tensors of the checkpoint are hashed and must be those of the plan.
     ///
     /// # Errors

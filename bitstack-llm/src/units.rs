@@ -264,7 +264,7 @@ impl Units {
     }
 
     /// The blocks of a weight and its errors, if they are there and whole.
-    pub(crate) fn weight(&self, unit: &str) -> Result<Option<(StackFile<StoredUnit>, Vec<f64>)>, FormatError> {
+    pub(crate) fn weight(&self, unit: &str) -> Result<Option<WeightUnit>, FormatError> {
         let Some(source) = self.store.get(unit)? else { return Ok(None) };
         let file = match StackFile::open(source) {
             Ok(file) if file.missing().is_none() => file,
@@ -279,7 +279,7 @@ impl Units {
         }
         let errors = of("errors").split(' ').map(|e| u64::from_str_radix(e, 16).map(f64::from_bits));
         let Ok(errors) = errors.collect::<Result<Vec<_>, _>>() else { return Ok(None) };
-        Ok(Some((file, errors)))
+        Ok(Some(WeightUnit { file, errors }))
     }
 
     fn hasher(&self, name: &str) -> blake3::Hasher {
@@ -287,6 +287,14 @@ impl Units {
         hasher.update(name.as_bytes()).update(&[0]);
         hasher
     }
+}
+
+/// A weight that is decomposed.
+pub(crate) struct WeightUnit {
+    /// A stack of this weight alone.
+    pub(crate) file: StackFile<StoredUnit>,
+    /// The squared error of its outputs at every level, and at last that of the rounded weight, per token.
+    pub(crate) errors: Vec<f64>,
 }
 
 /// A unit that is to be read.
@@ -413,7 +421,7 @@ mod tests {
         let errors = [0.1 + 0.2, 5e-324];
         units(1).store_weight("w", &spec, (1, "avd"), &stack, &errors).unwrap();
         let take = |key| {
-            let (file, errors) = units(key).weight("w").unwrap()?;
+            let WeightUnit { file, errors } = units(key).weight("w").unwrap()?;
             Some((errors, file.read_block(0, 2).unwrap()))
         };
         assert_eq!(take(1).unwrap(), (errors.to_vec(), stack.blocks()[1].clone()));

@@ -84,7 +84,7 @@ fn a_unit_needs_nothing_but_the_store_the_checkpoint_and_its_name() {
     // One of the last, from a store where nothing is but the plan: whatever it needs is made too.
     let (store, journal) = planned("one");
     let steps = journal.plan(&()).unwrap().steps();
-    let job = steps.iter().flatten().filter(|job| matches!(job, Job::Weight(_))).next_back().unwrap().to_string();
+    let job = steps.iter().flatten().rfind(|job| matches!(job, Job::Weight(_))).unwrap().to_string();
     assert!(!store.join(&job).exists());
     Processes { model: checkpoint.dir(), store: &store }
         .run(&journal.plan(&()).unwrap(), &[job.parse().unwrap()])
