@@ -1,6 +1,6 @@
 //! Absolute-value decomposition, arXiv 2410.23918, section 3.1: the loop over blocks.
 
-use crate::envelope::balance;
+use crate::envelope::{self, balance};
 use crate::report::OutputMetric;
 use crate::spikes::{self, List, Reach};
 use crate::svd::TruncatedSvd;
@@ -84,18 +84,18 @@ fn cut(
     magnitude: &mut [f32],
 ) -> BTreeMap<(usize, usize), f32> {
     let envelope = balance(weight, scales, true);
-    let inverse: Vec<f32> = envelope.cols.iter().map(|v| if *v > 0.0 { (1.0 / v) as f32 } else { 0.0 }).collect();
+    let inverse = envelope::inverse(&envelope.cols);
     let column_weights: Vec<f64> = envelope.cols.iter().zip(scales).map(|(v, s)| (v * f64::from(*s)).powi(2)).collect();
     let envelope = spikes::Envelope { rows: &envelope.rows, inverse_cols: &inverse };
     let reach = Reach { clear: CLEAR, rest: REST, error };
     let places = spikes::find(weight, envelope, &column_weights, reach);
-    let mut take = |(row, col): (usize, usize)| {
+    let take = |(row, col): (usize, usize)| {
         let magnitude = &mut magnitude[row * weight.ncols() + col];
         let value = signs.view().get(row, col) * *magnitude;
         *magnitude *= (REST / envelope.normal(weight, row, col).abs()) as f32;
         ((row, col), value)
     };
-    places.into_iter().map(&mut take).collect()
+    places.into_iter().map(take).collect()
 }
 
 /// The loop over blocks.

@@ -56,3 +56,8 @@ pub(crate) fn balance(weight: ArrayView2<'_, f32>, s: &[f32], list: bool) -> Env
     }
     Envelope { rows: a, cols: v }
 }
+
+/// One over the magnitudes of columns; 0 for a column of zeros.
+pub(crate) fn inverse(cols: &[f64]) -> Vec<f32> {
+    cols.iter().map(|v| if *v > 0.0 { (1.0 / v) as f32 } else { 0.0 }).collect()
+}

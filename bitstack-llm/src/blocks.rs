@@ -110,6 +110,11 @@ impl Making<'_> {
         Ok(inputs)
     }
 
+    /// Whether what the weights of a place read was found here, and is kept.
+    pub(crate) fn has_inputs(&self, place: Place) -> bool {
+        self.inputs.lock().unwrap_or_else(PoisonError::into_inner).as_ref().is_some_and(|(of, _)| *of == place)
+    }
+
     /// They are not needed any more.
     pub(crate) fn forget_inputs(&self) {
         *self.inputs.lock().unwrap_or_else(PoisonError::into_inner) = None;

@@ -252,6 +252,8 @@ impl<'a> Making<'a> {
         let finished = self.finished();
         match job {
             Job::Weight(weight) => !finished.contains(&weight),
+            // Whoever walks through a layer leaves the states behind it.
+            Job::States(layer) if self.has_inputs(Place::Layer(layer - 1)) => false,
             Job::States(layer) => (0..self.stacked.len()).any(|weight| {
                 let is_behind = match self.place(weight) {
                     Place::Embedding => false,

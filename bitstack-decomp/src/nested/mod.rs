@@ -59,7 +59,7 @@ pub(crate) fn steps(
     let basis = Basis::new(1, cols, store(&envelope.cols, nested.factors))?;
     let v = stored(basis.view().values());
     let mut normal = is_normal(basis.view().values(), &envelope.cols);
-    let inverse: Vec<f32> = v.iter().map(|v| if *v > 0.0 { (1.0 / v) as f32 } else { 0.0 }).collect();
+    let inverse = envelope::inverse(&v);
 
     // Columns that matter most come first: their errors can still be made up for by those that follow.
     let mut order: Vec<usize> = (0..cols).collect();
