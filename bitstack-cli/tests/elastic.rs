@@ -3,10 +3,10 @@
 #![expect(clippy::print_stdout, reason = "a test that is skipped says so")]
 
 use bitstack_llm::synthetic::{self, ModelShape};
-use std::io::Write;
+use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::sync::OnceLock;
+use std::sync::{OnceLock, mpsc};
 use std::time::{Duration, Instant};
 use std::{fs, thread};
 
@@ -54,7 +54,7 @@ fn plus_and_minus_change_the_size_while_text_is_written() {
         return;
     }
     let command = format!(
-        "{} generate {} --prompt The --max-tokens 40 --temperature 1 --seed 1",
+        "{} generate {} --prompt The --max-tokens 400 --temperature 1 --seed 1",
         env!("CARGO_BIN_EXE_bitstack"),
         large_stack().display()
     );
@@ -69,16 +69,26 @@ fn plus_and_minus_change_the_size_while_text_is_written() {
             .unwrap(),
     );
     let mut keyboard = child.0.stdin.take().unwrap();
-    let screen = child.0.stdout.take().unwrap();
-    let reader = thread::spawn(move || std::io::read_to_string(screen).unwrap());
-    for keys in ["-", "-", "+"].iter().cycle() {
-        if child.0.try_wait().unwrap().is_some() || keyboard.write_all(keys.as_bytes()).is_err() {
-            break;
+    let mut screen = child.0.stdout.take().unwrap();
+    let (shows, seen) = mpsc::channel();
+    thread::spawn(move || {
+        let mut piece = [0; 4096];
+        while let Ok(n @ 1..) = screen.read(&mut piece) {
+            let _ = shows.send(piece[..n].to_vec());
         }
-        thread::sleep(Duration::from_millis(30));
+    });
+    let mut shown = Vec::new();
+    let answers = |shown: &[u8]| String::from_utf8_lossy(shown).matches("bits per stacked weight]").count();
+    // Each key is pressed when the one before is answered, and the first when there is text, however slow the machine.
+    for (answered, key) in ["-", "-", "+"].iter().enumerate() {
+        while !(shown.windows(3).any(|w| w == b"The") && answers(&shown) == answered) {
+            shown.extend(seen.recv_timeout(Duration::from_secs(120)).expect("the text goes on until the keys are answered"));
+        }
+        keyboard.write_all(key.as_bytes()).unwrap();
     }
+    shown.extend(seen.iter().flatten());
     assert!(child.0.wait().unwrap().success());
-    let shown = reader.join().unwrap();
+    let shown = String::from_utf8_lossy(&shown);
     // Each key answers with the new size, in MB: down, down, up.
     let said: Vec<f64> = shown
         .lines()
@@ -168,7 +178,7 @@ fn under_a_falling_limit_the_text_goes_on_and_under_a_rising_one_the_model_grows
     let counter = written.clone();
     thread::spawn(move || {
         let mut buffer = [0; 256];
-        while let Ok(n @ 1..) = std::io::Read::read(&mut output, &mut buffer) {
+        while let Ok(n @ 1..) = output.read(&mut buffer) {
             counter.fetch_add(n as u64, std::sync::atomic::Ordering::Relaxed);
         }
     });
