@@ -9,12 +9,13 @@
 
 use bitstack_core::{ActivationStats, Collect, Scales};
 use bitstack_format::BlockSource;
+use bitstack_llm::device::Cpu;
 use bitstack_llm::eval::{self, Metrics, WithReference};
 use bitstack_llm::stack::StackModel;
 use bitstack_llm::text::Windows;
 use bitstack_llm::{
-    BlockMethod, Checkpoint, CompressOptions, Compressed, Decoder, Dense, Elements, LinearOp, LlmError, Observer,
-    Ordering, Pass, Scaling, Tokenizer, block_perplexities, compress,
+    BlockMethod, Checkpoint, CompressOptions, Compressed, Decoder, Dense, Elements, LlmError, Observer, Ordering, Pass,
+    Scaling, Tokenizer, Weight, block_perplexities, compress,
 };
 use bitstack_sort::{Balanced, Greedy, LoadOrder, Method, Random, Scores, Sizes};
 use clap::Parser;
@@ -221,7 +222,7 @@ impl<'a> Bench<'a> {
         Ok(curve)
     }
 
-    fn measure<L: LinearOp>(&self, model: &Decoder<L>) -> Result<Metrics> {
+    fn measure<L: Weight<Cpu>>(&self, model: &Decoder<L>) -> Result<Metrics> {
         let found = logits(model, &self.test)?;
         let scores = found
             .iter()
@@ -257,7 +258,7 @@ impl<'a> Bench<'a> {
                 let rank = (block_rank * levels[weight] as usize).min(u.ncols());
                 let (u, v) = (u.slice(ndarray::s![.., ..rank]), v.slice(ndarray::s![..rank, ..]));
                 let values = u.dot(&v).into_raw_vec_and_offset().0;
-                *model.linear_mut(i) =
+                *model.weight_mut(i) =
                     Dense::new(rows, cols, Elements::F32(values)).ok_or("as many values as the shape")?;
             }
             curve.push((bits, self.measure(&model)?));
@@ -271,8 +272,8 @@ impl<'a> Bench<'a> {
         let tokens = tokenizer.encode(&self.calibration)?;
         let limit = self.checkpoint.config().max_positions;
         let windows = Windows::new(&tokens, CALIBRATION_TOKENS.min(limit), limit)?.halves().0;
-        let new = |l: &Dense| ActivationStats::new(l.cols(), Collect::Diagonal);
-        let mut seen = Seen(model.linears().iter().map(new).collect());
+        let new = |l: &Dense| ActivationStats::new(l.shape()[1], Collect::Diagonal);
+        let mut seen = Seen(model.weights().iter().map(new).collect());
         for window in windows.evenly_spaced(DEFAULT_SAMPLES) {
             model.forward(window, &mut Pass::new().with_observer(&mut seen))?;
         }
@@ -289,7 +290,7 @@ impl Observer for Seen {
     }
 }
 
-fn logits<L: LinearOp>(model: &Decoder<L>, windows: &[&[u32]]) -> Result<Vec<Array2<f32>>> {
+fn logits<L: Weight<Cpu>>(model: &Decoder<L>, windows: &[&[u32]]) -> Result<Vec<Array2<f32>>> {
     let run = |window: &&[u32]| model.forward(&window[..window.len() - 1], &mut Pass::new());
     Ok(windows.par_iter().with_max_len(1).map(run).collect::<Result<Vec<_>, LlmError>>()?)
 }

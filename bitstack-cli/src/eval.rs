@@ -8,10 +8,11 @@ use super::progress::Reporter;
 use super::{print, usage};
 use anyhow::{Context, Result};
 use bitstack_format::{Existing, write_atomically};
+use bitstack_llm::device::Cpu;
 use bitstack_llm::eval::{Metrics, Reference, perplexity};
 use bitstack_llm::stack::tokenizer;
 use bitstack_llm::text::{Windows, default_seq_len};
-use bitstack_llm::{Checkpoint, Decoder, Dense, ElasticModel, LinearOp, ModelConfig, Progress, Tokenizer};
+use bitstack_llm::{Checkpoint, Decoder, Dense, ElasticModel, ModelConfig, Progress, Tokenizer, Weight};
 use bitstack_runtime::Options;
 use serde_json::{Value, json};
 use std::fmt::Write;
@@ -141,7 +142,7 @@ impl Measure<'_> {
         Ok(())
     }
 
-    fn metrics<L: LinearOp>(&self, model: &Decoder<L>, windows: &[&[u32]]) -> Result<Metrics> {
+    fn metrics<L: Weight<Cpu>>(&self, model: &Decoder<L>, windows: &[&[u32]]) -> Result<Metrics> {
         Ok(match &self.reference {
             Some(reference) => reference.compare(model, self.reporter)?,
             None => perplexity(model, windows, self.reporter)?,

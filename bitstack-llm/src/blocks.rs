@@ -88,7 +88,7 @@ impl Making<'_> {
             }
             Place::Layer(layer) => self.walk(layer)?,
             Place::Head => {
-                let hidden = self.states(config.n_layers)?;
+                let hidden = self.states(config.n_layers())?;
                 let model = Streamed::original(self.checkpoint())?;
                 vec![calibrate::head(&model, hidden, self.collect(), self.progress)?]
             }
@@ -171,7 +171,8 @@ impl Making<'_> {
         let in_weight = |source| LlmError::Weight { name: spec.name.clone(), source };
         let in_decomposition = |source| LlmError::Decompose { name: spec.name.clone(), source };
         let config = self.checkpoint().config();
-        let grouped = config.n_heads != config.n_kv_heads;
+        let attention = spec.layer.map(|layer| &config.layers[layer].attention);
+        let grouped = attention.is_some_and(|attention| attention.n_heads != attention.n_kv_heads);
         let scales = match self.options.scaling {
             // Nothing is known about the inputs of an embedding.
             _ if stats.tokens() == 0 => Scales::none(spec.cols),

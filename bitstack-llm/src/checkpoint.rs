@@ -193,7 +193,7 @@ impl Checkpoint {
     /// Bytes that the model's tensors take in the checkpoint.
     pub fn stored_bytes(&self) -> u64 {
         let names = self.config.weights().into_iter().filter(|w| w.first_row == 0).map(|w| w.tensor_name());
-        let names = names.chain(self.config.other_tensors().into_iter().map(|v| v.name));
+        let names = names.chain(self.config.other_tensors().iter().map(|v| v.name.clone()));
         let bytes = |at: &Location| (at.shape.iter().product::<usize>() * at.dtype.bitsize() / 8) as u64;
         names.filter_map(|name| self.tensors.get(&name)).map(bytes).sum()
     }

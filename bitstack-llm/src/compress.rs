@@ -179,7 +179,7 @@ impl<'a> Making<'a> {
             let weights = (0..self.stacked.len()).filter(|weight| self.place(*weight) == place);
             weights.map(Job::Weight).collect::<Vec<_>>()
         };
-        let n_layers = self.checkpoint().config().n_layers;
+        let n_layers = self.checkpoint().config().n_layers();
         let layer = |layer: usize| [weights_of(Place::Layer(layer)), vec![Job::States(layer + 1)]];
         let mut steps = Vec::new();
         steps.extend((self.own_texts().0 > 0).then(|| vec![Job::Text]));
@@ -200,7 +200,7 @@ impl<'a> Making<'a> {
         match job {
             Job::Text => self.own().map(drop),
             Job::Importance => self.aims().map(drop),
-            Job::States(layer) if (1..=self.checkpoint().config().n_layers).contains(&layer) => {
+            Job::States(layer) if (1..=self.checkpoint().config().n_layers()).contains(&layer) => {
                 self.states(layer).map(drop)
             }
             Job::Weight(weight) if weight < self.stacked.len() => self.weight(weight),
@@ -237,7 +237,7 @@ impl<'a> Making<'a> {
             // The states in front of a layer, or of the head, are needed until its weights are finished.
             match step[0] {
                 Job::States(layer) => self.units.remove(&Job::States(layer - 1).to_string())?,
-                Job::Order => self.units.remove(&Job::States(self.checkpoint().config().n_layers).to_string())?,
+                Job::Order => self.units.remove(&Job::States(self.checkpoint().config().n_layers()).to_string())?,
                 _ => {}
             }
         }
@@ -547,7 +547,7 @@ impl<'a> Making<'a> {
 
     /// The windows on which layers are measured.
     fn runs<'t>(&self, texts: &Texts<'t>) -> Vec<&'t [u32]> {
-        runs(&texts.validation, n_tokens(&texts.calibration), self.checkpoint().config().n_layers)
+        runs(&texts.validation, n_tokens(&texts.calibration), self.checkpoint().config().n_layers())
     }
 }
 

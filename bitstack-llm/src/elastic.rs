@@ -1,18 +1,14 @@
 //! A model that multiplies by its packed blocks, and grows and shrinks while it is in use.
 
-use std::cell::Cell;
 use std::ops::ControlFlow;
 use std::sync::Arc;
 
-use bitstack_core::Level;
-use bitstack_cpu::{Kernel, Scratch};
-use bitstack_format::{BlockSource, ReadAt, StackFile};
-use bitstack_runtime::{Elastic, Options, Snapshot};
-use ndarray::{Array2, ArrayView2, ArrayViewMut2};
-
-use crate::linear::{LinearOp, Threads};
 use crate::sample::{Continuation, Generation};
 use crate::{Decoder, Dense, Frame, LlmError, ModelConfig, Progress, SamplingOptions, Tokenizer, stack};
+use bitstack_core::Level;
+use bitstack_cpu::Kernel;
+use bitstack_format::{BlockSource, ReadAt, StackFile};
+use bitstack_runtime::{Elastic, Options, Snapshot};
 
 /// A model over the resident blocks of a file: no weight is ever rebuilt as a whole, so the memory it takes is the memory that
 /// its plan says, and what a pass needs for its activations.
@@ -162,50 +158,20 @@ pub enum Operator<'a> {
     Kept(&'a Dense),
 }
 
-thread_local! {
-    /// Buffers of the kernels, kept from call to call. A call takes them out and puts them back, so that a call made while another
-    /// waits on the same thread finds none and makes its own.
-    static SCRATCH: Cell<Scratch> = Cell::default();
-}
-
-impl LinearOp for Operator<'_> {
-    fn rows(&self) -> usize {
+impl Operator<'_> {
+    /// Rows and columns.
+    pub fn shape(&self) -> [usize; 2] {
         match self {
-            Self::Planes { level, .. } => level.shape().rows(),
-            Self::Kept(dense) => dense.rows(),
+            Self::Planes { level, .. } => [level.shape().rows(), level.shape().cols()],
+            Self::Kept(dense) => dense.shape(),
         }
     }
 
-    fn cols(&self) -> usize {
-        match self {
-            Self::Planes { level, .. } => level.shape().cols(),
-            Self::Kept(dense) => dense.cols(),
-        }
-    }
-
-    fn apply(&self, x: ArrayView2<'_, f32>, mut y: ArrayViewMut2<'_, f32>, threads: Threads) {
-        let (level, kernel) = match self {
-            Self::Kept(dense) => return dense.apply(x, y, threads),
-            Self::Planes { level, kernel } => (level, kernel),
-        };
-        let threads = threads.into();
-        let x = x.as_standard_layout();
-        let x = x.as_slice().expect("made standard above");
-        let mut scratch = SCRATCH.take();
-        let fits = "the decoder gives x of tokens x cols and y of tokens x rows";
-        match y.as_slice_mut() {
-            Some(y) => kernel.apply(level, x, y, threads, &mut scratch).expect(fits),
-            None => {
-                let mut copy = Array2::zeros(y.raw_dim());
-                let slice = copy.as_slice_mut().expect("a fresh array");
-                kernel.apply(level, x, slice, threads, &mut scratch).expect(fits);
-                y.assign(&copy);
-            }
-        }
-        SCRATCH.set(scratch);
-    }
-
-    fn row_into(&self, row: usize, out: &mut [f32]) {
+    /// Copies row `row` into `out`, which has as many elements as there are columns.
+    ///
+    /// # Panics
+    /// When there is no such row, or `out` is not as long.
+    pub fn row_into(&self, row: usize, out: &mut [f32]) {
         match self {
             Self::Kept(dense) => dense.row_into(row, out),
             Self::Planes { level, .. } => level.reconstruct_rows(row, out).expect("a row of the weight's own length"),

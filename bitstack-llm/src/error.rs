@@ -38,7 +38,7 @@ pub enum LlmError {
         /// `architectures[0]` or `model_type` of the config.
         found: String,
         /// The names that are accepted.
-        supported: &'static str,
+        supported: String,
     },
     /// `config.json` lacks a field.
     #[error("config.json has no {field}")]
@@ -128,25 +128,19 @@ pub enum LlmError {
         /// Columns needed.
         cols: usize,
     },
-    /// Rows of several sequences are not equally many of each.
-    #[error("{rows} rows cannot be divided evenly among {sequences} sequences")]
+    /// Rows of several sequences are not equally many of each, nor as many as the pass says.
+    #[error("{rows} rows cannot be divided among {sequences} sequences")]
     UnevenRows {
         /// Rows given.
         rows: usize,
         /// Sequences, one per cache.
         sequences: usize,
     },
-    /// Sequences that are to run in lockstep are not equally long.
-    #[error(
-        "the cache of sequence {sequence} holds {positions} positions and that of sequence 0 holds {first}; in lockstep all are equally long"
-    )]
-    UnequalSequences {
-        /// The first sequence that differs, counted from 0.
-        sequence: usize,
-        /// Its positions.
-        positions: usize,
-        /// Those of sequence 0.
-        first: usize,
+    /// A layer has parts that cannot be run backwards.
+    #[error("layer {layer} has parts whose gradients are not known")]
+    NoGradient {
+        /// The layer; the number of layers for the head.
+        layer: usize,
     },
     /// Hidden states or logits given to a function have the wrong size.
     #[error("{what} is {found_rows} x {found_cols}, expected {rows} x {cols}")]

@@ -9,7 +9,8 @@ use ndarray::{Array2, ArrayView2, Axis, Slice};
 use rayon::prelude::*;
 use std::ops::Range;
 
-use crate::{Decoder, LinearOp, LlmError, Pass, Progress, math};
+use crate::device::{Cpu, Device, Weight};
+use crate::{Decoder, LlmError, Pass, Progress, math};
 
 /// A mean over windows and its standard error, which is NaN for a single window.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -152,12 +153,12 @@ pub enum WithReference {
 ///
 /// # Errors
 /// No windows, a window of fewer than 2 tokens or longer than the model's limit, a token outside the vocabulary.
-pub fn perplexity<L: LinearOp>(
-    model: &Decoder<L>,
+pub fn perplexity<L: Weight<D>, D: Device>(
+    model: &Decoder<L, D>,
     windows: &[&[u32]],
     progress: &dyn Progress,
 ) -> Result<Metrics, LlmError> {
-    let score = |window: &[u32]| one_window(model, None::<(&Decoder<L>, _)>, window);
+    let score = |window: &[u32]| one_window(model, None::<(&Decoder<L, D>, _)>, window);
     Metrics::of(&each_window(windows, score, progress)?, WithReference::No)
 }
 
@@ -165,9 +166,9 @@ pub fn perplexity<L: LinearOp>(
 ///
 /// # Errors
 /// As [`perplexity`], and [`LlmError::DifferentVocabulary`].
-pub fn compare<L: LinearOp, R: LinearOp>(
-    model: &Decoder<L>,
-    reference: &Decoder<R>,
+pub fn compare<L: Weight<D>, R: Weight<D>, D: Device>(
+    model: &Decoder<L, D>,
+    reference: &Decoder<R, D>,
     windows: &[&[u32]],
     progress: &dyn Progress,
 ) -> Result<Metrics, LlmError> {
@@ -184,18 +185,18 @@ pub fn compare<L: LinearOp, R: LinearOp>(
 /// The states take 4 bytes times hidden size per token; logits are made again for each comparison, as those of large vocabularies would take
 /// a hundred times as much.
 #[derive(Debug)]
-pub struct Reference<'a, R> {
-    model: &'a Decoder<R>,
+pub struct Reference<'a, R, D: Device = Cpu> {
+    model: &'a Decoder<R, D>,
     windows: Vec<Vec<u32>>,
     states: Vec<Array2<f32>>,
 }
 
-impl<'a, R: LinearOp> Reference<'a, R> {
+impl<'a, R: Weight<D>, D: Device> Reference<'a, R, D> {
     /// Runs the model on the windows, side by side on the current rayon pool. `progress` is advanced by every window.
     ///
     /// # Errors
     /// As [`perplexity`].
-    pub fn new(model: &'a Decoder<R>, windows: &[&[u32]], progress: &dyn Progress) -> Result<Self, LlmError> {
+    pub fn new(model: &'a Decoder<R, D>, windows: &[&[u32]], progress: &dyn Progress) -> Result<Self, LlmError> {
         let states = each_window(windows, |window| states(model, window), progress)?;
         Ok(Self { model, windows: windows.iter().map(|w| w.to_vec()).collect(), states })
     }
@@ -209,7 +210,7 @@ impl<'a, R: LinearOp> Reference<'a, R> {
     ///
     /// # Errors
     /// As [`compare`].
-    pub fn compare<L: LinearOp>(&self, model: &Decoder<L>, progress: &dyn Progress) -> Result<Metrics, LlmError> {
+    pub fn compare<L: Weight<D>>(&self, model: &Decoder<L, D>, progress: &dyn Progress) -> Result<Metrics, LlmError> {
         same_vocabulary(model, self.model)?;
         let windows: Vec<(&[u32], &Array2<f32>)> = self.windows.iter().map(|w| &w[..]).zip(&self.states).collect();
         let score =
@@ -218,7 +219,10 @@ impl<'a, R: LinearOp> Reference<'a, R> {
     }
 }
 
-fn same_vocabulary<L: LinearOp, R: LinearOp>(model: &Decoder<L>, reference: &Decoder<R>) -> Result<(), LlmError> {
+fn same_vocabulary<L: Weight<D>, R: Weight<D>, D: Device>(
+    model: &Decoder<L, D>,
+    reference: &Decoder<R, D>,
+) -> Result<(), LlmError> {
     let (model, reference) = (model.config().vocab_size, reference.config().vocab_size);
     if model == reference { Ok(()) } else { Err(LlmError::DifferentVocabulary { model, reference }) }
 }
@@ -238,7 +242,10 @@ fn each_window<W: Copy + Sync, T: Send>(
 }
 
 /// The tokens of a window that predict another, and those that they predict.
-fn predicted<'w, L: LinearOp>(model: &Decoder<L>, window: &'w [u32]) -> Result<(&'w [u32], &'w [u32]), LlmError> {
+fn predicted<'w, L: Weight<D>, D: Device>(
+    model: &Decoder<L, D>,
+    window: &'w [u32],
+) -> Result<(&'w [u32], &'w [u32]), LlmError> {
     let Some((_, next)) = window.split_first().filter(|(_, next)| !next.is_empty()) else {
         return Err(LlmError::BadSeqLen { seq_len: window.len(), limit: model.config().max_positions });
     };
@@ -247,13 +254,13 @@ fn predicted<'w, L: LinearOp>(model: &Decoder<L>, window: &'w [u32]) -> Result<(
 }
 
 /// The final hidden states of a window.
-fn states<L: LinearOp>(model: &Decoder<L>, window: &[u32]) -> Result<Array2<f32>, LlmError> {
+fn states<L: Weight<D>, D: Device>(model: &Decoder<L, D>, window: &[u32]) -> Result<Array2<f32>, LlmError> {
     model.hidden(predicted(model, window)?.0, &mut Pass::new())
 }
 
-fn one_window<L: LinearOp, R: LinearOp>(
-    model: &Decoder<L>,
-    reference: Option<(&Decoder<R>, ArrayView2<'_, f32>)>,
+fn one_window<L: Weight<D>, R: Weight<D>, D: Device>(
+    model: &Decoder<L, D>,
+    reference: Option<(&Decoder<R, D>, ArrayView2<'_, f32>)>,
     window: &[u32],
 ) -> Result<Scores, LlmError> {
     let hidden = states(model, window)?;
@@ -261,10 +268,10 @@ fn one_window<L: LinearOp, R: LinearOp>(
 }
 
 /// Scores final hidden states (tokens x hidden) of a model against the tokens that came next, and against a reference's.
-pub(crate) fn score_hidden<L: LinearOp, R: LinearOp>(
-    model: &Decoder<L>,
+pub(crate) fn score_hidden<L: Weight<D>, R: Weight<D>, D: Device>(
+    model: &Decoder<L, D>,
     hidden: ArrayView2<'_, f32>,
-    reference: Option<(&Decoder<R>, ArrayView2<'_, f32>)>,
+    reference: Option<(&Decoder<R, D>, ArrayView2<'_, f32>)>,
     next: &[u32],
 ) -> Result<Scores, LlmError> {
     let mut pass = Pass::new();
@@ -279,8 +286,8 @@ pub(crate) fn score_hidden<L: LinearOp, R: LinearOp>(
 }
 
 /// [`score_hidden`], against a reference's logits.
-pub(crate) fn score_against<L: LinearOp>(
-    model: &Decoder<L>,
+pub(crate) fn score_against<L: Weight<D>, D: Device>(
+    model: &Decoder<L, D>,
     hidden: ArrayView2<'_, f32>,
     reference: ArrayView2<'_, f32>,
     next: &[u32],

@@ -1,7 +1,7 @@
 //! What each weight counts for: the divergence of the model when it alone is rounded, from gradients.
 
 use crate::stream::{Slot, Streamed};
-use crate::{Checkpoint, Decoder, LinearOp, LlmError, Part, Progress, math};
+use crate::{Checkpoint, Decoder, LlmError, Part, Progress, math};
 use faer::{MatMut, MatRef};
 use ndarray::{Array2, ArrayView1, ArrayView2, Axis};
 use rand::rngs::StdRng;
@@ -46,7 +46,7 @@ pub(crate) fn roundings(
     let (config, specs) = (checkpoint.config(), checkpoint.config().weights());
     let n_tokens: usize = windows.iter().map(|window| window.len()).sum();
     progress.part(Part::Importance, n_tokens as u64);
-    progress.stage("importance (layers)", 2 * config.n_layers as u64 + 1);
+    progress.stage("importance (layers)", 2 * config.n_layers() as u64 + 1);
     let is_stacked: Vec<bool> = (0..specs.len()).map(|index| stacked.binary_search(&index).is_ok()).collect();
     let mut sums = vec![0.0; specs.len()];
     let mut add = |shares: Vec<Shares>| {
@@ -55,7 +55,7 @@ pub(crate) fn roundings(
 
     let mut model = Streamed::original(checkpoint)?;
     let mut states = vec![model.embed(windows)?];
-    for layer in 0..config.n_layers {
+    for layer in 0..config.n_layers() {
         let mut hidden = states.last().expect("the first was put in").clone();
         model.run(layer..layer + 1, &mut hidden)?;
         states.push(hidden);
@@ -63,7 +63,7 @@ pub(crate) fn roundings(
     }
 
     let finals = states.pop().expect("one per layer and the first");
-    let behind = model.with(model.decoder().head(), |model| {
+    let behind = model.with(model.decoder().config().head(), |model| {
         let each = finals.par_iter().enumerate().with_max_len(1);
         each.map(|(i, hidden)| head(model.decoder(), hidden, seed.wrapping_add(i as u64), &is_stacked))
             .collect::<Result<Vec<_>, _>>()
@@ -72,7 +72,7 @@ pub(crate) fn roundings(
     add(shares);
     progress.advance(1);
 
-    for layer in (0..config.n_layers).rev() {
+    for layer in (0..config.n_layers()).rev() {
         let front = states.pop().expect("one per layer");
         let shares = model.with(model.layer_weights(layer), |model| {
             let decoder = model.decoder();
@@ -81,7 +81,7 @@ pub(crate) fn roundings(
                 decoder.layer_backward(layer, hidden.view(), grad, &mut |index, x, g| {
                     if is_stacked[index] {
                         let fisher = |m: f32| f64::from(m * m);
-                        shares.push((index, worth(&decoder.linears()[index], g, x, fisher)));
+                        shares.push((index, worth(&decoder.weights()[index], g, x, fisher)));
                     }
                 })?;
                 Ok::<_, LlmError>(shares)
@@ -92,7 +92,7 @@ pub(crate) fn roundings(
         progress.advance(1);
     }
 
-    let embedding = model.decoder().embedding();
+    let embedding = model.decoder().config().embedding();
     let shares = model.with(embedding, |model| {
         let each = windows.par_iter().zip(&grads).with_max_len(1);
         Ok(each.map(|(window, grad)| looked_up(model, window, grad, &is_stacked)).collect())
@@ -121,10 +121,10 @@ fn head(
                 math::softmax(row.as_slice_mut().expect("logits are in row order"));
             }
             let squares = x.mapv(|x| x * x);
-            for (index, p) in decoder.head().zip(logits.axis_chunks_iter(Axis(1), part_rows)) {
+            for (index, p) in decoder.config().head().zip(logits.axis_chunks_iter(Axis(1), part_rows)) {
                 if is_stacked[index] {
                     let spread = p.mapv(|p| p * (1.0 - p));
-                    shares.push((index, worth(&decoder.linears()[index], spread.view(), squares.view(), f64::from)));
+                    shares.push((index, worth(&decoder.weights()[index], spread.view(), squares.view(), f64::from)));
                 }
             }
             for mut row in logits.rows_mut() {
@@ -153,13 +153,13 @@ fn looked_up(model: &Streamed<'_>, window: &[u32], grad: &Array2<f32>, is_stacke
     for (token, g) in window.iter().zip(grad.rows()) {
         sums.entry(*token).and_modify(|sum| *sum += &g).or_insert_with(|| g.to_owned());
     }
-    let (decoder, first) = (model.decoder(), model.decoder().embedding().start);
+    let (decoder, first) = (model.decoder(), model.decoder().config().embedding().start);
     let part_rows = decoder.config().vocab_part_rows;
     let mut row = vec![0.0; grad.ncols()];
     let worth = |(token, sum): (u32, ndarray::Array1<f32>)| {
         let part = first + token as usize / part_rows;
         is_stacked[part].then_some(())?;
-        decoder.linears()[part].row_into(token as usize % part_rows, &mut row);
+        decoder.weights()[part].row_into(token as usize % part_rows, &mut row);
         let round = rounding(ArrayView1::from(&row));
         let squares = row.iter().zip(&sum).map(|(w, g)| f64::from((round(*w) - w) * g).powi(2));
         Some((part, 0.5 * squares.sum::<f64>()))

@@ -1,87 +1,20 @@
-//! Linear operators: what a decoder multiplies by, and the dense one.
-//!
-//! A decoder never sees a weight, only something that can multiply by it ([`LinearOp`]). [`Dense`] is an ordinary matrix
-//! in f32, f16 or bf16; others rebuild their weight, or never do.
+//! Ordinary matrices in f32, f16 or bf16.
 
 use std::ops::Range;
-use std::sync::Arc;
 
 use bitstack_cpu::{DenseValues, Kernel};
 use faer::prelude::ReborrowMut;
 use faer::{MatMut, MatRef};
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
-use ndarray::{Array2, ArrayView2, ArrayViewMut2, CowArray};
+use ndarray::{ArrayView2, ArrayViewMut2};
 use rayon::prelude::*;
 
 use crate::decoder::Transposed;
-use crate::math;
-
-/// Whether one call may spread over the threads of the current rayon pool. The results are the same bits either way.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum Threads {
-    /// Stay on the calling thread: right when many calls (windows of text) already run side by side.
-    #[default]
-    One,
-    /// Use the pool: right for a single sequence.
-    Pool,
-}
-
-impl From<Threads> for bitstack_cpu::Threads {
-    fn from(threads: Threads) -> Self {
-        match threads {
-            Threads::One => Self::One,
-            Threads::Pool => Self::Pool,
-        }
-    }
-}
+use crate::{Threads, math};
 
 /// Tokens up to which a product is made on the way, as its weight comes from memory; for more, from panels of the weight widened in the cache.
 const FEW: usize = 2;
-
-/// A weight `W`, rows x cols (output x input features), known by what it does to vectors.
-pub trait LinearOp: Send + Sync {
-    /// Output features.
-    fn rows(&self) -> usize;
-
-    /// Input features.
-    fn cols(&self) -> usize;
-
-    /// `y = x Wᵀ`: `x` is tokens x cols, `y` tokens x rows and is overwritten.
-    ///
-    /// The result must not depend on `threads`.
-    ///
-    /// # Panics
-    /// May panic when a shape does not fit; the decoder checks shapes once, when it is built.
-    fn apply(&self, x: ArrayView2<'_, f32>, y: ArrayViewMut2<'_, f32>, threads: Threads);
-
-    /// Copies row `row` of `W` (a token's embedding) into `out`, which has `cols` elements.
-    ///
-    /// # Panics
-    /// May panic when `row` or the length of `out` does not fit.
-    fn row_into(&self, row: usize, out: &mut [f32]);
-}
-
-macro_rules! forward_linear_op {
-    ($($pointer:ty),*) => {$(
-        impl<L: LinearOp + ?Sized> LinearOp for $pointer {
-            fn rows(&self) -> usize {
-                (**self).rows()
-            }
-            fn cols(&self) -> usize {
-                (**self).cols()
-            }
-            fn apply(&self, x: ArrayView2<'_, f32>, y: ArrayViewMut2<'_, f32>, threads: Threads) {
-                (**self).apply(x, y, threads);
-            }
-            fn row_into(&self, row: usize, out: &mut [f32]) {
-                (**self).row_into(row, out);
-            }
-        }
-    )*};
-}
-
-forward_linear_op!(&L, Box<L>, Arc<L>);
 
 /// Elements of a matrix, kept in the type they were stored in. All three widen to f32 exactly.
 #[derive(Debug, Clone, PartialEq)]
@@ -181,20 +114,26 @@ impl Dense {
     }
 }
 
-impl LinearOp for Dense {
-    fn rows(&self) -> usize {
-        self.rows
+impl Dense {
+    /// Rows and columns.
+    pub fn shape(&self) -> [usize; 2] {
+        [self.rows, self.cols]
     }
 
-    fn cols(&self) -> usize {
-        self.cols
+    /// Copies row `row` into `out`, which has as many elements as there are columns.
+    ///
+    /// # Panics
+    /// When there is no such row, or `out` is not as long.
+    pub fn row_into(&self, row: usize, out: &mut [f32]) {
+        self.elements.widen(row * self.cols..(row + 1) * self.cols, out);
     }
 
-    fn apply(&self, x: ArrayView2<'_, f32>, mut y: ArrayViewMut2<'_, f32>, threads: Threads) {
-        if x.nrows() <= FEW
-            && self.cols > 0
-            && let (Some(x), Some(y)) = (x.as_slice(), y.as_slice_mut())
-        {
+    /// `y = x Wᵀ`: `x` is tokens x cols; `y` tokens x rows and is overwritten. The result does not depend on `threads`.
+    ///
+    /// # Panics
+    /// When a shape does not fit.
+    pub fn product(&self, x: &[f32], y: &mut [f32], threads: Threads) {
+        if x.len() <= FEW * self.cols && self.cols > 0 {
             let done = Kernel::detect().apply_dense(self.elements.values(), self.cols, x, y, threads.into());
             return done.expect("a matrix of its shape, and shapes that fit");
         }
@@ -204,14 +143,12 @@ impl LinearOp for Dense {
                     product(y, x, &w[rows.start * self.cols..rows.end * self.cols]);
                 });
             }
-            narrow => apply_by_panels(self.rows, self.cols, x, y, threads, |rows, panel| {
-                narrow.widen(rows.start * self.cols..rows.end * self.cols, panel);
+            narrow => for_each_panel(self.rows, self.cols, x, y, threads, |rows, x, y| {
+                let mut panel = vec![0.0; rows.len() * self.cols];
+                narrow.widen(rows.start * self.cols..rows.end * self.cols, &mut panel);
+                product(y, x, &panel);
             }),
         }
-    }
-
-    fn row_into(&self, row: usize, out: &mut [f32]) {
-        self.elements.widen(row * self.cols..(row + 1) * self.cols, out);
     }
 }
 
@@ -238,29 +175,6 @@ impl Transposed for Dense {
     }
 }
 
-/// `y = x Wᵀ` for a weight that is produced a panel of rows at a time and never exists as a whole.
-///
-/// `fill(rows, panel)` writes the rows in the range `rows` of `W` (rows x cols) into `panel`, row-major, as f32; it may be
-/// called from several threads. Panels are as large as the cache likes; their size depends on the shapes only, so the
-/// result does not depend on the number of threads.
-///
-/// # Panics
-/// When `x` is not tokens x cols or `y` not tokens x rows.
-pub fn apply_by_panels(
-    rows: usize,
-    cols: usize,
-    x: ArrayView2<'_, f32>,
-    y: ArrayViewMut2<'_, f32>,
-    threads: Threads,
-    fill: impl Fn(Range<usize>, &mut [f32]) + Sync,
-) {
-    for_each_panel(rows, cols, x, y, threads, |range, x, y| {
-        let mut panel = vec![0.0; range.len() * cols];
-        fill(range, &mut panel);
-        product(y, x, &panel);
-    });
-}
-
 /// `y = x panelᵀ`, with `panel` as many rows as `y` has columns.
 fn product(y: MatMut<'_, f32>, x: MatRef<'_, f32>, panel: &[f32]) {
     let panel = MatRef::from_row_major_slice(panel, y.ncols(), x.ncols());
@@ -273,30 +187,21 @@ fn panel_rows(tokens: usize, cols: usize) -> usize {
     if tokens >= 16 { 256 } else { ((1 << 16) / cols.max(1)).clamp(16, 256) }
 }
 
-/// Calls `work(rows, x, columns `rows` of y)` for all panels of `W`.
+/// Calls `work(rows, x, columns `rows` of y)` for all panels of `W`. Panels are as large as the cache likes; their size depends on the shapes
+/// only, so the result does not depend on the number of threads.
 fn for_each_panel(
     rows: usize,
     cols: usize,
-    x: ArrayView2<'_, f32>,
-    mut y: ArrayViewMut2<'_, f32>,
+    x: &[f32],
+    y: &mut [f32],
     threads: Threads,
     work: impl Fn(Range<usize>, MatRef<'_, f32>, MatMut<'_, f32>) + Sync,
 ) {
-    let tokens = x.nrows();
-    assert_eq!(x.ncols(), cols, "x has as many columns as the weight");
-    assert_eq!(y.dim(), (tokens, rows), "y is tokens x rows");
-    if tokens == 0 || rows == 0 {
+    if y.is_empty() {
         return;
     }
-    if !y.is_standard_layout() {
-        let mut copy = Array2::zeros(y.raw_dim());
-        for_each_panel(rows, cols, x, copy.view_mut(), threads, work);
-        y.assign(&copy);
-        return;
-    }
-    let x: CowArray<'_, f32, _> = x.as_standard_layout();
-    let x = MatRef::from_row_major_slice(x.as_slice().expect("made standard above"), tokens, cols);
-    let y = y.as_slice_mut().expect("checked above");
+    let tokens = y.len() / rows;
+    let x = MatRef::from_row_major_slice(x, tokens, cols);
     let mut y = MatMut::from_row_major_slice_mut(y, tokens, rows);
     let step = panel_rows(tokens, cols);
     // Below this the cost of waking other threads is not earned back.
@@ -317,6 +222,7 @@ fn for_each_panel(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use ndarray::Array2;
 
     fn pattern(rows: usize, cols: usize, seed: usize) -> Array2<f32> {
         Array2::from_shape_fn((rows, cols), |(r, c)| ((r * 31 + c * 17 + seed) % 23) as f32 / 8.0 - 1.25)
@@ -337,13 +243,9 @@ mod tests {
         ] {
             let dense = Dense::new(rows, cols, elements).unwrap();
             for threads in [Threads::One, Threads::Pool] {
-                let mut y = Array2::from_elem((tokens, rows), f32::NAN);
-                dense.apply(x.view(), y.view_mut(), threads);
-                assert_eq!(y, expected, "{rows} x {cols}, {tokens} tokens, {threads:?}");
-                let mut turned = Array2::from_elem((rows, tokens), f32::NAN);
-                let x_turned = x.t().as_standard_layout().into_owned();
-                dense.apply(x_turned.t(), turned.view_mut().reversed_axes(), threads);
-                assert_eq!(turned.t(), expected, "column-major views");
+                let mut y = vec![f32::NAN; tokens * rows];
+                dense.product(x.as_slice().unwrap(), &mut y, threads);
+                assert_eq!(y, expected.as_slice().unwrap(), "{rows} x {cols}, {tokens} tokens, {threads:?}");
             }
             let mut row = vec![0.0; cols];
             dense.row_into(rows - 1, &mut row);

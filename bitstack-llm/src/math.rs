@@ -198,6 +198,41 @@ wide! {
         }
     }
 
+    /// `x = silu(x)`.
+    pub(crate) fn silu(x: &mut [f32]) {
+        x.iter_mut().for_each(|x| *x = *x / (1.0 + exp(-*x)));
+    }
+
+    /// The approximation of GELU by a tanh: x/2 (1 + tanh(u)) = x / (1 + e^-2u) with u = sqrt(2/π) (x + 0.044715 x³).
+    pub(crate) fn gelu(x: &mut [f32]) {
+        const TWICE_ROOT: f32 = 1.595_769_1;
+        x.iter_mut().for_each(|x| *x = *x / (1.0 + exp(-TWICE_ROOT * (*x + 0.044_715 * *x * *x * *x))));
+    }
+
+    /// `x = cap tanh(x / cap)`, tanh(t) = 1 - 2 / (e^2t + 1).
+    pub(crate) fn cap(x: &mut [f32], cap: f32) {
+        x.iter_mut().for_each(|x| *x = cap * (1.0 - 2.0 / (exp(2.0 * *x / cap) + 1.0)));
+    }
+
+    /// `x *= factor`.
+    pub(crate) fn scale(x: &mut [f32], factor: f32) {
+        x.iter_mut().for_each(|x| *x *= factor);
+    }
+
+    /// `x *= y`.
+    pub(crate) fn multiply(x: &mut [f32], y: &[f32]) {
+        for (x, &y) in x.iter_mut().zip(y) {
+            *x *= y;
+        }
+    }
+
+    /// `x += factor y`.
+    pub(crate) fn add_scaled(x: &mut [f32], y: &[f32], factor: f32) {
+        for (x, &y) in x.iter_mut().zip(y) {
+            *x += factor * y;
+        }
+    }
+
     /// Adds the gradient by `x` of [`rms_norm`] to `out`, from `g`, that by its output, row by row. With y = x s w and s = 1 / sqrt(mean(x²) + eps)
     /// it is s (w g − x s² mean(w g x)).
     pub(crate) fn rms_norm_backward(x: &[f32], weight: &[f32], eps: f32, g: &[f32], out: &mut [f32]) {

@@ -6,7 +6,7 @@ use bitstack_format::ReadAt;
 use bitstack_runtime::Snapshot;
 use rayon::prelude::*;
 
-use crate::linear::Threads;
+use crate::Threads;
 use crate::{ElasticModel, KvCache, LlmError, Pass, math};
 
 /// One measured size.

@@ -32,7 +32,7 @@ impl<'a> Reference<'a> {
     pub(crate) fn new(checkpoint: &'a Checkpoint, windows: &'a [&'a [u32]]) -> Result<Self, LlmError> {
         let mut model = Streamed::original(checkpoint)?;
         let finals = finals(&mut model, windows)?;
-        let logits = model.with(model.decoder().head(), |model| {
+        let logits = model.with(model.decoder().config().head(), |model| {
             let each = finals.par_iter().with_max_len(1);
             each.map(|hidden| model.decoder().logits(hidden.view(), &mut Pass::new())).collect()
         })?;
@@ -52,7 +52,7 @@ impl<'a> Reference<'a> {
     /// The scores of a model on each window.
     pub(crate) fn scores_of(&self, model: &mut Streamed<'_>) -> Result<Vec<eval::Scores>, LlmError> {
         let hidden = finals(model, self.windows)?;
-        model.with(model.decoder().head(), |model| {
+        model.with(model.decoder().config().head(), |model| {
             let each = (0..hidden.len()).into_par_iter().with_max_len(1);
             each.map(|i| self.score(i, model.decoder(), &hidden[i])).collect()
         })
@@ -298,7 +298,7 @@ fn try_each(
     progress: &dyn Progress,
 ) -> Result<Vec<f64>, LlmError> {
     let config = model.decoder().config();
-    let (specs, n_layers, head) = (config.weights(), config.n_layers, model.decoder().head());
+    let (specs, n_layers, head) = (config.weights(), config.n_layers(), model.decoder().config().head());
     let mut found = runs.finished(trials.len())?;
     progress.advance(found.iter().filter(|f| !f.is_nan()).count() as u64);
     // What is to be measured, in forward order.
@@ -311,7 +311,7 @@ fn try_each(
     let inputs = inputs(windows);
     let (mut front, mut at) = (model.embed(&inputs)?, 0);
     // Embedding, each layer, head.
-    let embedding = model.decoder().embedding();
+    let embedding = model.decoder().config().embedding();
     let at_of = |places: &[Place]| (!embedding.contains(&places[0].index), specs[places[0].index].layer);
     for group in trials.chunk_by(|a, b| at_of(a.0) == at_of(b.0)) {
         // Of every trial, the windows.
@@ -396,7 +396,7 @@ fn inputs<'w>(windows: &[&'w [u32]]) -> Vec<&'w [u32]> {
 /// The final hidden states of the windows.
 fn finals(model: &mut Streamed<'_>, windows: &[&[u32]]) -> Result<Vec<Array2<f32>>, LlmError> {
     let mut hidden = model.embed(&inputs(windows))?;
-    model.run(0..model.decoder().config().n_layers, &mut hidden)?;
+    model.run(0..model.decoder().config().n_layers(), &mut hidden)?;
     Ok(hidden)
 }
 
@@ -466,7 +466,7 @@ mod tests {
             let reference = Reference::new(&checkpoint, &windows).unwrap();
             let specs = checkpoint.config().weights();
             let trials = layer_by_layer(&specs, &draft, |_| true);
-            assert_eq!(trials.len(), checkpoint.config().n_layers + 2 - usize::from(checkpoint.config().tied));
+            assert_eq!(trials.len(), checkpoint.config().n_layers() + 2 - usize::from(checkpoint.config().tied));
             assert_eq!(trials.concat().len(), draft.weights().len());
 
             let n = draft.weights().len();

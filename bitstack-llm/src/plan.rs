@@ -121,7 +121,7 @@ pub(crate) fn input(
 pub(crate) fn tensors(checkpoint: &Checkpoint, progress: &dyn Progress) -> Result<Vec<(String, String)>, LlmError> {
     let config = checkpoint.config();
     let names: Vec<String> = config.weights().iter().map(WeightSpec::tensor_name).collect();
-    let names: Vec<String> = names.into_iter().chain(config.other_tensors().into_iter().map(|v| v.name)).collect();
+    let names: Vec<String> = names.into_iter().chain(config.other_tensors().iter().map(|v| v.name.clone())).collect();
     progress.part(Part::Opening, config.weights().iter().map(|w| (w.rows * w.cols) as u64).sum());
     progress.stage("check the model (tensors)", names.len() as u64);
     names

@@ -70,7 +70,7 @@ pub fn import(dir: impl AsRef<Path>, scratch: &Path, progress: &dyn Progress) ->
     if exists(&measurements)? {
         draft.push_file(MEASUREMENTS, &checkpoint.companion(MEASUREMENTS)?)?;
     }
-    let plain = config.other_tensors().into_iter().map(|v| (v.name, vec![v.len]));
+    let plain = config.other_tensors().iter().map(|v| (v.name.clone(), vec![v.len]));
     let outer = specs.iter().filter(|s| s.layer.is_none()).map(|s| (s.tensor_name(), vec![s.rows, s.cols]));
     for (name, shape) in plain.chain(outer) {
         let (dtype, data) = stack::stored(&checkpoint.elements(&name, &shape)?);

@@ -7,7 +7,7 @@ use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 use rayon::prelude::*;
 
-use crate::linear::{LinearOp, Threads};
+use crate::device::{Cpu, Device, Threads, Weight};
 use crate::{Decoder, KvCache, LlmError, ModelConfig, Pass, Progress, TextStream, Tokenizer, math};
 
 /// How a token is chosen from its logits. The default takes the most likely one.
@@ -157,8 +157,8 @@ pub struct Generation {
 ///
 /// # Errors
 /// An empty prompt, one longer than the model's limit, tokens outside the vocabulary, options out of range.
-pub fn generate<L: LinearOp>(
-    model: &Decoder<L>,
+pub fn generate<L: Weight<D>, D: Device>(
+    model: &Decoder<L, D>,
     tokenizer: &Tokenizer,
     prompt: &str,
     max_tokens: usize,
@@ -177,8 +177,8 @@ pub fn generate<L: LinearOp>(
 /// A text in the making: the tokens so far, their keys and values, and the next token's chooser.
 ///
 /// Every step may run another decoder over the same model's shape, such as the same stack at another level.
-pub struct Continuation<'t> {
-    cache: KvCache,
+pub struct Continuation<'t, D: Device = Cpu> {
+    cache: KvCache<D>,
     sampler: Sampler,
     stream: TextStream<'t>,
     max_tokens: usize,
@@ -190,7 +190,7 @@ pub struct Continuation<'t> {
     ended: bool,
 }
 
-impl<'t> Continuation<'t> {
+impl<'t, D: Device> Continuation<'t, D> {
     /// A continuation of `prompt` of up to `max_tokens` tokens; nothing is run yet.
     ///
     /// # Errors
@@ -231,7 +231,7 @@ impl<'t> Continuation<'t> {
     ///
     /// # Errors
     /// Tokens outside the vocabulary; a prompt longer than the model's limit; logits that are not finite.
-    pub fn step<L: LinearOp>(&mut self, model: &Decoder<L>) -> Result<Option<String>, LlmError> {
+    pub fn step<L: Weight<D>>(&mut self, model: &Decoder<L, D>) -> Result<Option<String>, LlmError> {
         if self.ended {
             return Ok(None);
         }
@@ -290,8 +290,8 @@ impl<'t> Continuation<'t> {
 ///
 /// # Errors
 /// More tokens than the model's limit, starts outside the vocabulary, options out of range, logits that are not finite.
-pub(crate) fn windows<L: LinearOp>(
-    model: &Decoder<L>,
+pub(crate) fn windows<L: Weight<D>, D: Device>(
+    model: &Decoder<L, D>,
     starts: &[u32],
     len: usize,
     sampling: SamplingOptions,
@@ -299,7 +299,8 @@ pub(crate) fn windows<L: LinearOp>(
 ) -> Result<Vec<Vec<u32>>, LlmError> {
     let sampler = |i: u64| Sampler::new(SamplingOptions { seed: sampling.seed.wrapping_add(i), ..sampling });
     let mut samplers = (0..starts.len() as u64).map(sampler).collect::<Result<Vec<_>, _>>()?;
-    let mut caches = vec![KvCache::new(model.config(), len)?; starts.len()];
+    let cache = |_| KvCache::new(model.config(), len);
+    let mut caches = (0..starts.len()).map(cache).collect::<Result<Vec<_>, _>>()?;
     let mut windows: Vec<Vec<u32>> = starts.iter().map(|start| vec![*start]).collect();
     // In a thread of the pool, as above.
     rayon::scope(|_| {

@@ -48,7 +48,7 @@ impl<'s, S: BlockSource + Sync + ?Sized> StackModel<'s, S> {
         for (weight, (index, level)) in self.stacked.iter_mut().enumerate() {
             let new = levels.get(weight).copied().unwrap_or(0);
             if new != *level {
-                *self.decoder.linear_mut(*index) = Arc::new(rebuild(self.source, weight, new)?);
+                *self.decoder.weight_mut(*index) = Arc::new(rebuild(self.source, weight, new)?);
                 *level = new;
             }
         }

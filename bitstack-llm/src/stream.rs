@@ -1,7 +1,8 @@
 //! A model run layer by layer, with the weights of one layer in memory at a time.
 
-use crate::decoder::{Transposed, check_operator};
-use crate::{Checkpoint, Decoder, Dense, Frame, LinearOp, LlmError, Pass, Threads, WeightSpec};
+use crate::decoder::{Transposed, check_weight};
+use crate::device::{Columns, Cpu, CpuQueue, Done, Weight};
+use crate::{Checkpoint, Decoder, Dense, Frame, LlmError, Pass, WeightSpec};
 use ndarray::{Array2, ArrayView2, ArrayViewMut2};
 use rayon::prelude::*;
 use std::ops::Range;
@@ -40,8 +41,7 @@ impl<'a> Streamed<'a> {
 
     /// The indices of the weights of layer `layer`.
     pub(crate) fn layer_weights(&self, layer: usize) -> Range<usize> {
-        let first = self.specs.iter().position(|w| w.layer == Some(layer)).expect("a layer has weights");
-        first..first + self.specs.iter().filter(|w| w.layer == Some(layer)).count()
+        self.decoder.config().layer_weights(layer)
     }
 
     /// Weight `index`. Those of a layer are used by every window, and by every trial again, so they are widened once.
@@ -53,9 +53,9 @@ impl<'a> Streamed<'a> {
     /// Puts a weight in the place of weight `index`, or none; what was there.
     pub(crate) fn put(&mut self, index: usize, weight: Option<Dense>) -> Result<Option<Dense>, LlmError> {
         if let Some(weight) = &weight {
-            check_operator(weight, &self.specs[index])?;
+            check_weight::<Cpu>(weight, &self.specs[index])?;
         }
-        Ok(std::mem::replace(&mut self.decoder.linear_mut(index).weight, weight))
+        Ok(std::mem::replace(&mut self.decoder.weight_mut(index).weight, weight))
     }
 
     /// Runs `step` with some weights in memory.
@@ -69,13 +69,13 @@ impl<'a> Streamed<'a> {
         let result =
             weights.clone().zip(loaded).try_for_each(|(index, weight)| self.put(index, Some(weight)).map(drop));
         let result = result.and_then(|()| step(self));
-        weights.for_each(|index| self.decoder.linear_mut(index).weight = None);
+        weights.for_each(|index| self.decoder.weight_mut(index).weight = None);
         result
     }
 
     /// The hidden states of the windows in front of the first layer.
     pub(crate) fn embed(&mut self, windows: &[&[u32]]) -> Result<Vec<Array2<f32>>, LlmError> {
-        self.with(self.decoder.embedding(), |model| windows.iter().map(|w| model.decoder.embed(w)).collect())
+        self.with(self.decoder.config().embedding(), |model| windows.iter().map(|w| model.decoder.embed(w)).collect())
     }
 
     /// Takes hidden states, each of a window, through some layers.
@@ -87,8 +87,8 @@ impl<'a> Streamed<'a> {
 }
 
 /// Takes hidden states, each of a window, through a layer whose weights are there.
-pub(crate) fn run_layer<L: LinearOp>(
-    decoder: &Decoder<L>,
+pub(crate) fn run_layer<W: Weight<Cpu>>(
+    decoder: &Decoder<W>,
     layer: usize,
     hidden: &mut [Array2<f32>],
 ) -> Result<(), LlmError> {
@@ -103,12 +103,17 @@ pub(crate) struct Slot {
 }
 
 impl Slot {
+    /// Copies row `row` of the weight into `out`.
+    pub(crate) fn row_into(&self, row: usize, out: &mut [f32]) {
+        self.weight().row_into(row, out);
+    }
+
     fn weight(&self) -> &Dense {
         self.weight.as_ref().expect("what is run was loaded before")
     }
 }
 
-impl LinearOp for Slot {
+impl Weight<Cpu> for Slot {
     fn rows(&self) -> usize {
         self.rows
     }
@@ -117,12 +122,12 @@ impl LinearOp for Slot {
         self.cols
     }
 
-    fn apply(&self, x: ArrayView2<'_, f32>, y: ArrayViewMut2<'_, f32>, threads: Threads) {
-        self.weight().apply(x, y, threads);
+    fn multiply(&self, queue: &mut CpuQueue, x: &Vec<f32>, tokens: usize, y: &mut Vec<f32>, place: Columns) -> Done {
+        Weight::<Cpu>::multiply(self.weight(), queue, x, tokens, y, place)
     }
 
-    fn row_into(&self, row: usize, out: &mut [f32]) {
-        self.weight().row_into(row, out);
+    fn look_up(&self, queue: &mut CpuQueue, row: usize, out: &mut Vec<f32>, at: usize) -> Done {
+        Weight::<Cpu>::look_up(self.weight(), queue, row, out, at)
     }
 }
 

@@ -37,7 +37,7 @@ pub(crate) fn calibration<'t>(windows: Windows<'t>, samples: usize) -> Vec<&'t [
 /// The windows on which the importance of weights is found: [`PROBE_TOKENS`] in all, fewer where their states are larger than [`PROBE_BYTES`].
 pub(crate) fn probe<'w>(validation: &[&'w [u32]], config: &ModelConfig) -> Vec<&'w [u32]> {
     let len = validation.iter().map(|w| w.len()).max().unwrap_or(1).max(1);
-    let states = 4 * (len * config.hidden_size) as u64 * (config.n_layers as u64 + 1);
+    let states = 4 * (len * config.hidden_size) as u64 * (config.n_layers() as u64 + 1);
     let most = (PROBE_BYTES / states).min((PROBE_TOKENS / len) as u64).max(1) as usize;
     let n = most.min(validation.len());
     (0..n).map(|i| validation[i * validation.len() / n]).collect()
@@ -79,11 +79,13 @@ mod tests {
         let windows: Vec<Vec<u32>> = (0..16).map(|w| vec![w; 512]).collect();
         let windows: Vec<&[u32]> = windows.iter().map(|w| &w[..]).collect();
         let data = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/llama");
-        let mut config = Checkpoint::open(data).unwrap().config().clone();
+        let checkpoint = Checkpoint::open(data).unwrap();
         let firsts = |config: &ModelConfig| probe(&windows, config).iter().map(|w| w[0]).collect::<Vec<_>>();
-        assert_eq!(firsts(&config), [0, 4, 8, 12]);
-        (config.hidden_size, config.n_layers) = (16384, 126);
-        assert_eq!(firsts(&config), [0]);
-        assert_eq!(probe(&[&[1, 2]], &config), [[1, 2]]);
+        assert_eq!(firsts(checkpoint.config()), [0, 4, 8, 12]);
+        let mut json: serde_json::Value = serde_json::from_str(checkpoint.config_text()).unwrap();
+        json["hidden_size"] = 16384.into();
+        json["num_hidden_layers"] = 126.into();
+        assert_eq!(firsts(&ModelConfig::from_json(&json.to_string()).unwrap()), [0]);
+        assert_eq!(probe(&[&[1, 2]], checkpoint.config()), [[1, 2]]);
     }
 }

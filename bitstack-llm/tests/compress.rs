@@ -5,8 +5,8 @@ use bitstack_llm::eval::{compare, perplexity};
 use bitstack_llm::stack::StackModel;
 use bitstack_llm::text::Windows;
 use bitstack_llm::{
-    BlockMethod, Checkpoint, CompressOptions, Compressed, Decoder, LinearOp, LlmError, Ordering, Tokenizer,
-    block_perplexities, compress,
+    BlockMethod, Checkpoint, CompressOptions, Compressed, Decoder, LlmError, Ordering, Tokenizer, block_perplexities,
+    compress,
 };
 use bitstack_sort::{Balanced, LoadOrder, Method, Scores, Sizes};
 use std::path::PathBuf;
@@ -63,7 +63,7 @@ fn every_block_brings_a_stack_nearer_to_its_model() {
         first.get_or_insert(kl);
         // Going from level to level ends where opening there directly does.
         let direct = StackModel::open(&file, &plan.levels, &()).unwrap();
-        assert_eq!(model.decoder().linears(), direct.decoder().linears());
+        assert_eq!(model.decoder().weights(), direct.decoder().weights());
     }
     // One block leaves about 0.36 of the energy of Gaussian weights, eight leave about 0.013; divergence goes with energy.
     assert!(last < first.unwrap() / 15.0, "{last} of {first:?}");
@@ -94,7 +94,7 @@ fn tied_embeddings_are_stored_once_and_read_both_ways() {
     let [low, high] = [1, 8].map(|level| {
         let levels = vec![level; file.weights().len()];
         let model = StackModel::open(&file, &levels, &()).unwrap().into_decoder();
-        assert_eq!(model.head(), 0..1);
+        assert_eq!(model.config().head(), 0..1);
         compare(&model, &original, &[&tokens], &()).unwrap().kl.unwrap().mean
     });
     assert!(high < low / 15.0, "{high} of {low}");
@@ -107,9 +107,9 @@ fn kept_embeddings_are_left_bit_for_bit() {
     let levels = vec![1; file.weights().len()];
     let model = StackModel::open(&file, &levels, &()).unwrap().into_decoder();
     let original = Decoder::load(&checkpoint("llama")).unwrap();
-    for index in [0, original.head().start] {
-        assert_eq!(*model.linears()[index], original.linears()[index]);
-        assert_eq!(model.linears()[index].rows(), 96);
+    for index in [0, original.config().head().start] {
+        assert_eq!(*model.weights()[index], original.weights()[index]);
+        assert_eq!(model.weights()[index].rows(), 96);
     }
 }
 

@@ -2,10 +2,11 @@
 #![expect(clippy::print_stdout, reason = "a test that is skipped says so")]
 
 use bitstack_format::StackFile;
+use bitstack_llm::device::{Columns, Cpu, Device};
 use bitstack_llm::stack::{self, StackModel};
 use bitstack_llm::{
-    BlockMethod, Checkpoint, CompressOptions, ElasticModel, KvCache, LinearOp, Ordering, Pass, SamplingOptions,
-    Threads, compress,
+    BlockMethod, Checkpoint, CompressOptions, ElasticModel, KvCache, Ordering, Pass, SamplingOptions, Threads, Weight,
+    compress,
 };
 use ndarray::{Array2, Axis, concatenate};
 use std::ops::ControlFlow;
@@ -78,24 +79,27 @@ fn packed_blocks_say_what_rebuilt_weights_say_at_every_size() {
 }
 
 #[test]
-fn operators_take_any_memory_layout() {
+fn a_row_of_a_weight_is_what_multiplying_by_it_gives() {
     let bytes = file("llama", BlockMethod::Nested, false);
     let model = ElasticModel::open(StackFile::open(bytes).unwrap(), u64::MAX, Default::default(), &()).unwrap();
     let snapshot = model.elastic().snapshot();
     let decoder = model.at(&snapshot).unwrap();
-    let operator = &decoder.linears()[1];
-    let x = Array2::from_shape_fn((20, operator.cols()), |(t, c)| ((t * 31 + c * 17) % 23) as f32 / 8.0 - 1.25);
-    let mut y = Array2::zeros((20, operator.rows()));
-    operator.apply(x.view(), y.view_mut(), Threads::One);
-    let mut turned = Array2::zeros((operator.rows(), 20));
-    let x_turned = x.t().as_standard_layout().into_owned();
-    operator.apply(x_turned.t(), turned.view_mut().reversed_axes(), Threads::Pool);
-    assert_eq!(turned.t(), y);
-    // A row of the weight is what multiplying by it gives.
-    let mut row = vec![0.0; operator.cols()];
+    let operator = &decoder.weights()[1];
+    let [rows, cols] = operator.shape();
+    let x: Vec<f32> = (0..20 * cols).map(|i| ((i / cols * 31 + i % cols * 17) % 23) as f32 / 8.0 - 1.25).collect();
+    let products = [Threads::One, Threads::Pool].map(|threads| {
+        // Beside other columns, which stay as they are.
+        let (mut queue, mut y) = (Cpu.queue(threads).unwrap(), vec![7.0; 20 * (rows + 2)]);
+        operator.multiply(&mut queue, &x, 20, &mut y, Columns { first: 1, stride: rows + 2 }).unwrap();
+        assert!(y.chunks(rows + 2).all(|row| row[0] == 7.0 && row[rows + 1] == 7.0));
+        y
+    });
+    assert_eq!(products[0], products[1]);
+    let mut row = vec![0.0; cols];
     operator.row_into(3, &mut row);
-    let product: f64 = row.iter().zip(x.row(5)).map(|(w, x)| f64::from(*w) * f64::from(*x)).sum();
-    assert!((product - f64::from(y[[5, 3]])).abs() < 1e-3 * product.abs().max(1.0), "{product}, {}", y[[5, 3]]);
+    let product: f64 = row.iter().zip(&x[5 * cols..]).map(|(w, x)| f64::from(*w) * f64::from(*x)).sum();
+    let found = products[0][5 * (rows + 2) + 1 + 3];
+    assert!((product - f64::from(found)).abs() < 1e-3 * product.abs().max(1.0), "{product}, {found}");
 }
 
 #[test]

@@ -3,10 +3,11 @@
 
 use bitstack_core::{Basis, Block, Coefficients, Shape, SignMatrix, Spike, Spikes, Values};
 use bitstack_format::{BlockSource, Draft, Existing, FormatError, StackFile};
+use bitstack_llm::device::Cpu;
 use bitstack_llm::stack::StackModel;
 use bitstack_llm::{
-    BlockMethod, Checkpoint, CompressOptions, Compressed, Decoder, ExportOptions, FloatType, LinearOp, LlmError,
-    Ordering, Pass, compress, export_dense, export_reference, import,
+    BlockMethod, Checkpoint, CompressOptions, Compressed, Decoder, ExportOptions, FloatType, LlmError, Ordering, Pass,
+    Weight, compress, export_dense, export_reference, import,
 };
 use bitstack_sort::LoadOrder;
 use ndarray::Array2;
@@ -40,7 +41,7 @@ fn imported(dir: &Path) -> Result<Compressed, LlmError> {
     import(dir, &std::env::temp_dir(), &())
 }
 
-fn logits<L: LinearOp>(decoder: &Decoder<L>, tokens: &[u32]) -> Array2<f32> {
+fn logits<L: Weight<Cpu>>(decoder: &Decoder<L>, tokens: &[u32]) -> Array2<f32> {
     decoder.forward(tokens, &mut Pass::new()).unwrap()
 }
 

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use bitstack_llm::eval::{Reference, compare, perplexity};
 use bitstack_llm::sample::{Sampler, SamplingOptions, StopReason, generate};
-use bitstack_llm::{Checkpoint, Decoder, Dense, Elements, LinearOp, LlmError, Tokenizer};
+use bitstack_llm::{Checkpoint, Decoder, Dense, Elements, LlmError, Tokenizer};
 use serde_json::{Map, json};
 
 fn checkpoint() -> Checkpoint {
@@ -191,7 +191,7 @@ fn evaluation_is_the_same_on_any_number_of_threads() {
     let checkpoint = checkpoint();
     let reference = Decoder::load(&checkpoint).unwrap();
     let mut model = reference.clone();
-    let gate = model.linear_mut(5);
+    let gate = model.weight_mut(5);
     let (rows, cols) = (gate.rows(), gate.cols());
     let halved = gate.elements().clone().into_f32().into_iter().map(|v| v * 0.5).collect();
     *gate = Dense::new(rows, cols, Elements::F32(halved)).unwrap();

@@ -2,16 +2,16 @@
 //!
 //! Derivatives of the formulas in [`decoder`](super): own derivation, checked against differences of the forward pass. Whole sequences, no cache.
 
-use super::{QUERY_BLOCK, Rope, attention, bias, check_state, view, view_mut};
-use crate::config::WEIGHTS_PER_LAYER;
-use crate::linear::{LinearOp, Threads};
-use crate::{Decoder, LlmError, ModelConfig, Pass, math};
+use super::check_state;
+use crate::config::{Activation, Attention, FeedForward, FeedForwardInput, Linear, Mlp, Norm, Projections, VectorId};
+use crate::device::{Columns, Context, Cpu, Device, QUERY_BLOCK, Sequence, Weight};
+use crate::{Decoder, LlmError, Pass, Threads, math};
 use faer::prelude::ReborrowMut;
 use faer::{MatMut, MatRef};
 use ndarray::{Array2, ArrayView2, ArrayViewMut2, Axis};
 
-/// A linear operator that can also be multiplied from the other side.
-pub(crate) trait Transposed: LinearOp {
+/// A weight that can also be multiplied from the other side.
+pub(crate) trait Transposed: Weight<Cpu> {
     /// `x += g W`: `g` is tokens x rows, `x` tokens x cols, both row-major; on the calling thread.
     fn add_transposed(&self, g: ArrayView2<'_, f32>, x: ArrayViewMut2<'_, f32>);
 }
@@ -19,12 +19,13 @@ pub(crate) trait Transposed: LinearOp {
 /// Sees inputs x (tokens x cols) of each linear operator and the gradient g by its outputs (tokens x rows): that by the weight is gᵀ x.
 pub(crate) type Visit<'v> = dyn FnMut(usize, ArrayView2<'_, f32>, ArrayView2<'_, f32>) + 'v;
 
-impl<L: LinearOp> Decoder<L> {
+impl<W: Weight<Cpu>> Decoder<W> {
     /// Takes `grad` from behind layer `layer` to in front of it, where the hidden states of one whole sequence are `hidden`; both tokens x
     /// hidden. `visit` is called for each weight of the layer, by its index.
     ///
     /// # Errors
-    /// [`LlmError::StateShape`].
+    /// [`LlmError::StateShape`]; [`LlmError::NoGradient`] for a layer with other parts than separate projections, a gated feed-forward part with
+    /// SiLU, and norms in front.
     pub(crate) fn layer_backward(
         &self,
         layer: usize,
@@ -33,89 +34,112 @@ impl<L: LinearOp> Decoder<L> {
         visit: &mut Visit<'_>,
     ) -> Result<(), LlmError>
     where
-        L: Transposed,
+        W: Transposed,
     {
         let config = &self.frame.config;
         let (tokens, width) = (hidden.nrows(), config.hidden_size);
         check_state("hidden", hidden, width)?;
         check_state("gradient", grad.view(), width)?;
-        let (q_size, kv_size, inner) = (config.query_size(), config.kv_size(), config.intermediate_size);
-        let vectors = &self.frame.layers[layer];
-        let first = config.vocab_parts() + layer * WEIGHTS_PER_LAYER;
-        let [q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj] =
-            std::array::from_fn::<_, WEIGHTS_PER_LAYER, _>(|i| &self.weights[first + i]);
-        let (hidden, eps) = (hidden.as_standard_layout(), config.norm_eps);
-        let h = hidden.as_slice().expect("made standard above");
-        let apply = |weight: &L, x: &[f32], b: &Option<Vec<f32>>| {
-            let mut y = vec![0.0; tokens * weight.rows()];
-            weight.apply(view(x, weight.cols()), view_mut(&mut y, weight.rows()), Threads::One);
-            bias(&mut y, b);
+        let parts = &config.layers[layer];
+        let attention = &parts.attention;
+        let (Projections::Separate { query, key, value }, None, None, None) =
+            (attention.projections, attention.score_cap, parts.attention_post_norm, parts.mlp_post_norm)
+        else {
+            return Err(LlmError::NoGradient { layer });
+        };
+        let Mlp::Dense(FeedForward {
+            size: inner,
+            input: FeedForwardInput::Gated { gate, up },
+            activation: Activation::Silu,
+            down,
+        }) = parts.mlp
+        else {
+            return Err(LlmError::NoGradient { layer });
+        };
+        let (q_size, kv_size) = (attention.query_size(), attention.kv_size());
+        let index = |linear: Linear| config.index(linear.weight);
+        let weight = |linear: Linear| &self.weights[index(linear)];
+        let vector = |id: VectorId| &self.frame.vectors[id.index()][..];
+        let norm = |x: &[f32], norm: Norm| {
+            let mut y = vec![0.0; x.len()];
+            math::rms_norm(x, vector(norm.weight), norm.eps, &mut y);
             y
+        };
+        let mut queue = Cpu.queue(Threads::One)?;
+        let hidden = hidden.as_standard_layout();
+        let h = hidden.as_slice().expect("made standard above");
+        let mut apply = |linear: Linear, x: &Vec<f32>| {
+            let weight = weight(linear);
+            let mut y = vec![0.0; tokens * weight.rows()];
+            weight.multiply(&mut queue, x, tokens, &mut y, Columns::all(weight.rows()))?;
+            if let Some(bias) = linear.bias {
+                math::add_bias(&mut y, vector(bias));
+            }
+            Ok::<_, LlmError>(y)
         };
 
         // Forward once more, keeping all that is needed on the way back.
-        let mut normed = vec![0.0; tokens * width];
-        math::rms_norm(h, &vectors.attention_norm, eps, &mut normed);
-        let [q_raw, k_raw, values] = [(q_proj, &vectors.q_bias), (k_proj, &vectors.k_bias), (v_proj, &vectors.v_bias)]
-            .map(|(weight, bias)| apply(weight, &normed, bias));
-        let ready = |raw: &[f32], norm: &Option<Vec<f32>>| {
+        let normed = norm(h, parts.attention_norm);
+        let (q_raw, k_raw, values) = (apply(query, &normed)?, apply(key, &normed)?, apply(value, &normed)?);
+        let rope = &self.frame.ropes[layer];
+        let ready = |raw: &[f32], norm: Option<Norm>, heads: usize| {
             let mut x = raw.to_vec();
             if let Some(norm) = norm {
-                math::rms_norm_in_place(&mut x, norm, eps);
+                math::rms_norm_in_place(&mut x, vector(norm.weight), norm.eps);
             }
-            self.frame.rope.rotate(&mut x, config.head_dim, tokens, 0);
+            rope.rotate(&mut x, heads, 0);
             x
         };
-        let (q, keys) = (ready(&q_raw, &vectors.q_norm), ready(&k_raw, &vectors.k_norm));
+        let q = ready(&q_raw, attention.query_norm, attention.n_heads);
+        let keys = ready(&k_raw, attention.key_norm, attention.n_kv_heads);
         let mut mixed = vec![0.0; tokens * q_size];
-        attention(config, config.windows[layer], &q, &keys, &values, &mut mixed, 0, Threads::One);
-        let mut middle = apply(o_proj, &mixed, &vectors.o_bias);
+        let sequence = [Sequence { past: 0, rows: tokens }];
+        let context = Context::Own { keys: &keys, values: &values };
+        Cpu::attend(&mut Cpu.queue(Threads::One)?, attention, &q, &sequence, context, &mut mixed)?;
+        let mut middle = apply(attention.output, &mixed)?;
         math::add(&mut middle, h);
-        let mut mlp_normed = vec![0.0; tokens * width];
-        math::rms_norm(&middle, &vectors.mlp_norm, eps, &mut mlp_normed);
-        let gate = apply(gate_proj, &mlp_normed, &vectors.gate_bias);
-        let up = apply(up_proj, &mlp_normed, &vectors.up_bias);
-        let mut active = gate.clone();
-        math::swiglu(&mut active, &up);
+        let mlp_normed = norm(&middle, parts.mlp_norm);
+        let (g, u) = (apply(gate, &mlp_normed)?, apply(up, &mlp_normed)?);
+        let mut active = g.clone();
+        math::swiglu(&mut active, &u);
 
         // Backward: the mlp.
         let grad = grad.as_slice_mut().expect("gradients are in row order");
-        visit(first + 6, view(&active, inner), view(grad, width));
+        visit(index(down), view(&active, inner), view(grad, width));
         let mut g_active = vec![0.0; tokens * inner];
-        down_proj.add_transposed(view(grad, width), view_mut(&mut g_active, inner));
-        let (mut g_gate, mut g_up) = (gate, up);
+        weight(down).add_transposed(view(grad, width), view_mut(&mut g_active, inner));
+        let (mut g_gate, mut g_up) = (g, u);
         math::swiglu_backward(&mut g_gate, &mut g_up, &g_active);
-        visit(first + 4, view(&mlp_normed, width), view(&g_gate, inner));
-        visit(first + 5, view(&mlp_normed, width), view(&g_up, inner));
+        visit(index(gate), view(&mlp_normed, width), view(&g_gate, inner));
+        visit(index(up), view(&mlp_normed, width), view(&g_up, inner));
         let mut g_normed = vec![0.0; tokens * width];
-        gate_proj.add_transposed(view(&g_gate, inner), view_mut(&mut g_normed, width));
-        up_proj.add_transposed(view(&g_up, inner), view_mut(&mut g_normed, width));
-        math::rms_norm_backward(&middle, &vectors.mlp_norm, eps, &g_normed, grad);
+        weight(gate).add_transposed(view(&g_gate, inner), view_mut(&mut g_normed, width));
+        weight(up).add_transposed(view(&g_up, inner), view_mut(&mut g_normed, width));
+        math::rms_norm_backward(&middle, vector(parts.mlp_norm.weight), parts.mlp_norm.eps, &g_normed, grad);
 
         // The attention.
-        visit(first + 3, view(&mixed, q_size), view(grad, width));
+        visit(index(attention.output), view(&mixed, q_size), view(grad, width));
         let mut g_mixed = vec![0.0; tokens * q_size];
-        o_proj.add_transposed(view(grad, width), view_mut(&mut g_mixed, q_size));
+        weight(attention.output).add_transposed(view(grad, width), view_mut(&mut g_mixed, q_size));
         let [mut g_q, mut g_k, mut g_v] = [q_size, kv_size, kv_size].map(|size| vec![0.0; tokens * size]);
-        attention_backward(
-            config,
-            config.windows[layer],
-            [&q, &keys, &values, &g_mixed],
-            [&mut g_q, &mut g_k, &mut g_v],
-        );
-        for (g, raw, norm) in [(&mut g_q, &q_raw, &vectors.q_norm), (&mut g_k, &k_raw, &vectors.k_norm)] {
-            self.frame.rope.rotate_back(g, config.head_dim, tokens);
+        attention_backward(attention, [&q, &keys, &values, &g_mixed], [&mut g_q, &mut g_k, &mut g_v]);
+        for (g, raw, norm, heads) in [
+            (&mut g_q, &q_raw, attention.query_norm, attention.n_heads),
+            (&mut g_k, &k_raw, attention.key_norm, attention.n_kv_heads),
+        ] {
+            rope.rotate_back(g, heads);
             if let Some(norm) = norm {
                 let behind = std::mem::replace(g, vec![0.0; raw.len()]);
-                math::rms_norm_backward(raw, norm, eps, &behind, g);
+                math::rms_norm_backward(raw, vector(norm.weight), norm.eps, &behind, g);
             }
         }
         g_normed.fill(0.0);
-        for (i, (weight, g)) in [(q_proj, &g_q), (k_proj, &g_k), (v_proj, &g_v)].into_iter().enumerate() {
-            visit(first + i, view(&normed, width), view(g, weight.rows()));
-            weight.add_transposed(view(g, weight.rows()), view_mut(&mut g_normed, width));
+        for (linear, g) in [(query, &g_q), (key, &g_k), (value, &g_v)] {
+            let rows = weight(linear).rows();
+            visit(index(linear), view(&normed, width), view(g, rows));
+            weight(linear).add_transposed(view(g, rows), view_mut(&mut g_normed, width));
         }
-        math::rms_norm_backward(h, &vectors.attention_norm, eps, &g_normed, grad);
+        math::rms_norm_backward(h, vector(parts.attention_norm.weight), parts.attention_norm.eps, &g_normed, grad);
         Ok(())
     }
 
@@ -123,71 +147,60 @@ impl<L: LinearOp> Decoder<L> {
     /// makes of the logits, in place (tokens x vocabulary); it is shown the head's inputs too, tokens x hidden.
     ///
     /// # Errors
-    /// [`LlmError::StateShape`].
+    /// [`LlmError::StateShape`]; [`LlmError::NoGradient`] where logits are capped.
     pub(crate) fn head_backward(
         &self,
         hidden: ArrayView2<'_, f32>,
         gradient: impl FnOnce(ArrayView2<'_, f32>, &mut Array2<f32>),
     ) -> Result<Array2<f32>, LlmError>
     where
-        L: Transposed,
+        W: Transposed,
     {
         let config = &self.frame.config;
         let width = config.hidden_size;
-        let normed = self.head_input(hidden, &mut Pass::new())?;
+        if config.logit_cap.is_some() {
+            return Err(LlmError::NoGradient { layer: config.n_layers() });
+        }
         let mut logits = self.logits(hidden, &mut Pass::new())?;
+        let hidden = hidden.as_standard_layout();
+        let h = hidden.as_slice().expect("made standard above");
+        let (weight, eps) = (&self.frame.vectors[config.norm.weight.index()], config.norm.eps);
+        let mut normed = vec![0.0; h.len()];
+        math::rms_norm(h, weight, eps, &mut normed);
         gradient(view(&normed, width), &mut logits);
         let mut g_normed = vec![0.0; normed.len()];
         let parts = logits.axis_chunks_iter(Axis(1), config.vocab_part_rows);
-        for (part, g) in self.weights[self.head()].iter().zip(parts) {
+        for (part, g) in self.weights[config.head()].iter().zip(parts) {
             part.add_transposed(g.as_standard_layout().view(), view_mut(&mut g_normed, width));
         }
-        let hidden = hidden.as_standard_layout();
         let mut grad = Array2::zeros(hidden.dim());
-        math::rms_norm_backward(
-            hidden.as_slice().expect("made standard above"),
-            &self.frame.norm,
-            config.norm_eps,
-            &g_normed,
-            grad.as_slice_mut().expect("a fresh array"),
-        );
+        math::rms_norm_backward(h, weight, eps, &g_normed, grad.as_slice_mut().expect("a fresh array"));
         Ok(grad)
     }
 }
 
-impl Rope {
-    /// The rotation the other way, of a whole sequence: that of the mirror image, mirrored.
-    fn rotate_back(&self, x: &mut [f32], head_dim: usize, tokens: usize) {
-        let mirror = |x: &mut [f32]| {
-            for head in x.chunks_exact_mut(head_dim) {
-                head[head_dim / 2..].iter_mut().for_each(|v| *v = -*v);
-            }
-        };
-        mirror(x);
-        self.rotate(x, head_dim, tokens, 0);
-        mirror(x);
-    }
+fn view(x: &[f32], cols: usize) -> ArrayView2<'_, f32> {
+    ArrayView2::from_shape((x.len() / cols, cols), x).expect("whole rows")
 }
 
-/// The gradients by q, keys and values, all zero before, from those: `[q, keys, values, gradient by the output]`, shaped as in [`attention`].
+fn view_mut(x: &mut [f32], cols: usize) -> ArrayViewMut2<'_, f32> {
+    ArrayViewMut2::from_shape((x.len() / cols, cols), x).expect("whole rows")
+}
+
+/// The gradients by q, keys and values, all zero before, from those: `[q, keys, values, gradient by the output]`, shaped as in [`Device::attend`].
 ///
 /// With P = softmax(s Q Kᵀ) and O = P V: by V it is Pᵀ G, by the scores P ⊙ (G Vᵀ − rowsum(P ⊙ G Vᵀ)) =: S, by Q s S K, by K s Sᵀ Q.
-fn attention_backward(
-    config: &ModelConfig,
-    window: Option<usize>,
-    [q, keys, values, g_out]: [&[f32]; 4],
-    [g_q, g_k, g_v]: [&mut [f32]; 3],
-) {
-    let (head_dim, group) = (config.head_dim, config.n_heads / config.n_kv_heads);
-    let (q_size, kv_size) = (config.query_size(), config.kv_size());
+fn attention_backward(attention: &Attention, [q, keys, values, g_out]: [&[f32]; 4], [g_q, g_k, g_v]: [&mut [f32]; 3]) {
+    let Attention { head_dim, n_heads, n_kv_heads, window, scale, .. } = *attention;
+    let group = n_heads / n_kv_heads;
+    let (q_size, kv_size) = (attention.query_size(), attention.kv_size());
     let tokens = q.len() / q_size;
     let [q, g_out] = [q, g_out].map(|x| MatRef::from_row_major_slice(x, tokens, q_size));
     let [keys, values] = [keys, values].map(|x| MatRef::from_row_major_slice(x, tokens, kv_size));
     let mut g_q = MatMut::from_row_major_slice_mut(g_q, tokens, q_size);
     let [mut g_k, mut g_v] = [g_k, g_v].map(|x| MatMut::from_row_major_slice_mut(x, tokens, kv_size));
-    let scale = 1.0 / (head_dim as f32).sqrt();
     let (mut scores, mut g_scores) = (Vec::new(), Vec::new());
-    for head in 0..config.n_heads {
+    for head in 0..n_heads {
         let [q, g_out] = [q, g_out].map(|x| x.subcols(head * head_dim, head_dim));
         let kv = head / group * head_dim;
         let [keys, values] = [keys, values].map(|x| x.subcols(kv, head_dim));
@@ -259,7 +272,7 @@ mod tests {
             let mut model = model(name);
             let width = model.config().hidden_size;
             let tokens = 70;
-            for layer in 0..model.config().n_layers {
+            for layer in 0..model.config().n_layers() {
                 let (x, c) = (noise(tokens, width, layer), noise(tokens, width, 50 + layer));
                 let f = |model: &Decoder<Dense>, x: &Array2<f32>| {
                     let mut out = x.clone();
@@ -276,10 +289,9 @@ mod tests {
 
                 let mut seen: Vec<usize> = by_weight.iter().map(|(w, _)| *w).collect();
                 seen.sort_unstable();
-                let first = model.config().vocab_parts() + layer * WEIGHTS_PER_LAYER;
-                assert_eq!(seen, (first..first + WEIGHTS_PER_LAYER).collect::<Vec<_>>());
+                assert_eq!(seen, model.config().layer_weights(layer).collect::<Vec<_>>());
                 for (w, g) in by_weight {
-                    let own = model.linears()[w].clone();
+                    let own = model.weights()[w].clone();
                     let values = Array2::from_shape_vec(g.dim(), own.clone().into_elements().into_f32()).unwrap();
                     // A step of a share of the weight itself.
                     let d = noise(g.nrows(), g.ncols(), w) * (values.mapv(|v| v * v).mean().unwrap().sqrt());
