@@ -109,7 +109,7 @@ fn kept_embeddings_are_left_bit_for_bit() {
     let original = Decoder::load(&checkpoint("llama")).unwrap();
     for index in [0, original.config().head().start] {
         assert_eq!(*model.weights()[index], original.weights()[index]);
-        assert_eq!(model.weights()[index].rows(), 96);
+        assert_eq!(model.weights()[index].shape()[0], 96);
     }
 }
 

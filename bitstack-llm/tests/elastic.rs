@@ -90,7 +90,7 @@ fn a_row_of_a_weight_is_what_multiplying_by_it_gives() {
     let products = [Threads::One, Threads::Pool].map(|threads| {
         // Beside other columns, which stay as they are.
         let (mut queue, mut y) = (Cpu.queue(threads).unwrap(), vec![7.0; 20 * (rows + 2)]);
-        operator.multiply(&mut queue, &x, 20, &mut y, Columns { first: 1, stride: rows + 2 }).unwrap();
+        Weight::<Cpu>::multiply(operator, &mut queue, &x, 20, &mut y, Columns { first: 1, stride: rows + 2 }).unwrap();
         assert!(y.chunks(rows + 2).all(|row| row[0] == 7.0 && row[rows + 1] == 7.0));
         y
     });

@@ -5,8 +5,9 @@ use std::path::Path;
 
 use bitstack_llm::eval::{Reference, compare, perplexity};
 use bitstack_llm::sample::{Sampler, SamplingOptions, StopReason, generate};
-use bitstack_llm::{Checkpoint, Decoder, Dense, Elements, LlmError, Tokenizer};
+use bitstack_llm::{Checkpoint, Decoder, Dense, Elements, Frame, LlmError, Tokenizer};
 use serde_json::{Map, json};
+use std::sync::Arc;
 
 fn checkpoint() -> Checkpoint {
     Checkpoint::open(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/llama")).unwrap()
@@ -159,7 +160,8 @@ fn generation_says_why_it_stopped() {
     let with_ends = |ends: Vec<u32>| {
         let mut config = checkpoint.config().clone();
         config.eos_tokens = ends;
-        Decoder::new(config, |_, w| checkpoint.weight(w), |v| checkpoint.vector(v)).unwrap()
+        let frame = Frame::new(config, |v| checkpoint.vector(v)).unwrap();
+        Decoder::with_frame(Arc::new(frame), |_, w| checkpoint.weight(w)).unwrap()
     };
     let run = |model: &Decoder<Dense>, max_tokens, stop_after: usize| {
         let mut pieces = 0;
@@ -192,7 +194,7 @@ fn evaluation_is_the_same_on_any_number_of_threads() {
     let reference = Decoder::load(&checkpoint).unwrap();
     let mut model = reference.clone();
     let gate = model.weight_mut(5);
-    let (rows, cols) = (gate.rows(), gate.cols());
+    let [rows, cols] = gate.shape();
     let halved = gate.elements().clone().into_f32().into_iter().map(|v| v * 0.5).collect();
     *gate = Dense::new(rows, cols, Elements::F32(halved)).unwrap();
 

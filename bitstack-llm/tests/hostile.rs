@@ -55,7 +55,7 @@ fn model_config() -> ModelConfig {
 fn tensors() -> Vec<(String, Vec<usize>, Vec<u8>)> {
     let config = model_config();
     let matrices = config.weights().into_iter().map(|w| (w.tensor_name(), vec![w.rows, w.cols]));
-    let vectors = config.other_tensors().into_iter().map(|v| (v.name, vec![v.len]));
+    let vectors = config.other_tensors().iter().map(|v| (v.name.clone(), vec![v.len]));
     let mut state = 1u32;
     let mut next = || {
         state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);

@@ -3,7 +3,8 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use bitstack_llm::{Architecture, Checkpoint, Decoder, LlmError, ModelConfig, Pass};
+use bitstack_llm::config::{FeedForwardInput, Mlp, Projections};
+use bitstack_llm::{Checkpoint, Decoder, LlmError, ModelConfig, Pass};
 use half::{bf16, f16};
 use proptest::prelude::*;
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
@@ -30,14 +31,32 @@ fn config_error(name: &str, changes: Value) -> String {
 #[test]
 fn configs_of_all_families_are_read() {
     let llama = config("llama31", json!({})).unwrap();
-    assert_eq!(llama.architecture, Architecture::Llama);
-    assert!(llama.tied && llama.rope.theta == 500_000.0 && llama.rope.scaling.unwrap().original_positions == 64.0);
+    let rope = llama.ropes[0];
+    assert!(llama.tied && rope.theta == 500_000.0 && rope.scaling.unwrap().original_positions == 64.0);
     assert_eq!(llama.eos_tokens, [1]);
-    assert_eq!(config("mistral_window", json!({})).unwrap().windows, [Some(16); 2]);
-    assert_eq!(config("mistral", json!({})).unwrap().query_size(), 128);
+    assert_eq!(windows(&config("mistral_window", json!({})).unwrap()), [Some(16); 2]);
+    assert_eq!(config("mistral", json!({})).unwrap().layers[0].attention.query_size(), 128);
     let qwen2 = config("qwen2", json!({})).unwrap();
-    assert!(qwen2.biases.qkv && !qwen2.biases.output && qwen2.windows == [None; 2]);
-    assert!(config("qwen3", json!({})).unwrap().qk_norm);
+    let Projections::Separate { query, key, value } = qwen2.layers[1].attention.projections else { unreachable!() };
+    assert!([query, key, value].iter().all(|projection| projection.bias.is_some()));
+    assert!(qwen2.layers[1].attention.output.bias.is_none() && windows(&qwen2) == [None; 2]);
+    let attention = &config("qwen3", json!({})).unwrap().layers[0].attention;
+    assert!(attention.query_norm.is_some() && attention.key_norm.is_some());
+}
+
+#[test]
+fn biases_of_llama_are_those_that_the_config_names() {
+    for (attention, mlp) in [(false, true), (true, false)] {
+        let layer = config("llama", json!({"attention_bias": attention, "mlp_bias": mlp})).unwrap().layers.remove(0);
+        assert_eq!(layer.attention.output.bias.is_some(), attention);
+        let Mlp::Dense(feed_forward) = layer.mlp else { unreachable!() };
+        let FeedForwardInput::Gated { gate, up } = feed_forward.input else { unreachable!() };
+        assert!([gate, up, feed_forward.down].iter().all(|projection| projection.bias.is_some() == mlp));
+    }
+}
+
+fn windows(config: &ModelConfig) -> Vec<Option<usize>> {
+    config.layers.iter().map(|layer| layer.attention.window).collect()
 }
 
 #[test]
@@ -48,16 +67,16 @@ fn rope_parameters_stand_for_theta_and_scaling() {
     assert_eq!(new, config("llama31", json!({})).unwrap());
     let plain =
         config("llama", json!({"rope_theta": null, "rope_parameters": {"rope_theta": 7.0, "rope_type": "default"}}));
-    assert_eq!(plain.unwrap().rope.theta, 7.0);
+    assert_eq!(plain.unwrap().ropes[0].theta, 7.0);
 }
 
 #[test]
 fn qwen_windows_apply_from_the_layer_the_config_names() {
     let sliding = |first: u64| json!({"use_sliding_window": true, "sliding_window": 8, "max_window_layers": first, "layer_types": null});
-    assert_eq!(config("qwen2", sliding(1)).unwrap().windows, [None, Some(8)]);
-    assert_eq!(config("qwen2", sliding(28)).unwrap().windows, [None, None]);
+    assert_eq!(windows(&config("qwen2", sliding(1)).unwrap()), [None, Some(8)]);
+    assert_eq!(windows(&config("qwen2", sliding(28)).unwrap()), [None, None]);
     let types = json!({"use_sliding_window": true, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]});
-    assert_eq!(config("qwen3", types).unwrap().windows, [Some(8), None]);
+    assert_eq!(windows(&config("qwen3", types).unwrap()), [Some(8), None]);
     assert!(config_error("qwen3", json!({"layer_types": ["full_attention"]})).contains("layer_types"));
     assert!(config_error("qwen3", json!({"layer_types": ["full_attention", "chunked"]})).contains("chunked"));
 }

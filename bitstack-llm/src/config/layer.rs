@@ -54,8 +54,8 @@ pub struct Layer {
     pub mlp: Mlp,
     /// Behind the feed-forward part, before its result is added.
     pub mlp_post_norm: Option<Norm>,
-    /// The layer's weights, as a range of [`WeightId`]s.
-    pub(super) weights: Range<usize>,
+    /// Its weights among those of all layers, as [`super::LayerBuilder::finish`] gives them.
+    pub weights: Range<usize>,
 }
 
 /// Softmax attention with rotary positions; heads of queries share heads of keys and values in equal groups.
