@@ -34,11 +34,84 @@ use std::fmt;
 /// - **Side by side.** All methods may be called from several threads at once.
 ///
 /// An error leaves the other runs as they are. The model then keeps the size it has, and the next budget tries again.
+///
+/// # Example
+/// A memory that reading threads cannot write to: they fill a buffer, and its bytes are copied.
+///
+/// ```no_run
+/// use bitstack_core::{BlockRef, SignLayout};
+/// use bitstack_format::{BlockExtent, StackFile};
+/// use bitstack_runtime::{Elastic, FillError, Memory, Options, RuntimeError};
+/// use std::collections::TryReserveError;
+///
+/// #[derive(Debug)]
+/// struct Device;
+///
+/// impl Memory for Device {
+///     type Run = Vec<Vec<u8>>;
+///     type Staging = Vec<u16>; // begins at an even address
+///     type Error = TryReserveError;
+///
+///     fn signs(&self, _preferred: SignLayout) -> SignLayout {
+///         SignLayout::Rows
+///     }
+///     fn block_bytes(&self, block: &BlockExtent) -> u64 {
+///         block.len_bytes() as u64
+///     }
+///     fn unit_bytes(&self) -> u64 {
+///         1
+///     }
+///     fn staging(&self, block_bytes: usize) -> Result<Vec<u16>, TryReserveError> {
+///         let mut words = Vec::new();
+///         words.try_reserve_exact(block_bytes.div_ceil(2))?;
+///         words.resize(block_bytes.div_ceil(2), 0);
+///         Ok(words)
+///     }
+///     fn reserve(&self, blocks: &[BlockExtent]) -> Result<Self::Run, TryReserveError> {
+///         let place = |block: &BlockExtent| {
+///             let mut place = Vec::new();
+///             place.try_reserve_exact(block.len_bytes())?;
+///             place.resize(block.len_bytes(), 0);
+///             Ok(place)
+///         };
+///         blocks.iter().map(place).collect()
+///     }
+///     fn fill(
+///         &self,
+///         run: &mut Self::Run,
+///         index: usize,
+///         staging: &mut Vec<u16>,
+///         read: impl FnOnce(&mut [u8]) -> Result<BlockRef<'_>, RuntimeError>,
+///     ) -> Result<(), FillError<TryReserveError>> {
+///         let bytes = &mut bytemuck::cast_slice_mut(staging)[..run[index].len()];
+///         read(bytes)?;
+///         run[index].copy_from_slice(bytes);
+///         Ok(())
+///     }
+///     fn seal(&self, run: &mut Self::Run, n_blocks: usize) -> Result<(), TryReserveError> {
+///         run.truncate(n_blocks);
+///         Ok(())
+///     }
+///     fn run_bytes(&self, run: &Self::Run) -> u64 {
+///         run.iter().map(|place| place.len() as u64).sum()
+///     }
+/// }
+///
+/// let file = StackFile::open_path("model.bitstack")?;
+/// let model = Elastic::open_in(Device, file, 4_000_000_000, Options::default())?;
+/// let snapshot = model.snapshot();
+/// for block in snapshot.blocks(0)? {
+///     let bytes: &[u8] = &block.run[block.index]; // for a kernel of the device
+///     assert_eq!(bytes.len(), block.extent.len_bytes());
+/// }
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 pub trait Memory: fmt::Debug + Send + Sync + 'static {
     /// Memory for a run of blocks. Dropping it gives the memory back.
     type Run: fmt::Debug + Send + Sync;
 
     /// What one reading thread needs to fill runs, and uses again for each block: a buffer that copies to a device start from, or `()`.
+    /// A copy may still run when the next block comes; [`fill`](Self::fill) then waits for it, or uses another part of the buffer.
     type Staging;
 
     /// Why the memory cannot be had, or cannot be filled.
@@ -48,8 +121,8 @@ pub trait Memory: fmt::Debug + Send + Sync + 'static {
     /// answer.
     fn signs(&self, preferred: SignLayout) -> SignLayout;
 
-    /// Bytes that a block takes in this memory, with what its place is rounded up to. Runs are formed by this; at most a few blocks more
-    /// or less are in a run when it is an estimate.
+    /// Bytes that a block takes in this memory, with what its place is rounded up to. Runs are formed by this. It may be an estimate:
+    /// [`run_bytes`](Self::run_bytes) is what counts.
     fn block_bytes(&self, block: &BlockExtent) -> u64;
 
     /// Bytes, at least 1, of which the memory is best taken in whole multiples, such as a huge page. Runs are formed so that little is
@@ -57,7 +130,7 @@ pub trait Memory: fmt::Debug + Send + Sync + 'static {
     fn unit_bytes(&self) -> u64;
 
     /// What a thread needs to fill runs whose blocks have at most `block_bytes` ([`BlockExtent::len_bytes`]) each. It is dropped when
-    /// the thread has no more to read, which may be before its runs are dropped and is always after they are sealed.
+    /// the thread has no more to read: after each of its runs was sealed or dropped.
     ///
     /// # Errors
     /// There is no memory for it.
