@@ -14,7 +14,8 @@ const EVERY: Duration = Duration::from_millis(100);
 
 /// Sets the budget of a model, by a [`Policy`], from what the system says about memory, until it or the model is dropped.
 ///
-/// Budgets that others set meanwhile are where it goes on from. When the smallest model is still too large it can do no more.
+/// It looks at the memory of the host: it is for models whose blocks live there, in whatever [`Memory`]. Budgets that others set meanwhile
+/// are where it goes on from. When the smallest model is still too large it can do no more.
 #[derive(Debug)]
 pub struct Watcher {
     stop: Arc<(Mutex<bool>, Condvar)>,
