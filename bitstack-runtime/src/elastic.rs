@@ -1,12 +1,14 @@
 //! A model whose size can change at any time.
 
 use crate::RuntimeError;
+use crate::host::HostMemory;
 use crate::load::Loader;
-use crate::resident::{mapped_bytes, runs};
+use crate::memory::Memory;
+use crate::resident::{extents, runs};
 use crate::snapshot::{Snapshot, Table, TableWeight};
 use crate::swap::{Goal, Swap, View};
 use bitstack_core::SignLayout;
-use bitstack_format::{BlockSource, ReadAt, StackFile, Verify};
+use bitstack_format::{BlockExtent, BlockSource, ReadAt, StackFile, Verify};
 use bitstack_sort::{LoadOrder, Plan, Sizes};
 use std::sync::Arc;
 use std::sync::atomic::AtomicUsize;
@@ -20,7 +22,7 @@ pub struct Options {
     pub verify: Verify,
     /// When [`Elastic::open`] returns.
     pub start: Start,
-    /// How the signs lie in memory: as the kernels that will read them like it best.
+    /// How the signs lie in memory: as the kernels that will read them like it best. [`Memory::signs`] has the last word.
     pub signs: SignLayout,
 }
 
@@ -46,17 +48,19 @@ pub fn load_order<S: ReadAt>(file: &StackFile<S>) -> Result<LoadOrder, RuntimeEr
 ///
 /// Share it by reference or in an [`Arc`]; all methods take `&self`. Dropping it ends the background thread, after the blocks that are
 /// being read.
+///
+/// The blocks live in a [`Memory`]: that of this process, unless [`Elastic::open_in`] is given another.
 #[derive(Debug)]
-pub struct Elastic<S> {
-    shared: Shared<S>,
+pub struct Elastic<S, M: Memory = HostMemory> {
+    shared: Shared<S, M>,
     worker: Option<JoinHandle<()>>,
 }
 
 /// What the threads of a model share.
 #[derive(Debug)]
-pub(crate) struct Shared<S> {
-    loader: Arc<Loader<S>>,
-    swap: Arc<Swap<Snapshot, RuntimeError>>,
+pub(crate) struct Shared<S, M: Memory> {
+    loader: Arc<Loader<S, M>>,
+    swap: Arc<Swap<Snapshot<M>, RuntimeError>>,
 }
 
 /// Where a model stands.
@@ -69,9 +73,10 @@ pub struct Status {
     pub target_bytes: u64,
     /// Resident bytes of the current snapshot: the unstacked tensors and its blocks, exactly. At most `target_bytes`.
     pub resident_bytes: u64,
-    /// What the system has given: the unstacked tensors and the mappings of all blocks that are in memory, in whole pages. Those count
-    /// that only old snapshots hold, those that are loaded and not yet published, and those that the plan has no room for and that share
-    /// a mapping with one that it has: of at most 32 MiB, and a 64th of the model.
+    /// What the memory has given: the unstacked tensors and the runs of all blocks that are in memory, in whole pages of the host, or
+    /// as the memory counts ([`Memory::run_bytes`]). Those count that only old snapshots hold, those that are loaded and not yet
+    /// published, and those that the plan has no room for and that share a run with one that it has: of at most 32 MiB, and a 64th of
+    /// the model.
     pub allocated_bytes: u64,
     /// Whether blocks are being loaded.
     pub loading: bool,
@@ -91,6 +96,16 @@ impl<S: ReadAt + Send + Sync + 'static> Elastic<S> {
     /// [`RuntimeError::Budget`] when the budget is below the smallest model, which it states; whatever a block that is needed before
     /// this returns fails with.
     pub fn open(file: StackFile<S>, budget_bytes: u64, options: Options) -> Result<Self, RuntimeError> {
+        Self::open_in(HostMemory, file, budget_bytes, options)
+    }
+}
+
+impl<S: ReadAt + Send + Sync + 'static, M: Memory> Elastic<S, M> {
+    /// As [`Elastic::open`], with the blocks in `memory`. Budgets count the bytes of the file's tensors, whatever they take there.
+    ///
+    /// # Errors
+    /// As [`Elastic::open`].
+    pub fn open_in(memory: M, file: StackFile<S>, budget_bytes: u64, options: Options) -> Result<Self, RuntimeError> {
         let order = load_order(&file)?;
         let plan = order.plan(budget_bytes)?;
         let mut weights: Vec<TableWeight> = file
@@ -102,15 +117,25 @@ impl<S: ReadAt + Send + Sync + 'static> Elastic<S> {
         for (position, &(weight, _)) in entries.iter().enumerate() {
             weights[weight].positions.push(position);
         }
-        let runs = runs(&mapped_bytes(&file, &entries)?, order.n_weights());
-        let table = Arc::new(Table { order, entries, weights, runs, live: AtomicUsize::new(0) });
+        let extents = extents(&file, &entries)?;
+        let block_bytes: Vec<u64> = extents.iter().map(|extent| memory.block_bytes(extent)).collect();
+        let table = Arc::new(Table {
+            runs: runs(&block_bytes, order.n_weights(), memory.unit_bytes().max(1)),
+            largest_block_bytes: extents.iter().map(BlockExtent::len_bytes).max().unwrap_or(0),
+            signs: memory.signs(options.signs),
+            live: AtomicUsize::new(0),
+            order,
+            entries,
+            extents,
+            weights,
+        });
 
         let first = match options.start {
             Start::Whole => plan.n_blocks,
             Start::Smallest => table.weights.len(),
         };
         let swap = Arc::new(Swap::new(Arc::new(Snapshot::empty(table.clone())), Goal { len: first, budget_bytes }));
-        let loader = Arc::new(Loader::new(file, table, options.verify, options.signs));
+        let loader = Arc::new(Loader::new(file, memory, table, options.verify));
         if let Some(job) = swap.job() {
             loader.run(&swap, &job)?;
         }
@@ -128,7 +153,7 @@ impl<S: ReadAt + Send + Sync + 'static> Elastic<S> {
     }
 }
 
-impl<S> Elastic<S> {
+impl<S, M: Memory> Elastic<S, M> {
     /// Sets the budget and returns its plan at once. A smaller model is in place when this returns; a larger one is loaded in the
     /// background, from snapshot to snapshot. A later call supersedes an earlier one; after an error it tries again.
     ///
@@ -143,13 +168,18 @@ impl<S> Elastic<S> {
         &self.shared.loader.file
     }
 
+    /// The memory that the blocks live in.
+    pub fn memory(&self) -> &M {
+        &self.shared.loader.memory
+    }
+
     /// The load order, with the bytes of every size there is.
     pub fn order(&self) -> &LoadOrder {
         self.shared.order()
     }
 
     /// The model as it is now. Cheap; take one for each forward pass.
-    pub fn snapshot(&self) -> Arc<Snapshot> {
+    pub fn snapshot(&self) -> Arc<Snapshot<M>> {
         self.shared.swap.current()
     }
 
@@ -172,12 +202,12 @@ impl<S> Elastic<S> {
     }
 
     /// For threads of this crate.
-    pub(crate) fn shared(&self) -> &Shared<S> {
+    pub(crate) fn shared(&self) -> &Shared<S, M> {
         &self.shared
     }
 }
 
-impl<S> Shared<S> {
+impl<S, M: Memory> Shared<S, M> {
     pub(crate) fn order(&self) -> &LoadOrder {
         &self.loader.table.order
     }
@@ -197,7 +227,7 @@ impl<S> Shared<S> {
         self.swap.is_closed()
     }
 
-    fn describe(&self, view: View<Snapshot, RuntimeError>) -> Status {
+    fn describe(&self, view: View<Snapshot<M>, RuntimeError>) -> Status {
         let bytes = self.order().cumulative_bytes();
         Status {
             budget_bytes: view.goal.budget_bytes,
@@ -211,14 +241,14 @@ impl<S> Shared<S> {
     }
 }
 
-// Derived, this would ask the same of the source.
-impl<S> Clone for Shared<S> {
+// Derived, this would ask the same of the source and the memory.
+impl<S, M: Memory> Clone for Shared<S, M> {
     fn clone(&self) -> Self {
         Self { loader: self.loader.clone(), swap: self.swap.clone() }
     }
 }
 
-impl<S> Drop for Elastic<S> {
+impl<S, M: Memory> Drop for Elastic<S, M> {
     fn drop(&mut self) {
         self.shared.swap.close();
         if let Some(worker) = self.worker.take() {

@@ -1,5 +1,6 @@
 use bitstack_format::FormatError;
 use bitstack_sort::SortError;
+use std::error::Error;
 use std::io;
 use std::sync::Arc;
 
@@ -34,7 +35,7 @@ pub enum RuntimeError {
         /// What is wrong.
         source: Arc<FormatError>,
     },
-    /// The system gives no memory for a block.
+    /// The memory has no room for a block and those of its run, or for what it takes to bring them there.
     #[error(
         "no memory for the {bytes} bytes of block {block} of weight {weight}: {source}; what was loaded before stays in use: \
          set a smaller budget"
@@ -46,8 +47,21 @@ pub enum RuntimeError {
         block: usize,
         /// The bytes asked for.
         bytes: u64,
-        /// What the system says.
-        source: Arc<io::Error>,
+        /// What the memory says: a [`Memory::Error`](crate::Memory::Error), which `downcast_ref` gives back.
+        source: Arc<dyn Error + Send + Sync>,
+    },
+    /// A block was read, and the memory does not take it, or those of its run that begins with it.
+    #[error(
+        "cannot bring block {block} of weight {weight} into memory: {source}; what was loaded before stays in use, and setting the \
+         budget tries again"
+    )]
+    Fill {
+        /// The name of the weight.
+        weight: String,
+        /// The number of the block, from 1.
+        block: usize,
+        /// What the memory says: a [`Memory::Error`](crate::Memory::Error), which `downcast_ref` gives back.
+        source: Arc<dyn Error + Send + Sync>,
     },
     /// The source of the file panicked while a block was read.
     #[error(

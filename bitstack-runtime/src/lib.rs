@@ -3,8 +3,10 @@
 
 mod elastic;
 mod error;
+mod host;
 mod load;
 pub mod measure;
+mod memory;
 mod policy;
 mod resident;
 mod snapshot;
@@ -16,7 +18,9 @@ mod watch;
 pub use bitstack_format::Verify;
 pub use elastic::{Elastic, Options, Start, Status, load_order};
 pub use error::RuntimeError;
+pub use host::{HostMemory, HostRun};
+pub use memory::{FillError, Memory};
 pub use policy::Policy;
-pub use snapshot::Snapshot;
+pub use snapshot::{ResidentBlock, Snapshot};
 pub use system::{Reading, Sensors, process_resident_bytes};
 pub use watch::Watcher;

@@ -1,10 +1,10 @@
 //! Reading blocks, on more than one thread, and handing them in in order.
 
 use crate::RuntimeError;
-use crate::resident::{Account, Resident, Run};
+use crate::memory::Memory;
+use crate::resident::{Account, Resident, Run, no_memory};
 use crate::snapshot::{Snapshot, Table};
 use crate::swap::{Job, Swap};
-use bitstack_core::SignLayout;
 use bitstack_format::{ReadAt, StackFile, Verify};
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -29,39 +29,39 @@ const NICE: i32 = 10;
 
 /// Everything that it takes to read blocks.
 #[derive(Debug)]
-pub(crate) struct Loader<S> {
+pub(crate) struct Loader<S, M: Memory> {
     pub(crate) file: StackFile<S>,
+    pub(crate) memory: M,
     pub(crate) table: Arc<Table>,
     pub(crate) account: Arc<Account>,
     verify: Verify,
-    signs: SignLayout,
     /// Threads that read, the one with the job included.
     readers: usize,
     /// By position, the blocks that are in memory, if only in old snapshots: none is ever there twice, and to grow back to a size that
     /// somebody still works at costs nothing.
-    alive: Mutex<Vec<Weak<Run>>>,
+    alive: Mutex<Vec<Weak<Run<M>>>>,
 }
 
 /// How far a job has come.
-struct Progress {
+struct Progress<M: Memory> {
     /// The first position that nobody reads yet.
     next: usize,
     /// The length of the last snapshot published.
     published: usize,
     /// Blocks read and not yet published.
-    ready: BTreeMap<usize, Resident>,
+    ready: BTreeMap<usize, Resident<M>>,
     /// The first position that failed, and why.
     failed: Option<(usize, RuntimeError)>,
     published_at: Instant,
 }
 
-impl Progress {
+impl<M: Memory> Progress<M> {
     /// Whether the block of this position is still to be read. What comes before a failure is of use.
-    fn is_wanted(&self, position: usize, swap: &Swap<Snapshot, RuntimeError>) -> bool {
+    fn is_wanted(&self, position: usize, swap: &Swap<Snapshot<M>, RuntimeError>) -> bool {
         self.failed.as_ref().is_none_or(|&(first, _)| position < first) && swap.is_wanted(self.published, position)
     }
 
-    fn publish(&mut self, swap: &Swap<Snapshot, RuntimeError>) {
+    fn publish(&mut self, swap: &Swap<Snapshot<M>, RuntimeError>) {
         let mut items = Vec::new();
         while let Some(block) = self.ready.remove(&(self.published + items.len())) {
             items.push(block);
@@ -99,18 +99,18 @@ impl Pace<'_> {
     }
 }
 
-impl<S: ReadAt + Send + Sync> Loader<S> {
-    pub(crate) fn new(file: StackFile<S>, table: Arc<Table>, verify: Verify, signs: SignLayout) -> Self {
+impl<S: ReadAt + Send + Sync, M: Memory> Loader<S, M> {
+    pub(crate) fn new(file: StackFile<S>, memory: M, table: Arc<Table>, verify: Verify) -> Self {
         let alive = Mutex::new(table.entries.iter().map(|_| Weak::new()).collect());
         let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
-        Self { file, table, account: Arc::new(Account::new()), verify, signs, readers: cores.min(MAX_READERS), alive }
+        Self { file, memory, table, account: Arc::default(), verify, readers: cores.min(MAX_READERS), alive }
     }
 
     /// Loads the blocks of a job, as far as they stay wanted, and publishes them as they come.
     ///
     /// # Errors
     /// The first block that cannot be loaded; those before it are published.
-    pub(crate) fn run(&self, swap: &Swap<Snapshot, RuntimeError>, job: &Job) -> Result<(), RuntimeError> {
+    pub(crate) fn run(&self, swap: &Swap<Snapshot<M>, RuntimeError>, job: &Job) -> Result<(), RuntimeError> {
         let progress = Mutex::new(Progress {
             next: job.from,
             published: job.from,
@@ -122,6 +122,7 @@ impl<S: ReadAt + Send + Sync> Loader<S> {
         let is_wanted = |position| lock(&progress).is_wanted(position, swap);
         let read = || {
             let mut pace = Pace { resting: &resting, since: None };
+            let mut staging = None;
             let mut after_piece = || pace.after_piece(swap.is_held() || self.table.live.load(Ordering::Relaxed) > 1);
             loop {
                 let mut p = lock(&progress);
@@ -132,7 +133,7 @@ impl<S: ReadAt + Send + Sync> Loader<S> {
                 p.next = positions.end;
                 drop(p);
                 let mut blocks = Vec::with_capacity(positions.len());
-                let loaded = self.blocks(positions, is_wanted, &mut after_piece, &mut blocks);
+                let loaded = self.blocks(positions, &mut staging, is_wanted, &mut after_piece, &mut blocks);
                 let mut p = lock(&progress);
                 p.ready.extend(blocks);
                 if let Err((position, error)) = loaded
@@ -161,9 +162,10 @@ impl<S: ReadAt + Send + Sync> Loader<S> {
     fn blocks(
         &self,
         positions: Range<usize>,
+        staging: &mut Option<M::Staging>,
         is_wanted: impl Fn(usize) -> bool,
         after_piece: &mut dyn FnMut(),
-        blocks: &mut Vec<(usize, Resident)>,
+        blocks: &mut Vec<(usize, Resident<M>)>,
     ) -> Result<(), (usize, RuntimeError)> {
         let mut next = positions.start;
         while next < positions.end && is_wanted(next) {
@@ -173,7 +175,7 @@ impl<S: ReadAt + Send + Sync> Loader<S> {
             };
             let (run, read) = match run {
                 Some(run) => (Some(run), Ok(())),
-                None => self.read(next..next + missing, &is_wanted, after_piece),
+                None => self.read(next..next + missing, staging, &is_wanted, after_piece),
             };
             if let Some(run) = run {
                 let end = run.positions().end.min(positions.end);
@@ -185,15 +187,22 @@ impl<S: ReadAt + Send + Sync> Loader<S> {
         Ok(())
     }
 
-    /// Reads blocks that are not in memory into a new mapping, up to the first that is not wanted or fails.
+    /// Reads blocks that are not in memory into a new run, up to the first that is not wanted or fails.
     fn read(
         &self,
         positions: Range<usize>,
+        staging: &mut Option<M::Staging>,
         is_wanted: impl Fn(usize) -> bool,
         after_piece: &mut dyn FnMut(),
-    ) -> (Option<Arc<Run>>, Result<(), RuntimeError>) {
-        let mut run = match Run::new(&self.file, &self.table, positions.clone(), self.signs, &self.account) {
-            Ok(run) => run,
+    ) -> (Option<Arc<Run<M>>>, Result<(), RuntimeError>) {
+        let (memory, table) = (&self.memory, &*self.table);
+        let begun = match staging {
+            Some(staging) => Ok(staging),
+            None => self.staging(positions.start).map(|new| staging.insert(new)),
+        };
+        let begun = begun.and_then(|staging| Ok((staging, Run::new(memory, table, positions.clone(), &self.account)?)));
+        let (staging, mut run) = match begun {
+            Ok(begun) => begun,
             Err(error) => return (None, Err(error)),
         };
         let mut read = Ok(());
@@ -202,7 +211,7 @@ impl<S: ReadAt + Send + Sync> Loader<S> {
                 break;
             }
             // The source is not ours: if it panics, that is one more way in which it fails.
-            let next = || run.read_next(&self.file, &self.table, self.verify, after_piece);
+            let next = || run.fill_next(memory, staging, &self.file, table, self.verify, after_piece);
             read = catch_unwind(AssertUnwindSafe(next))
                 .unwrap_or_else(|panic| Err(self.panicked(position, panic.as_ref())));
             if read.is_err() {
@@ -212,9 +221,20 @@ impl<S: ReadAt + Send + Sync> Loader<S> {
         if run.positions().is_empty() {
             return (None, read);
         }
-        let run = run.finish();
-        lock(&self.alive)[run.positions()].fill(Arc::downgrade(&run));
-        (Some(run), read)
+        match run.seal(memory, table) {
+            Ok(run) => {
+                lock(&self.alive)[run.positions()].fill(Arc::downgrade(&run));
+                (Some(run), read)
+            }
+            Err(error) => (None, Err(error)),
+        }
+    }
+
+    /// What a thread needs to fill runs, the first of which begins at this position.
+    fn staging(&self, position: usize) -> Result<M::Staging, RuntimeError> {
+        self.memory
+            .staging(self.table.largest_block_bytes)
+            .map_err(|source| no_memory(&self.table, position, self.table.largest_block_bytes as u64, source))
     }
 
     fn panicked(&self, position: usize, panic: &(dyn std::any::Any + Send)) -> RuntimeError {
@@ -225,7 +245,7 @@ impl<S: ReadAt + Send + Sync> Loader<S> {
     }
 
     /// What the background thread does until the end.
-    pub(crate) fn work(&self, swap: &Swap<Snapshot, RuntimeError>) {
+    pub(crate) fn work(&self, swap: &Swap<Snapshot<M>, RuntimeError>) {
         lower_priority();
         while let Some(job) = swap.next_job() {
             let result = catch_unwind(AssertUnwindSafe(|| self.run(swap, &job)))

@@ -1,46 +1,39 @@
-//! Blocks in memory: neighbours of the load order share a mapping, which goes back to the system with the last of them.
+//! Blocks in memory: neighbours of the load order share a run, which is given back with the last of them.
 
 use crate::RuntimeError;
+use crate::memory::{FillError, Memory};
 use crate::snapshot::Table;
-use crate::system::page_bytes;
-use bitstack_core::{BlockRef, CoreError, SignLayout};
+use bitstack_core::BlockRef;
 use bitstack_format::{BlockExtent, BlockSource, FormatError, ReadAt, StackFile, Verify};
-use memmap2::MmapMut;
-use std::io;
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// Mappings of at least this size begin at a multiple of it, and their whole multiples are given huge pages where the system has them:
-/// a five-hundredth of the page faults, and of the address translations later.
-const HUGE_PAGE_BYTES: usize = 2 << 20;
-
-/// Blocks share a mapping of up to this many bytes, so that nearly all of it are huge pages however small the blocks are ...
+/// Blocks share a run of up to this many bytes, so that nearly all of it are whole units of the memory however small the blocks are ...
 const RUN_BYTES: u64 = 32 << 20;
-/// ... and of up to this part of the model, since a mapping goes back to the system as a whole.
+/// ... and of up to this part of the model, since a run is given back as a whole.
 const RUN_PART: u64 = 64;
 
-/// Per entry (weight from 0, block from 1) the bytes of memory that it takes: whole pages.
+/// The extent of each entry (weight from 0, block from 1).
 ///
 /// # Errors
 /// A block that cannot be addressed.
-pub(crate) fn mapped_bytes<S: ReadAt>(
+pub(crate) fn extents<S: ReadAt>(
     file: &StackFile<S>,
     entries: &[(usize, usize)],
-) -> Result<Vec<u64>, RuntimeError> {
-    let bytes = |&(weight, block): &(usize, usize)| {
-        let extent = file.block_extent(weight, block).map_err(|source| {
+) -> Result<Vec<BlockExtent>, RuntimeError> {
+    let extent = |&(weight, block): &(usize, usize)| {
+        file.block_extent(weight, block).map_err(|source| {
             let weight = file.weights()[weight].name.clone();
             RuntimeError::Block { weight, block, source: Arc::new(source) }
-        })?;
-        Ok((extent.len_bytes() as u64).next_multiple_of(page_bytes() as u64))
+        })
     };
-    entries.iter().map(bytes).collect()
+    entries.iter().map(extent).collect()
 }
 
-/// The positions of a load order at which a mapping begins, from the mapped bytes of its blocks. One begins after the first `n_first`,
-/// the smallest model: the rest goes back to the system whole.
-pub(crate) fn runs(bytes: &[u64], n_first: usize) -> Vec<usize> {
+/// The positions of a load order at which a run begins, from the bytes of its blocks in a memory of units of `unit_bytes`. One begins
+/// after the first `n_first`, the smallest model: the rest is given back whole.
+pub(crate) fn runs(bytes: &[u64], n_first: usize, unit_bytes: u64) -> Vec<usize> {
     let run_bytes = (bytes.iter().sum::<u64>() / RUN_PART).min(RUN_BYTES);
     let mut runs = Vec::new();
     let mut start = 0;
@@ -48,14 +41,14 @@ pub(crate) fn runs(bytes: &[u64], n_first: usize) -> Vec<usize> {
         runs.push(start);
         let limit = if start < n_first { n_first } else { bytes.len() };
         let mut sum = bytes[start];
-        let mut best = (start + 1, sum % HUGE_PAGE_BYTES as u64);
+        let mut best = (start + 1, sum % unit_bytes);
         for (i, bytes) in bytes[..limit].iter().enumerate().skip(start + 1) {
             sum += bytes;
             if sum > run_bytes {
                 break;
             }
-            // As full as can be; from half of that on, with as little as can be beyond the last whole huge page.
-            let beyond = sum % HUGE_PAGE_BYTES as u64;
+            // As full as can be; from half of that on, with as little as can be beyond the last whole unit.
+            let beyond = sum % unit_bytes;
             if sum <= run_bytes / 2 || beyond <= best.1 {
                 best = (i + 1, beyond);
             }
@@ -65,19 +58,14 @@ pub(crate) fn runs(bytes: &[u64], n_first: usize) -> Vec<usize> {
     runs
 }
 
-/// Counts the bytes of mappings, in whole pages.
-#[derive(Debug)]
+/// Counts the bytes of runs.
+#[derive(Debug, Default)]
 pub(crate) struct Account {
-    page_bytes: usize,
     allocated_bytes: AtomicU64,
 }
 
 impl Account {
-    pub(crate) fn new() -> Self {
-        Self { page_bytes: page_bytes(), allocated_bytes: AtomicU64::new(0) }
-    }
-
-    /// Bytes of all mappings that there are.
+    /// Bytes of all runs that there are.
     pub(crate) fn allocated_bytes(&self) -> u64 {
         self.allocated_bytes.load(Ordering::Relaxed)
     }
@@ -91,14 +79,18 @@ struct Entry {
 }
 
 impl Entry {
-    fn new(account: &Arc<Account>, bytes: usize) -> Self {
-        account.allocated_bytes.fetch_add(bytes as u64, Ordering::Relaxed);
-        Self { account: account.clone(), bytes: bytes as u64 }
+    fn new(account: &Arc<Account>, bytes: u64) -> Self {
+        account.allocated_bytes.fetch_add(bytes, Ordering::Relaxed);
+        Self { account: account.clone(), bytes }
     }
 
-    fn lower(&mut self, bytes: usize) {
-        self.account.allocated_bytes.fetch_sub(self.bytes - bytes as u64, Ordering::Relaxed);
-        self.bytes = bytes as u64;
+    fn change(&mut self, bytes: u64) {
+        if bytes <= self.bytes {
+            self.account.allocated_bytes.fetch_sub(self.bytes - bytes, Ordering::Relaxed);
+        } else {
+            self.account.allocated_bytes.fetch_add(bytes - self.bytes, Ordering::Relaxed);
+        }
+        self.bytes = bytes;
     }
 }
 
@@ -108,158 +100,136 @@ impl Drop for Entry {
     }
 }
 
-/// Blocks that follow one another in the load order, in one mapping.
+/// Blocks that follow one another in the load order, in one run of a memory.
 ///
 /// It is filled block by block by one thread, and never changes once it is shared.
 #[derive(Debug)]
-pub(crate) struct Run {
-    signs: SignLayout,
-    map: MmapMut,
-    /// Where its first block is in the mapping. Pages around the blocks are never touched, and so never there.
-    start: usize,
+pub(crate) struct Run<M: Memory> {
+    memory: M::Run,
     /// The position of the first block.
     first: usize,
-    /// The blocks, and where they are from `start` on, each at the beginning of a page.
-    blocks: Vec<(BlockExtent, Range<usize>)>,
-    n_read: usize,
-    /// After the mapping, so that it is dropped when the memory is back with the system.
+    n_filled: usize,
+    /// After the memory, so that it is dropped when that is given back.
     entry: Entry,
 }
 
-impl Run {
-    /// New memory for the blocks of these positions, one at least; none is read yet.
+impl<M: Memory> Run<M> {
+    /// New memory for the blocks of these positions, one at least; none is filled yet.
     ///
     /// # Errors
-    /// A block that cannot be addressed; a system that gives no memory.
-    pub(crate) fn new<S: ReadAt>(
-        file: &StackFile<S>,
+    /// A memory that has no more.
+    pub(crate) fn new(
+        memory: &M,
         table: &Table,
         positions: Range<usize>,
-        signs: SignLayout,
         account: &Arc<Account>,
     ) -> Result<Self, RuntimeError> {
         let first = positions.start;
-        let mut blocks = Vec::with_capacity(positions.len());
-        let mut bytes = 0usize;
-        for position in positions {
-            let (weight, block) = table.entries[position];
-            let extent = file.block_extent(weight, block).map_err(|source| RuntimeError::Block {
-                weight: table.name(position),
-                block,
-                source: Arc::new(source),
-            })?;
-            let from = bytes;
-            // What cannot be counted cannot be mapped either.
-            bytes = bytes
-                .saturating_add(extent.len_bytes())
-                .checked_next_multiple_of(account.page_bytes)
-                .unwrap_or(usize::MAX);
-            let place = from..from.saturating_add(extent.len_bytes());
-            blocks.push((extent, place));
-        }
-        let (map, start) = map(bytes).map_err(|source| RuntimeError::Memory {
-            weight: table.name(first),
-            block: table.entries[first].1,
-            bytes: bytes as u64,
-            source: Arc::new(source),
+        let extents = &table.extents[positions];
+        let run = memory.reserve(extents).map_err(|source| {
+            let bytes = extents.iter().fold(0, |sum: u64, extent| sum.saturating_add(memory.block_bytes(extent)));
+            no_memory(table, first, bytes, source)
         })?;
-        Ok(Self { signs, map, start, first, blocks, n_read: 0, entry: Entry::new(account, bytes) })
+        let entry = Entry::new(account, memory.run_bytes(&run));
+        Ok(Self { memory: run, first, n_filled: 0, entry })
     }
 
     /// Reads the next block and checks its values; `after_piece` is called after each piece of it.
-    pub(crate) fn read_next<S: ReadAt>(
+    pub(crate) fn fill_next<S: ReadAt>(
         &mut self,
+        memory: &M,
+        staging: &mut M::Staging,
         file: &StackFile<S>,
         table: &Table,
         verify: Verify,
         after_piece: &mut dyn FnMut(),
     ) -> Result<(), RuntimeError> {
-        let position = self.first + self.n_read;
+        let position = self.first + self.n_filled;
         let (weight, block) = table.entries[position];
         let wrong = |source| RuntimeError::Block { weight: table.name(position), block, source: Arc::new(source) };
         let unusable = |source| wrong(FormatError::Block { weight: table.name(position), block, source });
-        let place = self.place(self.n_read);
-        let (extent, bytes) = (&self.blocks[self.n_read].0, &mut self.map[place]);
-        file.read_block_bytes_in(weight, block, self.signs, verify, bytes, after_piece).map_err(wrong)?;
-        extent.view_in(self.signs, bytes).map_err(unusable)?;
-        self.n_read += 1;
+        memory
+            .fill(&mut self.memory, self.n_filled, staging, |bytes: &mut [u8]| -> Result<BlockRef<'_>, RuntimeError> {
+                file.read_block_bytes_in(weight, block, table.signs, verify, bytes, after_piece).map_err(wrong)?;
+                table.extents[position].view_in(table.signs, bytes).map_err(unusable)
+            })
+            .map_err(|error| match error {
+                FillError::Block(error) => error,
+                FillError::Memory(source) => not_filled(table, position, source),
+            })?;
+        self.n_filled += 1;
         Ok(())
     }
 
-    /// The blocks that were read, to be shared. What is beyond them was never touched, and does not count any more.
-    pub(crate) fn finish(mut self) -> Arc<Self> {
-        let end = match self.n_read.checked_sub(1) {
-            Some(last) if self.n_read < self.blocks.len() => self.blocks[last].1.end,
-            _ => return Arc::new(self),
-        };
-        let whole = self.entry.bytes as usize;
-        let huge = whole / HUGE_PAGE_BYTES * HUGE_PAGE_BYTES;
-        let pages = if end <= huge { HUGE_PAGE_BYTES } else { self.entry.account.page_bytes };
-        self.entry.lower(end.next_multiple_of(pages));
-        self.blocks.truncate(self.n_read);
-        Arc::new(self)
+    /// The blocks that were filled, one at least, to be shared.
+    ///
+    /// # Errors
+    /// A memory that says only now that it could not be filled.
+    pub(crate) fn seal(mut self, memory: &M, table: &Table) -> Result<Arc<Self>, RuntimeError> {
+        memory.seal(&mut self.memory, self.n_filled).map_err(|source| not_filled(table, self.first, source))?;
+        self.entry.change(memory.run_bytes(&self.memory));
+        Ok(Arc::new(self))
     }
 
-    /// The positions of the blocks that were read.
+    /// The positions of the blocks that were filled.
     pub(crate) fn positions(&self) -> Range<usize> {
-        self.first..self.first + self.n_read
+        self.first..self.first + self.n_filled
     }
+}
 
-    fn place(&self, i: usize) -> Range<usize> {
-        let Range { start, end } = self.blocks[i].1;
-        self.start + start..self.start + end
-    }
+/// The memory has none for a run of so many bytes that begins at a position, or for what it takes to fill it.
+pub(crate) fn no_memory<E>(table: &Table, position: usize, bytes: u64, source: E) -> RuntimeError
+where
+    E: std::error::Error + Send + Sync + 'static,
+{
+    let block = table.entries[position].1;
+    RuntimeError::Memory { weight: table.name(position), block, bytes, source: Arc::new(source) }
+}
 
-    fn view(&self, i: usize) -> Result<BlockRef<'_>, CoreError> {
-        self.blocks[i].0.view_in(self.signs, &self.map[self.place(i)])
-    }
+fn not_filled<E>(table: &Table, position: usize, source: E) -> RuntimeError
+where
+    E: std::error::Error + Send + Sync + 'static,
+{
+    let block = table.entries[position].1;
+    RuntimeError::Fill { weight: table.name(position), block, source: Arc::new(source) }
 }
 
 /// A block in memory, and all of its run with it.
-#[derive(Debug, Clone)]
-pub(crate) struct Resident {
-    run: Arc<Run>,
+#[derive(Debug)]
+pub(crate) struct Resident<M: Memory> {
+    run: Arc<Run<M>>,
     position: usize,
 }
 
-impl Resident {
+// Derived, this would ask the same of the memory.
+impl<M: Memory> Clone for Resident<M> {
+    fn clone(&self) -> Self {
+        Self { run: self.run.clone(), position: self.position }
+    }
+}
+
+impl<M: Memory> Resident<M> {
     /// The block of a position that is in the run.
-    pub(crate) fn new(run: Arc<Run>, position: usize) -> Self {
+    pub(crate) fn new(run: Arc<Run<M>>, position: usize) -> Self {
         assert!(run.positions().contains(&position), "position {position} of a run of {:?}", run.positions());
         Self { run, position }
     }
 
-    /// The block.
-    pub(crate) fn view(&self) -> Result<BlockRef<'_>, CoreError> {
-        self.run.view(self.position - self.run.first)
+    /// The run in its memory, and the index of the block there.
+    pub(crate) fn place(&self) -> (&M::Run, usize) {
+        (&self.run.memory, self.position - self.run.first)
     }
-}
-
-/// New memory with room for `bytes`, and where in it they go, at the start of a page.
-fn map(bytes: usize) -> io::Result<(MmapMut, usize)> {
-    if bytes < HUGE_PAGE_BYTES {
-        return Ok((MmapMut::map_anon(bytes)?, 0));
-    }
-    // The system aligns mappings to huge pages only when they consist of them.
-    let map = MmapMut::map_anon(bytes.checked_add(HUGE_PAGE_BYTES).ok_or(io::ErrorKind::OutOfMemory)?)?;
-    let start = map.as_ptr().addr().next_multiple_of(HUGE_PAGE_BYTES) - map.as_ptr().addr();
-    #[cfg(target_os = "linux")]
-    {
-        // Advice: without huge pages everything works as well, only slower.
-        let _ = map.advise_range(memmap2::Advice::HugePage, start, bytes / HUGE_PAGE_BYTES * HUGE_PAGE_BYTES);
-    }
-    Ok((map, start))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    const HUGE: u64 = HUGE_PAGE_BYTES as u64;
+    const HUGE: u64 = 2 << 20;
 
     /// Bytes of each run.
     fn sums(bytes: &[u64], n_first: usize) -> Vec<u64> {
-        let runs = runs(bytes, n_first);
+        let runs = runs(bytes, n_first, HUGE);
         let ends = runs.iter().skip(1).copied().chain([bytes.len()]);
         runs.iter().zip(ends).map(|(&start, end)| bytes[start..end].iter().sum()).collect()
     }
@@ -270,7 +240,7 @@ mod tests {
             for scale in [4096, HUGE / 4, HUGE + 4096, 3 * HUGE] {
                 let bytes: Vec<u64> = (0..n_blocks as u64).map(|i| scale * (1 + i * 7 % 5)).collect();
                 let n_first = n_blocks / 5;
-                let (starts, sums) = (runs(&bytes, n_first), sums(&bytes, n_first));
+                let (starts, sums) = (runs(&bytes, n_first, HUGE), sums(&bytes, n_first));
                 assert!(starts.is_sorted_by(|a, b| a < b) && starts.first() == (n_blocks > 0).then_some(&0));
                 assert!(n_first == n_blocks || starts.contains(&n_first), "the smallest model ends with a run");
                 let total: u64 = bytes.iter().sum();

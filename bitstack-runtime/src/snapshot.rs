@@ -1,10 +1,12 @@
 //! What a forward pass works on.
 
 use crate::RuntimeError;
+use crate::host::HostMemory;
+use crate::memory::Memory;
 use crate::resident::Resident;
 use crate::swap::Prefix;
-use bitstack_core::{Level, Shape};
-use bitstack_format::FormatError;
+use bitstack_core::{Level, Shape, SignLayout};
+use bitstack_format::{BlockExtent, FormatError};
 use bitstack_sort::LoadOrder;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -15,8 +17,14 @@ pub(crate) struct Table {
     pub(crate) order: LoadOrder,
     /// Per position of the order the weight (from 0) and its block (from 1).
     pub(crate) entries: Vec<(usize, usize)>,
+    /// Per position the parts of the block among its bytes.
+    pub(crate) extents: Vec<BlockExtent>,
+    /// Bytes of the largest of them.
+    pub(crate) largest_block_bytes: usize,
+    /// The layout in which blocks come with their signs.
+    pub(crate) signs: SignLayout,
     pub(crate) weights: Vec<TableWeight>,
-    /// The positions at which a run of blocks that share a mapping begins, rising.
+    /// The positions at which a run of blocks begins, rising.
     pub(crate) runs: Vec<usize>,
     /// Snapshots that exist; all but one are held by somebody.
     pub(crate) live: AtomicUsize,
@@ -46,24 +54,35 @@ impl Table {
 /// A model at one size: the first blocks of the load order, all in memory, unchanged as long as it is held.
 ///
 /// A forward pass takes one at its start and works on it to its end, whatever happens to the budget meanwhile. Blocks that the budget
-/// has no room for any more leave memory when the last snapshot that holds them (or a neighbour in their mapping) is dropped, so do not
+/// has no room for any more leave memory when the last snapshot that holds them (or a neighbour in their run) is dropped, so do not
 /// keep one without need.
 #[derive(Debug)]
-pub struct Snapshot {
+pub struct Snapshot<M: Memory = HostMemory> {
     table: Arc<Table>,
     /// The first blocks of the load order.
-    blocks: Vec<Resident>,
+    blocks: Vec<Resident<M>>,
     levels: Vec<u32>,
 }
 
-impl Snapshot {
+/// Where a block of a snapshot is, for kernels that read the memory it is in.
+#[derive(Debug)]
+pub struct ResidentBlock<'a, M: Memory> {
+    /// The run that holds it.
+    pub run: &'a M::Run,
+    /// Its index in the run, from 0.
+    pub index: usize,
+    /// What it is made of, and where its parts are among the bytes that it was filled from.
+    pub extent: &'a BlockExtent,
+}
+
+impl<M: Memory> Snapshot<M> {
     /// The snapshot without blocks. Only the loader sees it.
     pub(crate) fn empty(table: Arc<Table>) -> Self {
         let levels = vec![0; table.weights.len()];
         Self::new(table, Vec::new(), levels)
     }
 
-    fn new(table: Arc<Table>, blocks: Vec<Resident>, levels: Vec<u32>) -> Self {
+    fn new(table: Arc<Table>, blocks: Vec<Resident<M>>, levels: Vec<u32>) -> Self {
         table.live.fetch_add(1, Ordering::Relaxed);
         Self { table, blocks, levels }
     }
@@ -83,6 +102,30 @@ impl Snapshot {
         self.table.order.cumulative_bytes()[self.blocks.len()]
     }
 
+    /// The layout in which blocks came with their signs: [`Memory::signs`].
+    pub fn signs(&self) -> SignLayout {
+        self.table.signs
+    }
+
+    /// The blocks of weight `weight` (from 0, in the order of the file) that are there, from block 1 on: as many as its level.
+    ///
+    /// # Errors
+    /// [`RuntimeError::NoSuchWeight`].
+    pub fn blocks(&self, weight: usize) -> Result<impl ExactSizeIterator<Item = ResidentBlock<'_, M>>, RuntimeError> {
+        let positions = &self.weight(weight)?.positions[..self.levels[weight] as usize];
+        Ok(positions.iter().map(|&position| {
+            let (run, index) = self.blocks[position].place();
+            ResidentBlock { run, index, extent: &self.table.extents[position] }
+        }))
+    }
+
+    fn weight(&self, weight: usize) -> Result<&TableWeight, RuntimeError> {
+        let n_weights = self.levels.len();
+        self.table.weights.get(weight).ok_or(RuntimeError::NoSuchWeight { weight, n_weights })
+    }
+}
+
+impl Snapshot {
     /// Weight `weight` (from 0, in the order of the file) at its level. Its planes borrow from the snapshot.
     ///
     /// Putting it together takes time in proportion to its rows and columns (the factors are looked through for values that are not
@@ -91,31 +134,31 @@ impl Snapshot {
     /// # Errors
     /// [`RuntimeError::NoSuchWeight`]; [`RuntimeError::Block`] when the blocks, each of which is valid, do not fit together.
     pub fn level(&self, weight: usize) -> Result<Level<'_>, RuntimeError> {
-        let n_weights = self.levels.len();
-        let TableWeight { name, shape, positions } =
-            self.table.weights.get(weight).ok_or(RuntimeError::NoSuchWeight { weight, n_weights })?;
+        let TableWeight { name, shape, .. } = self.weight(weight)?;
         let wrong = |block, source| {
             let weight = name.clone();
             let source = FormatError::Block { weight: weight.clone(), block, source };
             RuntimeError::Block { weight, block, source: Arc::new(source) }
         };
-        let level = self.levels[weight] as usize;
+        let resident = self.blocks(weight)?;
+        let level = resident.len();
         let mut blocks = Vec::with_capacity(level);
-        for (i, &position) in positions[..level].iter().enumerate() {
-            blocks.push(self.blocks[position].view().map_err(|source| wrong(i + 1, source))?);
+        for (i, block) in resident.enumerate() {
+            let view = block.extent.view_in(self.signs(), block.run.bytes(block.index));
+            blocks.push(view.map_err(|source| wrong(i + 1, source))?);
         }
         Level::new(*shape, blocks).map_err(|source| wrong(level, source))
     }
 }
 
-impl Drop for Snapshot {
+impl<M: Memory> Drop for Snapshot<M> {
     fn drop(&mut self) {
         self.table.live.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
-impl Prefix for Snapshot {
-    type Item = Resident;
+impl<M: Memory> Prefix for Snapshot<M> {
+    type Item = Resident<M>;
 
     fn len(&self) -> usize {
         self.blocks.len()
@@ -129,7 +172,7 @@ impl Prefix for Snapshot {
         Self::new(self.table.clone(), self.blocks[..len].to_vec(), levels)
     }
 
-    fn grown(&self, items: Vec<Resident>) -> Self {
+    fn grown(&self, items: Vec<Resident<M>>) -> Self {
         let mut levels = self.levels.clone();
         let mut blocks = Vec::with_capacity(self.blocks.len() + items.len());
         blocks.extend_from_slice(&self.blocks);

@@ -1,6 +1,7 @@
 //! A thread that looks at the system's memory and sets a model's budget.
 
 use crate::elastic::Shared;
+use crate::memory::Memory;
 use crate::policy::{Controller, Model, Policy};
 use crate::system::Sensors;
 use crate::{Elastic, RuntimeError};
@@ -13,7 +14,8 @@ const EVERY: Duration = Duration::from_millis(100);
 
 /// Sets the budget of a model, by a [`Policy`], from what the system says about memory, until it or the model is dropped.
 ///
-/// Budgets that others set meanwhile are where it goes on from. When the smallest model is still too large it can do no more.
+/// It looks at the memory of the host: it is for models whose blocks live there, in whatever [`Memory`]. Budgets that others set meanwhile
+/// are where it goes on from. When the smallest model is still too large it can do no more.
 #[derive(Debug)]
 pub struct Watcher {
     stop: Arc<(Mutex<bool>, Condvar)>,
@@ -25,7 +27,11 @@ impl Watcher {
     ///
     /// # Errors
     /// [`RuntimeError::Thread`].
-    pub fn start<S: Send + Sync + 'static>(model: &Elastic<S>, policy: Policy) -> Result<Self, RuntimeError> {
+    pub fn start<S, M>(model: &Elastic<S, M>, policy: Policy) -> Result<Self, RuntimeError>
+    where
+        S: Send + Sync + 'static,
+        M: Memory,
+    {
         let stop = Arc::new((Mutex::new(false), Condvar::new()));
         let thread = {
             let (model, stop) = (model.shared().clone(), stop.clone());
@@ -49,7 +55,7 @@ impl Drop for Watcher {
     }
 }
 
-fn watch<S>(model: &Shared<S>, policy: Policy, (stop, told): &(Mutex<bool>, Condvar)) {
+fn watch<S, M: Memory>(model: &Shared<S, M>, policy: Policy, (stop, told): &(Mutex<bool>, Condvar)) {
     let sensors = Sensors::detect();
     let order = model.order();
     let mut controller = Controller::new(policy, order.minimum_bytes()..=order.total_bytes());

@@ -4,22 +4,34 @@ mod stacks;
 
 use bitstack_core::SignLayout;
 use bitstack_format::{BlockSource, StackFile};
-use bitstack_runtime::{Elastic, Options, Policy, RuntimeError, Start, Verify, Watcher};
-use stacks::{Beyond, Gate, open, products, products_of};
+use bitstack_runtime::{Elastic, HostMemory, Options, Policy, RuntimeError, Start, Verify, Watcher};
+use stacks::{Beyond, Gate, ReadableMemory, open, over_both_memories, products, products_of};
 use std::sync::Arc;
 use std::time::Duration;
 
 const TRUSTED: Options = Options { verify: Verify::Never, start: Start::Whole, signs: SignLayout::Rows };
 
-#[test]
-fn every_budget_gives_its_plan_and_the_products_of_its_levels_in_every_layout() {
+over_both_memories! {
+    every_budget_gives_its_plan_and_the_products_of_its_levels_in_every_layout,
+    allocated_bytes_are_those_of_the_blocks_as_the_memory_counts_them,
+    blocks_that_share_a_run_go_with_the_last_of_them_and_come_back_unread_before,
+    budget_below_the_smallest_model_is_an_error_and_changes_nothing,
+    shrinking_is_in_place_on_return_and_a_snapshot_held_stays_whole,
+    blocks_that_an_old_snapshot_holds_are_not_read_again,
+    smallest_start_returns_with_the_first_blocks_and_grows_in_the_background,
+    every_snapshot_on_the_way_is_a_prefix_of_the_load_order,
+    later_budget_supersedes_an_earlier_one_that_is_being_loaded,
+    model_can_be_dropped_while_it_grows,
+}
+
+fn every_budget_gives_its_plan_and_the_products_of_its_levels_in_every_layout(memory: impl ReadableMemory) {
     for (bytes, signs) in [
         (stacks::small(), SignLayout::Rows),
         (stacks::small(), SignLayout::Strips),
         (stacks::uneven(), SignLayout::Rows),
         (stacks::uneven(), SignLayout::Strips),
     ] {
-        let model = open(bytes.clone(), u64::MAX, Options { signs, ..Options::default() });
+        let model = open(&memory, bytes.clone(), u64::MAX, Options { signs, ..Options::default() });
         let order = model.order().clone();
         let sizes: Vec<u64> = order.cumulative_bytes()[order.n_weights()..].to_vec();
         // Up and down in steps of every size.
@@ -32,7 +44,7 @@ fn every_budget_gives_its_plan_and_the_products_of_its_levels_in_every_layout() 
             assert_eq!(plan, order.plan(sizes[i]).unwrap());
             assert_eq!((snapshot.levels(), snapshot.resident_bytes()), (&plan.levels[..], sizes[i]));
             assert_eq!(products_of(&snapshot), products(&bytes, &plan.levels));
-            assert!(snapshot.level(0).unwrap().planes().iter().all(|p| p.signs.layout() == signs));
+            assert_eq!(snapshot.signs(), memory.signs(signs));
             let status = model.status();
             let bytes = (status.budget_bytes, status.target_bytes, status.resident_bytes);
             assert_eq!(bytes, (sizes[i], sizes[i], sizes[i]));
@@ -46,7 +58,7 @@ fn spikes_are_resident_bytes_of_block_1_and_part_of_every_size() {
     let bytes = stacks::small();
     let file = StackFile::open(bytes.clone()).unwrap();
     for signs in [SignLayout::Rows, SignLayout::Strips] {
-        let model = open(bytes.clone(), u64::MAX, Options { signs, ..Options::default() });
+        let model = open(&HostMemory, bytes.clone(), u64::MAX, Options { signs, ..Options::default() });
         for budget in [model.order().total_bytes(), model.order().minimum_bytes()] {
             model.set_budget(budget).unwrap();
             let snapshot = model.snapshot();
@@ -67,43 +79,38 @@ fn spikes_are_resident_bytes_of_block_1_and_part_of_every_size() {
     }
 }
 
-#[test]
-fn allocated_bytes_are_those_of_the_blocks_in_whole_pages() {
+fn allocated_bytes_are_those_of_the_blocks_as_the_memory_counts_them(memory: impl ReadableMemory) {
     let bytes = stacks::small();
-    let model = open(bytes.clone(), u64::MAX, TRUSTED);
+    let model = open(&memory, bytes.clone(), u64::MAX, TRUSTED);
     let file = StackFile::open(bytes).unwrap();
-    let page = rustix::param::page_size() as u64;
     for budget in [model.order().total_bytes(), model.order().minimum_bytes(), model.order().total_bytes() / 2] {
         let plan = model.set_budget(budget).unwrap();
         model.wait().unwrap();
         let blocks = plan.levels.iter().enumerate().flat_map(|(w, &level)| (1..=level as usize).map(move |b| (w, b)));
-        let pages: u64 =
-            blocks.map(|(w, b)| (file.block_extent(w, b).unwrap().len_bytes() as u64).next_multiple_of(page)).sum();
-        assert_eq!(model.status().allocated_bytes, file.base_bytes() + pages);
+        let bytes: u64 = blocks.map(|(w, b)| memory.block_bytes(&file.block_extent(w, b).unwrap())).sum();
+        assert_eq!(model.status().allocated_bytes, file.base_bytes() + bytes);
+        memory.check_used_bytes(bytes);
     }
 }
 
-#[test]
-fn blocks_that_share_a_mapping_go_with_the_last_of_them_and_come_back_unread_before() {
+fn blocks_that_share_a_run_go_with_the_last_of_them_and_come_back_unread_before(memory: impl ReadableMemory) {
     let bytes = stacks::uneven();
     let source = Arc::new(Gate::new(bytes.clone()));
-    let model = open(source.clone(), u64::MAX, TRUSTED);
+    let model = open(&memory, source.clone(), u64::MAX, TRUSTED);
     let order = model.order().clone();
     let file = StackFile::open(bytes).unwrap();
-    let page = rustix::param::page_size() as u64;
-    let blocks: Vec<u64> = order
-        .iter()
-        .map(|(w, b)| (file.block_extent(w, b + 1).unwrap().len_bytes() as u64).next_multiple_of(page))
-        .collect();
-    let pages = |n: usize| file.base_bytes() + blocks[..n].iter().sum::<u64>();
+    let blocks: Vec<u64> =
+        order.iter().map(|(w, b)| memory.block_bytes(&file.block_extent(w, b + 1).unwrap())).collect();
+    let bytes_of = |n: usize| file.base_bytes() + blocks[..n].iter().sum::<u64>();
     let most_beyond = blocks.iter().sum::<u64>() / 64;
 
     let whole = (model.status().allocated_bytes, source.reads());
-    assert_eq!(whole.0, pages(order.n_blocks()));
+    assert_eq!(whole.0, bytes_of(order.n_blocks()));
     let (mut n_shared, mut n_alone) = (0, 0);
     for n in (order.n_weights()..order.n_blocks()).rev() {
         model.set_budget(order.cumulative_bytes()[n]).unwrap();
-        let beyond = model.status().allocated_bytes - pages(n);
+        let beyond = model.status().allocated_bytes - bytes_of(n);
+        memory.check_used_bytes(model.status().allocated_bytes - file.base_bytes());
         assert!(beyond <= most_beyond, "{beyond} bytes beyond those of {n} blocks");
         // One more is there already, or is read.
         let reads = source.reads();
@@ -114,12 +121,11 @@ fn blocks_that_share_a_mapping_go_with_the_last_of_them_and_come_back_unread_bef
         model.set_budget(order.cumulative_bytes()[n]).unwrap();
     }
     assert!(n_shared > 2 && n_alone > 2, "{n_shared}, {n_alone}");
-    assert_eq!(model.status().allocated_bytes, pages(order.n_weights()), "nothing is beyond the smallest model");
+    assert_eq!(model.status().allocated_bytes, bytes_of(order.n_weights()), "nothing is beyond the smallest model");
 }
 
-#[test]
-fn budget_below_the_smallest_model_is_an_error_and_changes_nothing() {
-    let model = open(stacks::small(), u64::MAX, TRUSTED);
+fn budget_below_the_smallest_model_is_an_error_and_changes_nothing(memory: impl ReadableMemory) {
+    let model = open(&memory, stacks::small(), u64::MAX, TRUSTED);
     let minimum = model.order().minimum_bytes();
     let before = model.snapshot();
     for budget in [0, minimum - 1] {
@@ -129,16 +135,15 @@ fn budget_below_the_smallest_model_is_an_error_and_changes_nothing() {
             "{error}"
         );
         let file = StackFile::open(stacks::small()).unwrap();
-        assert!(matches!(Elastic::open(file, budget, TRUSTED), Err(RuntimeError::Budget(_))));
+        assert!(matches!(Elastic::open_in(memory.clone(), file, budget, TRUSTED), Err(RuntimeError::Budget(_))));
     }
     assert!(Arc::ptr_eq(&before, &model.snapshot()));
     assert_eq!(model.status().budget_bytes, u64::MAX);
 }
 
-#[test]
-fn shrinking_is_in_place_on_return_and_a_snapshot_held_stays_whole() {
+fn shrinking_is_in_place_on_return_and_a_snapshot_held_stays_whole(memory: impl ReadableMemory) {
     let bytes = stacks::small();
-    let model = open(bytes.clone(), u64::MAX, TRUSTED);
+    let model = open(&memory, bytes.clone(), u64::MAX, TRUSTED);
     let large = model.snapshot();
     let expected = products(&bytes, large.levels());
     let allocated = model.status().allocated_bytes;
@@ -152,10 +157,9 @@ fn shrinking_is_in_place_on_return_and_a_snapshot_held_stays_whole() {
     assert!(model.status().allocated_bytes < allocated);
 }
 
-#[test]
-fn blocks_that_an_old_snapshot_holds_are_not_read_again() {
+fn blocks_that_an_old_snapshot_holds_are_not_read_again(memory: impl ReadableMemory) {
     let source = Arc::new(Gate::new(stacks::small()));
-    let model = open(source.clone(), u64::MAX, TRUSTED);
+    let model = open(&memory, source.clone(), u64::MAX, TRUSTED);
     let (total, minimum) = (model.order().total_bytes(), model.order().minimum_bytes());
     let (large, allocated, reads) = (model.snapshot(), model.status().allocated_bytes, source.reads());
     model.set_budget(minimum).unwrap();
@@ -170,14 +174,13 @@ fn blocks_that_an_old_snapshot_holds_are_not_read_again() {
     assert_eq!(source.reads() - reads, model.order().n_blocks() - model.order().n_weights());
 }
 
-#[test]
-fn smallest_start_returns_with_the_first_blocks_and_grows_in_the_background() {
+fn smallest_start_returns_with_the_first_blocks_and_grows_in_the_background(memory: impl ReadableMemory) {
     let bytes = stacks::small();
     let source = Arc::new(Gate::new(bytes.clone()));
     let file = StackFile::open(source.clone()).unwrap();
     source.permit(file.weights().len(), Beyond::Wait); // one read for each block
     let options = Options { start: Start::Smallest, ..TRUSTED };
-    let model = Elastic::open(file, u64::MAX, options).unwrap();
+    let model = Elastic::open_in(memory, file, u64::MAX, options).unwrap();
     assert_eq!(model.snapshot().levels(), [1; 4]);
     assert_eq!(products_of(&model.snapshot()), products(&bytes, &[1; 4]));
     let status = model.status();
@@ -188,11 +191,10 @@ fn smallest_start_returns_with_the_first_blocks_and_grows_in_the_background() {
     assert_eq!(model.snapshot().levels(), [5; 4]);
 }
 
-#[test]
-fn every_snapshot_on_the_way_is_a_prefix_of_the_load_order() {
+fn every_snapshot_on_the_way_is_a_prefix_of_the_load_order(memory: impl ReadableMemory) {
     let bytes = stacks::small();
     let source = Arc::new(Gate::new(bytes.clone()));
-    let model = open(source.clone(), u64::MAX, TRUSTED);
+    let model = open(&memory, source.clone(), u64::MAX, TRUSTED);
     let order = model.order().clone();
     model.set_budget(order.minimum_bytes()).unwrap();
     source.permit(0, Beyond::Wait);
@@ -214,11 +216,10 @@ fn every_snapshot_on_the_way_is_a_prefix_of_the_load_order() {
     assert_eq!(lengths.last(), Some(&order.n_blocks()));
 }
 
-#[test]
-fn later_budget_supersedes_an_earlier_one_that_is_being_loaded() {
+fn later_budget_supersedes_an_earlier_one_that_is_being_loaded(memory: impl ReadableMemory) {
     let bytes = stacks::small();
     let source = Arc::new(Gate::new(bytes.clone()));
-    let model = open(source.clone(), u64::MAX, TRUSTED);
+    let model = open(&memory, source.clone(), u64::MAX, TRUSTED);
     let order = model.order().clone();
     let plan = model.set_budget(order.minimum_bytes()).unwrap();
     let allocated = model.status().allocated_bytes;
@@ -247,10 +248,9 @@ fn later_budget_supersedes_an_earlier_one_that_is_being_loaded() {
     }
 }
 
-#[test]
-fn model_can_be_dropped_while_it_grows() {
+fn model_can_be_dropped_while_it_grows(memory: impl ReadableMemory) {
     let source = Arc::new(Gate::new(stacks::small()));
-    let model = open(source.clone(), u64::MAX, TRUSTED);
+    let model = open(&memory, source.clone(), u64::MAX, TRUSTED);
     let snapshot = model.snapshot();
     model.set_budget(model.order().minimum_bytes()).unwrap();
     drop(snapshot);
@@ -264,13 +264,14 @@ fn model_can_be_dropped_while_it_grows() {
         drop(model);
     });
     assert_eq!(Arc::strong_count(&source), 1, "the loader is gone");
+    memory.check_used_bytes(0);
 }
 
 #[test]
 #[cfg(target_os = "linux")]
 fn watcher_sets_the_budget_until_it_or_the_model_is_dropped() {
     let source = Arc::new(Gate::new(stacks::small()));
-    let model = open(source.clone(), u64::MAX, TRUSTED);
+    let model = open(&HostMemory, source.clone(), u64::MAX, TRUSTED);
     let reached = |bytes: u64| {
         let deadline = std::time::Instant::now() + Duration::from_secs(20);
         let mut status = model.status();

@@ -4,19 +4,28 @@ mod stacks;
 
 use bitstack_format::{BlockSource, FormatError, StackFile};
 use bitstack_runtime::{Elastic, Options, RuntimeError, Start, Verify};
-use stacks::{Beyond, Gate, open, products, products_of};
+use stacks::{Beyond, Gate, ReadableMemory, open, over_both_memories, products, products_of};
 use std::sync::Arc;
 
+over_both_memories! {
+    read_error_stops_the_growth_and_the_next_budget_tries_again,
+    panic_of_the_source_is_reported_like_a_read_error,
+    file_truncated_under_our_feet_is_an_error_at_the_first_block_that_is_gone,
+    file_changed_under_our_feet_is_an_error_at_the_block_with_the_wrong_hash,
+    values_that_no_block_may_have_are_noticed_without_hashes_too,
+    smaller_budget_after_an_error_is_no_error,
+}
+
 /// A model at its smallest size, ready to grow.
-fn smallest(bytes: &[u8], verify: Verify) -> (Arc<Gate>, Elastic<Arc<Gate>>) {
+fn smallest<M: ReadableMemory>(memory: &M, bytes: &[u8], verify: Verify) -> (Arc<Gate>, Elastic<Arc<Gate>, M>) {
     let source = Arc::new(Gate::new(bytes.to_vec()));
-    let model = open(source.clone(), u64::MAX, Options { verify, ..Options::default() });
+    let model = open(memory, source.clone(), u64::MAX, Options { verify, ..Options::default() });
     model.set_budget(model.order().minimum_bytes()).unwrap();
     (source, model)
 }
 
 /// What must hold when loading all of the model has failed at position `position` of its load order.
-fn check(model: &Elastic<Arc<Gate>>, bytes: &[u8], position: usize) -> RuntimeError {
+fn check(model: &Elastic<Arc<Gate>, impl ReadableMemory>, bytes: &[u8], position: usize) -> RuntimeError {
     let error = model.wait().unwrap_err();
     let (weight, block) =
         model.order().iter().nth(position).map(|(w, b)| (format!("layers.{w}.weight"), b + 1)).unwrap();
@@ -37,22 +46,24 @@ fn check(model: &Elastic<Arc<Gate>>, bytes: &[u8], position: usize) -> RuntimeEr
     assert_eq!((status.budget_bytes, status.target_bytes), (u64::MAX, model.order().total_bytes()));
     assert_eq!(snapshot.n_blocks(), position, "what comes before it is loaded");
     assert_eq!(products_of(&snapshot), products(bytes, snapshot.levels()));
+    drop(snapshot);
+    let base_bytes = model.file().base_bytes();
+    model.memory().check_used_bytes(model.status().allocated_bytes - base_bytes);
     error
 }
 
 /// What must hold when the source is well again.
-fn check_recovery(model: &Elastic<Arc<Gate>>, bytes: &[u8]) {
+fn check_recovery(model: &Elastic<Arc<Gate>, impl ReadableMemory>, bytes: &[u8]) {
     model.set_budget(u64::MAX).unwrap();
     model.wait().unwrap();
     assert!(model.status().error.is_none());
     assert_eq!(products_of(&model.snapshot()), products(bytes, &[5; 4]));
 }
 
-#[test]
-fn read_error_stops_the_growth_and_the_next_budget_tries_again() {
+fn read_error_stops_the_growth_and_the_next_budget_tries_again(memory: impl ReadableMemory) {
     let both = [(stacks::small(), 4), (stacks::uneven(), 12)];
     for (bytes, n) in both.iter().flat_map(|(bytes, most)| (0..*most).map(move |n| (bytes, n))) {
-        let (source, model) = smallest(bytes, Verify::Never);
+        let (source, model) = smallest(&memory, bytes, Verify::Never);
         source.permit(n, Beyond::Fail);
         model.set_budget(u64::MAX).unwrap();
         let reached = match model.wait() {
@@ -68,10 +79,9 @@ fn read_error_stops_the_growth_and_the_next_budget_tries_again() {
     }
 }
 
-#[test]
-fn panic_of_the_source_is_reported_like_a_read_error() {
+fn panic_of_the_source_is_reported_like_a_read_error(memory: impl ReadableMemory) {
     let bytes = stacks::small();
-    let (source, model) = smallest(&bytes, Verify::Never);
+    let (source, model) = smallest(&memory, &bytes, Verify::Never);
     source.permit(0, Beyond::Panic);
     model.set_budget(u64::MAX).unwrap();
     let error = check(&model, &bytes, 4);
@@ -80,11 +90,10 @@ fn panic_of_the_source_is_reported_like_a_read_error() {
     check_recovery(&model, &bytes);
 }
 
-#[test]
-fn file_truncated_under_our_feet_is_an_error_at_the_first_block_that_is_gone() {
+fn file_truncated_under_our_feet_is_an_error_at_the_first_block_that_is_gone(memory: impl ReadableMemory) {
     let bytes = stacks::small();
     for verify in [Verify::Always, Verify::Never] {
-        let (source, model) = smallest(&bytes, verify);
+        let (source, model) = smallest(&memory, &bytes, verify);
         source.change(|bytes| bytes.truncate(bytes.len() - 1));
         model.set_budget(u64::MAX).unwrap();
         let error = check(&model, &bytes, model.order().n_blocks() - 1);
@@ -94,10 +103,9 @@ fn file_truncated_under_our_feet_is_an_error_at_the_first_block_that_is_gone() {
     }
 }
 
-#[test]
-fn file_changed_under_our_feet_is_an_error_at_the_block_with_the_wrong_hash() {
+fn file_changed_under_our_feet_is_an_error_at_the_block_with_the_wrong_hash(memory: impl ReadableMemory) {
     let bytes = stacks::small();
-    let (source, model) = smallest(&bytes, Verify::Always);
+    let (source, model) = smallest(&memory, &bytes, Verify::Always);
     source.change(|bytes| *bytes.last_mut().unwrap() ^= 1);
     model.set_budget(u64::MAX).unwrap();
     let error = check(&model, &bytes, model.order().n_blocks() - 1);
@@ -106,20 +114,18 @@ fn file_changed_under_our_feet_is_an_error_at_the_block_with_the_wrong_hash() {
     check_recovery(&model, &bytes);
 }
 
-#[test]
-fn values_that_no_block_may_have_are_noticed_without_hashes_too() {
+fn values_that_no_block_may_have_are_noticed_without_hashes_too(memory: impl ReadableMemory) {
     let bytes = stacks::small();
-    let (source, model) = smallest(&bytes, Verify::Never);
+    let (source, model) = smallest(&memory, &bytes, Verify::Never);
     source.change(|bytes| *bytes.last_mut().unwrap() = 0x7c); // the upper half of an infinity or NaN, in the last coefficient
     model.set_budget(u64::MAX).unwrap();
     let error = check(&model, &bytes, model.order().n_blocks() - 1);
     assert!(matches!(&error, RuntimeError::Block { source, .. } if matches!(**source, FormatError::Block { .. })));
 }
 
-#[test]
-fn smaller_budget_after_an_error_is_no_error() {
+fn smaller_budget_after_an_error_is_no_error(memory: impl ReadableMemory) {
     let bytes = stacks::small();
-    let (source, model) = smallest(&bytes, Verify::Never);
+    let (source, model) = smallest(&memory, &bytes, Verify::Never);
     source.permit(3, Beyond::Fail);
     model.set_budget(u64::MAX).unwrap();
     model.wait().unwrap_err();

@@ -7,14 +7,18 @@ use bitstack_runtime::measure::{self, Operation};
 use bitstack_runtime::{Options, Verify};
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
-use stacks::{open, products, products_of};
+use stacks::{ReadableMemory, open, over_both_memories, products, products_of};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
-#[test]
-fn results_are_those_of_some_level_whatever_two_threads_do_to_the_budget() {
+over_both_memories! {
+    results_are_those_of_some_level_whatever_two_threads_do_to_the_budget,
+}
+
+fn results_are_those_of_some_level_whatever_two_threads_do_to_the_budget(memory: impl ReadableMemory) {
     const CHANGES: usize = 10_000;
     let bytes = stacks::small();
     let model = open(
+        &memory,
         bytes.clone(),
         u64::MAX,
         Options { verify: Verify::Always, signs: SignLayout::Strips, ..Options::default() },
@@ -84,6 +88,8 @@ fn results_are_those_of_some_level_whatever_two_threads_do_to_the_budget() {
             std::thread::yield_now();
         }
     }
+    drop(model);
+    memory.check_used_bytes(0);
 }
 
 #[test]

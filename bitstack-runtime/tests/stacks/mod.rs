@@ -1,9 +1,11 @@
 //! Small stacks, and sources that wait, fail or change.
-#![allow(dead_code, reason = "every test file uses its own part of this")]
+#![allow(dead_code, unused_macros, unused_imports, reason = "every test file uses its own part of this")]
+
+pub(crate) mod device;
 
 use bitstack_core::{Basis, Block, Coefficients, Level, Shape, SignMatrix, Spike, Spikes, Values, f16};
 use bitstack_format::{BlockSource, Draft, Dtype, ReadAt, StackFile};
-use bitstack_runtime::{Elastic, Options, Snapshot};
+use bitstack_runtime::{Elastic, HostMemory, Memory, Options, Snapshot};
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 use std::io;
@@ -82,21 +84,61 @@ pub(crate) fn products(file: &[u8], levels: &[u32]) -> Vec<Vec<f64>> {
 }
 
 /// The same products from a snapshot.
-pub(crate) fn products_of(snapshot: &Snapshot) -> Vec<Vec<f64>> {
-    let product = |w| {
-        let level = snapshot.level(w).unwrap();
-        level.matvec(&input(level.shape().cols())).unwrap()
-    };
-    (0..snapshot.levels().len()).map(product).collect()
+pub(crate) fn products_of<M: ReadableMemory>(snapshot: &Snapshot<M>) -> Vec<Vec<f64>> {
+    (0..snapshot.levels().len()).map(|w| M::product(snapshot, w)).collect()
 }
+
+/// A memory that tests can read.
+pub(crate) trait ReadableMemory: Memory + Clone {
+    /// The product of a weight of a snapshot with its input.
+    fn product(snapshot: &Snapshot<Self>, weight: usize) -> Vec<f64>;
+
+    /// Compares the bytes of all runs with those that the memory has given, where it can tell.
+    fn check_used_bytes(&self, expected: u64);
+}
+
+impl ReadableMemory for HostMemory {
+    fn product(snapshot: &Snapshot, weight: usize) -> Vec<f64> {
+        let level = snapshot.level(weight).unwrap();
+        assert!(level.planes().iter().all(|plane| plane.signs.layout() == snapshot.signs()));
+        level.matvec(&input(level.shape().cols())).unwrap()
+    }
+
+    fn check_used_bytes(&self, _expected: u64) {}
+}
+
+/// Runs tests over the memory of this process and over a device: functions that take a memory.
+macro_rules! over_both_memories {
+    ($($test:ident,)*) => {
+        mod host {
+            $(#[test]
+            fn $test() {
+                super::$test(bitstack_runtime::HostMemory);
+            })*
+        }
+
+        mod device {
+            $(#[test]
+            fn $test() {
+                super::$test(crate::stacks::device::Device::with_capacity(1 << 30));
+            })*
+        }
+    };
+}
+pub(crate) use over_both_memories;
 
 fn input(cols: usize) -> Vec<f32> {
     (0..cols).map(|c| (c as f32 * 0.7).sin()).collect()
 }
 
-/// Opens a model over any source.
-pub(crate) fn open<S: ReadAt + Send + Sync + 'static>(source: S, budget_bytes: u64, options: Options) -> Elastic<S> {
-    Elastic::open(StackFile::open(source).unwrap(), budget_bytes, options).unwrap()
+/// Opens a model over any source, in any memory.
+pub(crate) fn open<S: ReadAt + Send + Sync + 'static, M: Memory + Clone>(
+    memory: &M,
+    source: S,
+    budget_bytes: u64,
+    options: Options,
+) -> Elastic<S, M> {
+    Elastic::open_in(memory.clone(), StackFile::open(source).unwrap(), budget_bytes, options).unwrap()
 }
 
 /// What a [`Gate`] does with reads that it has no permit for.
