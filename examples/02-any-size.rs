@@ -6,7 +6,8 @@
 
 use bitstack_core::Level;
 use bitstack_decomp::{DecomposeOptions, decompose};
-use bitstack_format::{BlockSource, Draft, Existing, StackFile, write_atomically};
+use bitstack_format::{BlockSource, Draft, StackFile};
+use bitstack_io::{Existing, write_atomically};
 use bitstack_sort::{GainPerByte, LoadOrder, Method, Scores, Sizes};
 use ndarray::Array2;
 use rand::{RngExt, SeedableRng, rngs::StdRng};

@@ -6,7 +6,7 @@ use super::progress::{Reporter, to_stderr};
 use super::timings::{Timings, table};
 use super::{print, quality, size, usage};
 use anyhow::{Context, Result};
-use bitstack_format::Existing;
+use bitstack_io::Existing;
 use bitstack_llm::{BlockMethod, Checkpoint, CompressOptions, Journal, LlmError, Ordering, Part, Progress, Scaling};
 use serde_json::json;
 use std::path::{Path, PathBuf};

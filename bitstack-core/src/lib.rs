@@ -32,10 +32,12 @@
 mod block;
 mod error;
 mod level;
+#[cfg(feature = "ndarray")]
 mod scale;
 mod shape;
 mod spikes;
 mod stack;
+#[cfg(feature = "ndarray")]
 mod stats;
 
 pub use bitstack_pack::{SignLayout, SignMatrix, SignView, to_strips};
@@ -43,8 +45,10 @@ pub use block::{Basis, BasisRef, Block, BlockRef, Coefficients, CoefficientsRef,
 pub use error::CoreError;
 pub use half::f16;
 pub use level::{Level, Plane};
+#[cfg(feature = "ndarray")]
 pub use scale::Scales;
 pub use shape::{BlockLayout, Shape};
 pub use spikes::{LevelSpikes, SPIKE_ROWS, SPIKE_SIZES, Spike, Spikes, SpikesRef};
 pub use stack::WeightStack;
+#[cfg(feature = "ndarray")]
 pub use stats::{ActivationStats, Collect};

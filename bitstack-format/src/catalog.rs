@@ -4,14 +4,13 @@ use crate::{Dtype, FormatError, ReadAt, Tensor, TensorInfo};
 use bitstack_core::{
     Basis, Block, BlockLayout, Coefficients, CoreError, FactorType, Shape, SignMatrix, Spikes, Values, f16,
 };
+use bitstack_io::safetensors::METADATA_KEY;
 use std::collections::{BTreeMap, HashMap};
 
 /// Companion files are tensors with this prefix to their name.
 pub(crate) const FILE_PREFIX: &str = "file/";
 /// Pads are tensors with this prefix to their name.
 pub(crate) const PAD_PREFIX: &str = "pad.";
-/// The key of the metadata in a safetensors header, and so never a tensor's name.
-pub(crate) const METADATA_KEY: &str = "__metadata__";
 /// The parts of a block, by the ends of their names.
 pub(crate) const SIGNS: &str = "signs";
 pub(crate) const BASIS: &str = "v";

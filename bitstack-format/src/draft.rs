@@ -2,13 +2,12 @@ use crate::catalog::{
     BASE_DTYPES, BASIS, BlockParts, COEFFICIENTS, Catalog, FILE_PREFIX, FactorParts, SCALE_SUFFIX, SIGNS, SPIKES,
     Stored, check_file_name, check_model_name, check_name, check_weight_name, part_name,
 };
-use crate::hostile::MAX_DIMS;
 use crate::tensor::wrong;
 use crate::write::write_stack;
-use crate::{
-    BlockKind, BlockSource, Dtype, FileAt, FormatError, ReadAt, StackFile, Tensor, TensorInfo, WeightInfo, WriteAt,
-};
+use crate::{BlockKind, BlockSource, Dtype, FormatError, ReadAt, StackFile, Tensor, TensorInfo, WeightInfo, WriteAt};
 use bitstack_core::{Block, BlockLayout, BlockRef, CoreError, Shape, ValuesRef, f16};
+use bitstack_io::FileAt;
+use bitstack_io::hostile::MAX_DIMS;
 use bitstack_pack::row_bytes;
 use std::borrow::Cow;
 use std::collections::BTreeMap;
@@ -348,6 +347,11 @@ impl ReadAt for Storage {
                 source.read_exact_at(buf, offset_bytes - start)
             }
         }
+    }
+
+    fn best_read_bytes(&self) -> usize {
+        let parts = self.parts.iter().map(|part| part.source.best_read_bytes());
+        parts.fold(self.scratch.best_read_bytes(), usize::max)
     }
 }
 

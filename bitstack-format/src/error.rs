@@ -1,4 +1,5 @@
 use bitstack_core::CoreError;
+use bitstack_io::FileError;
 use std::fmt;
 use std::io;
 use std::path::PathBuf;
@@ -199,7 +200,7 @@ pub enum FormatError {
         /// What the system says.
         source: io::Error,
     },
-    /// A write failed. Within [`crate::write_atomically`] this becomes [`FormatError::File`], which names the path.
+    /// A write failed. Within [`bitstack_io::write_atomically`] this becomes [`FormatError::File`], which names the path.
     #[error("cannot write: {source}")]
     Write {
         /// What the system says.
@@ -232,6 +233,17 @@ pub enum FormatError {
         /// The bytes asked for.
         bytes: u64,
     },
+}
+
+impl From<FileError> for FormatError {
+    fn from(error: FileError) -> Self {
+        match error {
+            FileError::Exists { path } => Self::Exists { path },
+            FileError::Failed { operation, path, source } => Self::File { operation, path, source },
+            FileError::Write { source } => Self::Write { source },
+            other => Self::Write { source: io::Error::other(other) },
+        }
+    }
 }
 
 impl FormatError {

@@ -4,17 +4,16 @@ use crate::catalog::{
     BASE_DTYPES, BASIS, BlockParts, COEFFICIENTS, Catalog, FACTOR_DTYPES, FILE_PREFIX, FactorParts, PAD_PREFIX,
     SCALE_SUFFIX, SIGNS, SPIKES, Stored, check_model_name, check_name, check_weight_name, part_name,
 };
-use crate::header::{
-    AFTER_VERSION, HASH_DIGITS, HASH_OFFSET, Header, HeaderTensor, LENGTH_BYTES, MAGIC, WeightRecord, header_hash,
-};
-use crate::hostile::printable;
+use crate::header::{AFTER_VERSION, HASH_DIGITS, HASH_OFFSET, Header, HeaderTensor, MAGIC, WeightRecord, header_hash};
 use crate::tensor::wrong;
 use crate::write::{alignment, pad_bytes, pad_name, write_stack};
 use crate::{
-    ALIGNMENT, BlockExtent, BlockKind, BlockSource, Dtype, FormatError, MAX_HEADER_BYTES, ReadAt, Tensor, TensorInfo,
-    VERSION, Verify, WeightInfo, order,
+    ALIGNMENT, BlockExtent, BlockKind, BlockSource, Dtype, FormatError, ReadAt, Tensor, TensorInfo, VERSION, Verify,
+    WeightInfo, order,
 };
 use bitstack_core::{Block, BlockLayout, FactorType, Shape, SignLayout, SpikesRef};
+use bitstack_io::hostile::printable;
+use bitstack_io::safetensors::{LENGTH_BYTES, MAX_HEADER_BYTES};
 use bitstack_pack::row_bytes;
 use std::collections::{BTreeMap, HashSet};
 use std::fmt;
@@ -328,7 +327,7 @@ impl<S: ReadAt> StackFile<S> {
     }
 
     /// As [`read_block_bytes`](Self::read_block_bytes), with the signs in `layout`, for [`BlockExtent::view_in`]. `after_piece` is called
-    /// each time that some more has been read (and hashed), at most 256 KiB or the rows of one strip: for those who read beside
+    /// each time that some more has been read (and hashed), at most [`ReadAt::best_read_bytes`] or the rows of one strip: for those who read beside
     /// work that must not wait, and rest now and then.
     ///
     /// # Errors

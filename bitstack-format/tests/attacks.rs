@@ -443,7 +443,7 @@ fn every_test_that_the_catalogue_names_exists() {
         include_str!("corrupt.rs"),
         include_str!("cut.rs"),
         include_str!("storage.rs"),
-        include_str!("../src/atomic.rs"),
+        include_str!("../../bitstack-io/src/atomic.rs"),
     ];
     let is_name = |s: &&str| s.contains('_') && s.chars().all(|c| c.is_ascii_lowercase() || c == '_');
     let names: Vec<&str> = include_str!("../ATTACKS.md").split('`').skip(1).step_by(2).filter(is_name).collect();

@@ -5,7 +5,8 @@
 
 mod samples;
 
-use bitstack_format::{BlockSource, Draft, Existing, FormatError, ReadAt, StackFile, WriteAt, write_atomically};
+use bitstack_format::{BlockSource, Draft, FormatError, ReadAt, StackFile, WriteAt};
+use bitstack_io::{Existing, FileError, write_atomically};
 use std::cell::Cell;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
@@ -53,8 +54,7 @@ fn a_write_that_fails_at_any_operation_leaves_nothing() {
             draft.finish(&samples::ORDER, Failing { inner, left, step: 100 }, &mut |_, _| {})
         });
         match result {
-            Err(error @ FormatError::File { operation: "write", .. }) => {
-                assert!(error.to_string().contains("out.bitstack"), "{error}");
+            Err(FormatError::Write { .. }) => {
                 assert_eq!(entries(dir.path()), 0, "after {left} operations");
                 n_failures += 1;
             }
@@ -77,61 +77,12 @@ fn a_full_disk_reads_as_such() {
 }
 
 #[test]
-fn an_existing_file_is_kept_or_replaced_as_asked() {
-    let dir = tempfile::tempdir().unwrap();
-    let path = dir.path().join("out");
-    std::fs::write(&path, "old").unwrap();
-    let open = std::fs::File::open(&path).unwrap();
-    let error = write_atomically(&path, Existing::Refuse, |_| -> Result<(), _> { panic!("nothing is to be written") });
-    assert!(matches!(error, Err(FormatError::Exists { path: p }) if p == path));
-    // Made by someone else meanwhile: noticed at the end.
-    let late = dir.path().join("late");
-    let error = write_atomically(&late, Existing::Refuse, |out| {
-        std::fs::write(&late, "other").unwrap();
-        Ok(out.write_all(b"ours")?)
-    });
-    assert!(matches!(error, Err(FormatError::Exists { .. })), "{error:?}");
-    assert_eq!(std::fs::read(&late).unwrap(), b"other");
-
-    let failed = write_atomically(&path, Existing::Replace, |out| {
-        out.write_all(b"half")?;
-        Err::<(), _>(FormatError::Missing { name: "x".to_owned() })
-    });
-    assert!(matches!(failed, Err(FormatError::Missing { .. })));
-    assert_eq!(std::fs::read(&path).unwrap(), b"old");
-    write_atomically(&path, Existing::Replace, |out| Ok(out.write_all(b"new")?)).unwrap();
-    assert_eq!(std::fs::read(&path).unwrap(), b"new");
-    assert_eq!(entries(dir.path()), 2);
-    // Who had it open goes on reading what was there.
-    let mut old = [0; 3];
-    open.read_exact_at(&mut old, 0).unwrap();
-    assert_eq!(&old, b"old");
-}
-
-#[test]
 fn a_place_that_cannot_be_written_is_named() {
     let dir = tempfile::tempdir().unwrap();
-    for path in [dir.path().join("no/such/dir/out"), dir.path().to_owned()] {
-        let result = write_atomically(&path, Existing::Replace, |out| Ok(out.write_all(b"x")?));
-        let Err(FormatError::File { operation: "create", path: named, .. }) = result else { panic!("{result:?}") };
-        assert_eq!(named, path);
-    }
     assert!(matches!(
         Draft::create_in(dir.path().join("nothing")),
         Err(FormatError::File { operation: "create a scratch file in", .. })
     ));
-}
-
-#[test]
-#[cfg(unix)]
-fn a_new_file_has_the_permissions_of_any_other() {
-    use std::os::unix::fs::PermissionsExt as _;
-    let dir = tempfile::tempdir().unwrap();
-    let (ours, other) = (dir.path().join("ours"), dir.path().join("other"));
-    write_atomically(&ours, Existing::Refuse, |out| Ok(out.write_all(b"x")?)).unwrap();
-    std::fs::write(&other, b"x").unwrap();
-    let mode = |path: &Path| path.metadata().unwrap().permissions().mode();
-    assert_eq!(mode(&ours), mode(&other));
 }
 
 /// A source of which all reads after the first `left` fail.
@@ -313,7 +264,7 @@ fn child_process() {
     for _ in 0..times.parse().unwrap() {
         match write_atomically(path, existing, |out| Ok(bytes.chunks(1000).try_for_each(|part| out.write_all(part))?)) {
             Ok(()) => {}
-            Err(FormatError::Exists { .. }) if existing == Existing::Refuse => std::process::exit(3),
+            Err(FileError::Exists { .. }) if existing == Existing::Refuse => std::process::exit(3),
             Err(error) => panic!("{error}"),
         }
     }

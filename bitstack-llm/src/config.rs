@@ -3,7 +3,7 @@
 use serde_json::{Map, Value};
 
 use crate::LlmError;
-use bitstack_format::hostile::printable;
+use bitstack_io::hostile::printable;
 
 const SUPPORTED: &str = "LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM and Qwen3ForCausalLM";
 

@@ -10,7 +10,8 @@ use crate::job::{Executor, Pool};
 use crate::plan::{PLAN, Plan, TOKENS, hex, input, key, same, tensors, text_hash};
 use crate::units::{UnitDirectory, UnitStore, Units};
 use crate::{Checkpoint, CompressOptions, LlmError, Progress};
-use bitstack_format::{Existing, FormatError, write_atomically, write_atomically_through};
+use bitstack_format::FormatError;
+use bitstack_io::{Existing, write_atomically, write_atomically_through};
 use serde::{Deserialize, Serialize};
 use std::fs::{self, File, TryLockError};
 use std::io::{self, Write};
@@ -22,7 +23,7 @@ const LOCK: &str = "lock";
 /// A compression that can be killed at any moment: what is finished lies in a directory of its own.
 ///
 /// ```no_run
-/// use bitstack_format::Existing;
+/// use bitstack_io::Existing;
 /// use bitstack_llm::{Checkpoint, CompressOptions, Journal};
 /// # fn main() -> Result<(), bitstack_llm::LlmError> {
 /// let (checkpoint, options) = (Checkpoint::open("Llama-3.2-1B")?, CompressOptions::default());
@@ -207,13 +208,13 @@ impl<'a> Journal<'a> {
         progress: &mut dyn FnMut(u64, u64),
     ) -> Result<u64, LlmError> {
         let dir = &self.dir;
-        Ok(write_atomically_through(dir, output, existing, |out| {
+        write_atomically_through(dir, output, existing, |out| {
             let mut out = Hashed { out, hasher: blake3::Hasher::new() };
             let bytes = compressed.draft.finish(compressed.order.weights(), &mut out, progress)?;
             let output = Some(Output { bytes, blake3: hex(out.hasher.finalize()) });
             Record { input: self.record.input.clone(), key: self.record.key.clone(), output }.write(dir)?;
             Ok(bytes)
-        })?)
+        })
     }
 
     /// Removes the journal.

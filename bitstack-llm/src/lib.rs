@@ -11,7 +11,6 @@ mod elastic;
 mod error;
 pub mod eval;
 mod export;
-mod header;
 mod importance;
 mod job;
 mod journal;

@@ -2,7 +2,8 @@
 #![expect(clippy::print_stdout, reason = "a test that is skipped says so")]
 
 use bitstack_core::{Basis, Block, Coefficients, Shape, SignMatrix, Spike, Spikes, Values};
-use bitstack_format::{BlockSource, Draft, Existing, FormatError, StackFile};
+use bitstack_format::{BlockSource, Draft, FormatError, StackFile};
+use bitstack_io::Existing;
 use bitstack_llm::stack::StackModel;
 use bitstack_llm::{
     BlockMethod, Checkpoint, CompressOptions, Compressed, Decoder, ExportOptions, FloatType, LinearOp, LlmError,
