@@ -48,7 +48,7 @@ pub enum CoreError {
     #[error("level {level} of a stack of {blocks} blocks")]
     NoSuchLevel {
         /// The level asked for.
-        level: usize,
+        level: u32,
         /// The blocks there are.
         blocks: usize,
     },

@@ -640,7 +640,7 @@ mod tests {
             (300, 600, 1, 33, 1),
         ] {
             let stack = stack(&mut rng, rows, cols, rank, blocks);
-            let level = stack.level(blocks).unwrap();
+            let level = stack.level(stack.top_level()).unwrap();
             let mut x: Vec<f32> = (0..tokens * cols).map(|_| rng.random_range(-1.0..1.0)).collect();
             // Some columns of one token far above the rest.
             x[..cols].iter_mut().step_by(200).for_each(|x| *x *= 50.0);

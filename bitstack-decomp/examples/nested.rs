@@ -70,7 +70,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         let rate = w.len() as f64 / start.elapsed().as_secs_f64();
         print!("{name:25}");
         for level in 1..=8 {
-            let error = match d.errors[level - 1].output {
+            let error = match d.errors[level as usize - 1].output {
                 Some(output) => output.relative_error,
                 None => {
                     let whole = w.mapv(f64::from);

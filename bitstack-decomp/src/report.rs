@@ -136,7 +136,7 @@ pub(crate) fn measured(
     let inverse: Vec<f64> = scales.iter().map(|&s| 1.0 / f64::from(s)).collect();
     let mut metric = gram.map(|gram| OutputMetric::new(gram, &inverse)).transpose()?;
     // Squared errors of what is left at a level; of the weight itself at level 0.
-    let mut squares = |level: usize| -> Result<(f64, Option<f64>), DecompError> {
+    let mut squares = |level: u32| -> Result<(f64, Option<f64>), DecompError> {
         let mut left = weight.to_owned();
         if level > 0 {
             let rebuilt = stack.level(level)?.reconstruct();
@@ -151,7 +151,7 @@ pub(crate) fn measured(
     };
     let (whole, whole_output) = squares(0)?;
     let ratio = |part: f64, whole: f64| if whole > 0.0 { part / whole } else { 0.0 };
-    (1..=stack.blocks().len())
+    (1..=stack.top_level())
         .map(|level| {
             let (squared_error, output) = squares(level)?;
             let output = output.zip(whole_output).map(|(squared_error, whole)| OutputError {

@@ -31,7 +31,7 @@ fn scales(gram: &Array2<f64>) -> Scales {
     Scales::rms(&stats).unwrap()
 }
 
-fn difference(w: &Array2<f32>, d: &Decomposition, level: usize) -> Array2<f64> {
+fn difference(w: &Array2<f32>, d: &Decomposition, level: u32) -> Array2<f64> {
     let rebuilt = Array2::from_shape_vec(w.dim(), d.stack.level(level).unwrap().reconstruct()).unwrap();
     w.mapv(f64::from) - rebuilt.mapv(f64::from)
 }
@@ -333,9 +333,9 @@ fn dead_channels_constant_rows_and_zeros_are_handled() {
 #[test]
 fn a_weight_of_zeros_gives_zeros_and_no_error() {
     let d = decompose(Array2::zeros((5, 9)).view(), &DecomposeOptions::nested(3, Nested::default())).unwrap();
-    for b in 1..=3 {
-        assert!(d.stack.level(b).unwrap().reconstruct().iter().all(|x| *x == 0.0));
-        assert_eq!((d.errors[b - 1].squared_error, d.errors[b - 1].relative_error), (0.0, 0.0));
+    for (level, error) in (1..=3).zip(&d.errors) {
+        assert!(d.stack.level(level).unwrap().reconstruct().iter().all(|x| *x == 0.0));
+        assert_eq!((error.squared_error, error.relative_error), (0.0, 0.0));
     }
 }
 

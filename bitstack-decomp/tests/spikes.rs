@@ -29,11 +29,11 @@ fn options() -> DecomposeOptions<'static> {
     DecomposeOptions::nested(8, Nested::default())
 }
 
-fn rebuilt(d: &Decomposition, level: usize) -> Array2<f32> {
+fn rebuilt(d: &Decomposition, level: u32) -> Array2<f32> {
     Array2::from_shape_vec((ROWS, COLS), d.stack.level(level).unwrap().reconstruct()).unwrap()
 }
 
-fn output_error(w: &Array2<f32>, d: &Decomposition, h: &Array2<f64>, level: usize) -> f64 {
+fn output_error(w: &Array2<f32>, d: &Decomposition, h: &Array2<f64>, level: u32) -> f64 {
     let e = w.mapv(f64::from) - rebuilt(d, level).mapv(f64::from);
     (e.dot(h) * &e).sum()
 }
@@ -111,7 +111,7 @@ fn inputs_hundreds_of_times_the_rest_do_not_spoil_a_weight_with_spikes() {
     w[[11, 20]] = -30.0;
     h.row_mut(20).mapv_inplace(|x| 300.0 * x);
     h.column_mut(20).mapv_inplace(|x| 300.0 * x);
-    let relative = |d: &Decomposition, level: usize| d.errors[level - 1].output.unwrap().relative_error;
+    let relative = |d: &Decomposition, level: u32| d.errors[level as usize - 1].output.unwrap().relative_error;
     let with = nested(&w, h.view(), options());
     let without = nested(&w, h.view(), options().spikes(None));
     for level in [2, 4, 6, 8] {

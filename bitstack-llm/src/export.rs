@@ -3,7 +3,7 @@
 
 use crate::reference::{BASIS, COEFFICIENTS, CONFIGS, MEASUREMENTS, SIGNS, layer_name, part_name};
 use crate::{Elements, LlmError, Progress, stack};
-use bitstack_core::{Block, CoreError, FactorType, Level, SignMatrix};
+use bitstack_core::{CoreError, FactorType, SignMatrix};
 use bitstack_format::{BlockSource, Dtype, FormatError};
 use bitstack_io::{Existing, write_directory_atomically};
 use half::{bf16, f16};
@@ -367,8 +367,8 @@ fn write_rebuilt<S: BlockSource + ?Sized>(
 ) -> Result<(), LlmError> {
     let info = &source.weights()[weight];
     let in_weight = |source| LlmError::Weight { name: info.name.clone(), source };
-    let blocks = (1..=level as usize).map(|b| source.read_block(weight, b)).collect::<Result<Vec<_>, _>>()?;
-    let level = Level::new(info.shape, blocks.iter().map(Block::view)).map_err(in_weight)?;
+    let stack = source.read_stack(weight, level)?;
+    let level = stack.level(level).map_err(in_weight)?;
     let (rows, cols) = (info.shape.rows(), info.shape.cols());
     let panel_rows = (PANEL_VALUES / cols).clamp(1, rows);
     let mut panel = vec![0.0_f32; panel_rows * cols];

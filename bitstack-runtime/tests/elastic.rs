@@ -93,7 +93,7 @@ fn blocks_that_share_a_mapping_go_with_the_last_of_them_and_come_back_unread_bef
     let page = rustix::param::page_size() as u64;
     let blocks: Vec<u64> = order
         .iter()
-        .map(|(w, b)| (file.block_extent(w, b + 1).unwrap().len_bytes() as u64).next_multiple_of(page))
+        .map(|id| (file.block_extent(id.weight, id.block).unwrap().len_bytes() as u64).next_multiple_of(page))
         .collect();
     let pages = |n: usize| file.base_bytes() + blocks[..n].iter().sum::<u64>();
     let most_beyond = blocks.iter().sum::<u64>() / 64;

@@ -19,7 +19,7 @@ fn smallest(bytes: &[u8], verify: Verify) -> (Arc<Gate>, Elastic<Arc<Gate>>) {
 fn check(model: &Elastic<Arc<Gate>>, bytes: &[u8], position: usize) -> RuntimeError {
     let error = model.wait().unwrap_err();
     let (weight, block) =
-        model.order().iter().nth(position).map(|(w, b)| (format!("layers.{w}.weight"), b + 1)).unwrap();
+        model.order().iter().nth(position).map(|id| (format!("layers.{}.weight", id.weight), id.block)).unwrap();
     let named = match &error {
         RuntimeError::Block { weight, block, .. } | RuntimeError::Panicked { weight, block, .. } => {
             (weight.clone(), *block)

@@ -22,8 +22,8 @@ pub trait Method {
 /// long as the other has blocks left. The first blocks come in weight order, as in the published code, where a model
 /// starts with one block of everything; their scores are not read.
 ///
-/// `scores` of block b (from 0) is a loss, such as the perplexity on a small set, of the model in which this weight has
-/// blocks 0..=b and every other weight has blocks 0..b. **Lower is more important** and is loaded earlier; ties go to the
+/// `scores` of block b is a loss, such as the perplexity on a small set, of the model in which this weight is at level b and
+/// every other weight at level b − 1. **Lower is more important** and is loaded earlier; ties go to the
 /// smaller weight index.
 ///
 /// # NaN

@@ -3,7 +3,7 @@
 #![no_main]
 
 use arbitrary::Arbitrary;
-use bitstack_sort::{Balanced, GainPerByte, Greedy, LoadOrder, Method, Random, Scores, Sizes};
+use bitstack_sort::{Balanced, BlockId, GainPerByte, Greedy, LoadOrder, Method, Random, Scores, Sizes};
 use libfuzzer_sys::fuzz_target;
 
 #[derive(Debug, Arbitrary)]
@@ -22,10 +22,10 @@ struct Input {
 
 fn check(order: &LoadOrder, sizes: &Sizes, budgets: &[u64]) {
     let mut seen: Vec<usize> = vec![0; sizes.n_weights()];
-    for (position, (weight, block)) in order.iter().enumerate() {
-        assert_eq!(block, seen[weight], "blocks of a weight come in their order");
-        assert!(position >= sizes.n_weights() || block == 0, "first blocks come first");
+    for (position, BlockId { weight, block }) in order.iter().enumerate() {
         seen[weight] += 1;
+        assert_eq!(block, seen[weight], "blocks of a weight come in their order");
+        assert!(position >= sizes.n_weights() || block == 1, "first blocks come first");
     }
     for (weight, n) in seen.iter().enumerate() {
         assert_eq!(Some(*n), sizes.blocks(weight).map(<[u64]>::len));
