@@ -7,7 +7,7 @@
 use bitstack_decomp::{DecomposeOptions, decompose};
 use bitstack_format::{BlockSource, Draft, StackFile};
 use bitstack_io::{Existing, write_atomically};
-use bitstack_sort::{GainPerByte, LoadOrder, Method, Scores, Sizes};
+use bitstack_sort::{GainPerByte, LoadOrder, Scores, Sizes, Sorter};
 use ndarray::Array2;
 use rand::{RngExt, SeedableRng, rngs::StdRng};
 

@@ -14,9 +14,9 @@ use bitstack_llm::stack::StackModel;
 use bitstack_llm::text::Windows;
 use bitstack_llm::{
     BlockMethod, Checkpoint, CompressOptions, Compressed, Decoder, Dense, Elements, LinearOp, LlmError, Observer,
-    Ordering, Pass, Scaling, Tokenizer, block_perplexities, compress,
+    OrderBy, Pass, Scaling, Tokenizer, block_perplexities, compress,
 };
-use bitstack_sort::{Balanced, Greedy, LoadOrder, Method, Random, Scores, Sizes};
+use bitstack_sort::{Balanced, Greedy, LoadOrder, Random, Scores, Sizes, Sorter};
 use clap::Parser;
 use half::f16;
 use ndarray::{Array2, ArrayView2};
@@ -188,7 +188,7 @@ impl<'a> Bench<'a> {
             rank: Some(rank),
             n_blocks: Some(if rank <= 4 { 5 } else { 3 }),
             scaling,
-            ordering: Ordering::Random,
+            ordering: OrderBy::Random,
             samples,
             seq_len: Some(CALIBRATION_TOKENS.min(self.checkpoint.config().max_positions)),
             keep_embeddings: true,
@@ -227,7 +227,7 @@ impl<'a> Bench<'a> {
             .iter()
             .zip(&self.truth)
             .zip(&self.test)
-            .map(|((found, truth), window)| eval::Scores::of(found.view(), Some(truth.view()), &window[1..]));
+            .map(|((found, truth), window)| eval::Tally::of(found.view(), Some(truth.view()), &window[1..]));
         Ok(Metrics::of(&scores.collect::<Result<Vec<_>, LlmError>>()?, WithReference::Yes)?)
     }
 

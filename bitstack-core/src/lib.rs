@@ -39,6 +39,7 @@ mod spikes;
 mod stack;
 #[cfg(feature = "ndarray")]
 mod stats;
+mod threads;
 
 pub use bitstack_pack::{SignLayout, SignMatrix, SignView, to_strips};
 pub use block::{Basis, BasisRef, Block, BlockRef, Coefficients, CoefficientsRef, FactorType, Values, ValuesRef};
@@ -52,3 +53,4 @@ pub use spikes::{LevelSpikes, SPIKE_ROWS, SPIKE_SIZES, Spike, Spikes, SpikesRef}
 pub use stack::WeightStack;
 #[cfg(feature = "ndarray")]
 pub use stats::{ActivationStats, Collect};
+pub use threads::Threads;

@@ -24,8 +24,9 @@ use ndarray::{Array2, ArrayView2, ArrayViewMut2, Axis};
 use rayon::prelude::*;
 
 use crate::config::WEIGHTS_PER_LAYER;
-use crate::linear::{LinearOp, Threads};
+use crate::linear::LinearOp;
 use crate::{Checkpoint, Dense, LlmError, ModelConfig, Progress, RopeConfig, VectorSpec, WeightSpec, math};
+use bitstack_core::Threads;
 
 /// Sees the inputs of the linear operators as a pass goes by.
 pub trait Observer {

@@ -4,13 +4,13 @@ use std::cell::Cell;
 use std::ops::ControlFlow;
 use std::sync::Arc;
 
-use bitstack_core::Level;
+use bitstack_core::{Level, Threads};
 use bitstack_cpu::{Kernel, Scratch};
 use bitstack_format::{BlockSource, ReadAt, StackFile};
 use bitstack_runtime::{Elastic, Options, Snapshot};
 use ndarray::{Array2, ArrayView2, ArrayViewMut2};
 
-use crate::linear::{LinearOp, Threads};
+use crate::linear::LinearOp;
 use crate::sample::{Continuation, Generation};
 use crate::{Decoder, Dense, Frame, LlmError, ModelConfig, Progress, SamplingOptions, Tokenizer, stack};
 
@@ -188,7 +188,6 @@ impl LinearOp for Operator<'_> {
             Self::Kept(dense) => return dense.apply(x, y, threads),
             Self::Planes { level, kernel } => (level, kernel),
         };
-        let threads = threads.into();
         let x = x.as_standard_layout();
         let x = x.as_slice().expect("made standard above");
         let mut scratch = SCRATCH.take();

@@ -333,7 +333,7 @@ impl<W: Write> Write for Hashed<W> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::Ordering;
+    use crate::OrderBy;
     use crate::plan::UNITS;
     use std::panic::{AssertUnwindSafe, catch_unwind};
     use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
@@ -342,7 +342,7 @@ mod tests {
         Checkpoint::open(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/llama")).unwrap()
     }
 
-    fn options(ordering: Ordering) -> CompressOptions {
+    fn options(ordering: OrderBy) -> CompressOptions {
         CompressOptions { n_blocks: Some(3), samples: 2, seq_len: Some(16), ordering, ..Default::default() }
     }
 
@@ -372,7 +372,7 @@ mod tests {
     #[test]
     fn a_compression_that_stops_again_and_again_ends_with_the_same_bytes() {
         let checkpoint = checkpoint();
-        for (ordering, steps) in [(Ordering::Gain, 33), (Ordering::Perplexity, 33), (Ordering::Random, 35)] {
+        for (ordering, steps) in [(OrderBy::Gain, 33), (OrderBy::Perplexity, 33), (OrderBy::Random, 35)] {
             let options = options(ordering);
             let dir = tempfile::tempdir().unwrap();
             let mut n_stops = 0;
@@ -396,7 +396,7 @@ mod tests {
         let demo = concat!(env!("CARGO_MANIFEST_DIR"), "/../bitstack-cli/demo");
         let checkpoint = Checkpoint::open(format!("{demo}/tiny-llama")).unwrap();
         let text = fs::read_to_string(format!("{demo}/text.txt")).unwrap();
-        let options = CompressOptions { samples: 129, ..options(Ordering::Random) };
+        let options = CompressOptions { samples: 129, ..options(OrderBy::Random) };
         let whole = crate::compress(&checkpoint, Some(&text), &options, &std::env::temp_dir(), &()).unwrap();
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("j");
@@ -421,7 +421,7 @@ mod tests {
     #[test]
     fn what_is_finished_is_not_done_again() {
         let checkpoint = checkpoint();
-        let options = options(Ordering::Gain);
+        let options = options(OrderBy::Gain);
         let dir = tempfile::tempdir().unwrap();
         let journal = Journal::open(dir.path().join("j"), &checkpoint, None, &options, &()).unwrap();
         let first = bytes(&journal.compress(&()).unwrap());
@@ -433,7 +433,7 @@ mod tests {
     #[test]
     fn damaged_units_are_made_again() {
         let checkpoint = checkpoint();
-        let options = options(Ordering::Gain);
+        let options = options(OrderBy::Gain);
         let whole = whole(&options);
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("j");
@@ -468,7 +468,7 @@ mod tests {
             errors: Vec<Vec<f64>>,
         }
         let path = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/units.json");
-        let (checkpoint, options) = (checkpoint(), options(Ordering::Gain));
+        let (checkpoint, options) = (checkpoint(), options(OrderBy::Gain));
         let dir = tempfile::tempdir().unwrap();
         let journal = Journal::open(dir.path().join("j"), &checkpoint, None, &options, &()).unwrap();
         journal.compress(&()).unwrap();
@@ -494,7 +494,7 @@ mod tests {
     #[test]
     fn a_journal_is_of_one_input_and_has_one_holder() {
         let checkpoint = checkpoint();
-        let options = options(Ordering::Random);
+        let options = options(OrderBy::Random);
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("j");
         let open = |options: &CompressOptions, text: Option<&str>| {

@@ -34,6 +34,7 @@ mod units;
 mod vocabulary;
 mod windows;
 
+pub use bitstack_core::Threads;
 pub use checkpoint::{Checkpoint, CheckpointLimits};
 pub use compress::{Compressed, Making, compress};
 pub use config::{Architecture, Biases, Llama3Scaling, ModelConfig, RopeConfig, VectorSpec, WeightRole, WeightSpec};
@@ -43,8 +44,8 @@ pub use error::LlmError;
 pub use export::{ExportOptions, FloatType, export_dense, export_reference};
 pub use job::{Executor, Job, Pool};
 pub use journal::Journal;
-pub use linear::{Dense, Elements, LinearOp, Threads, apply_by_panels};
-pub use options::{BlockMethod, CompressOptions, Ordering, Scaling, default_rank};
+pub use linear::{Dense, Elements, LinearOp, apply_by_panels};
+pub use options::{BlockMethod, CompressOptions, OrderBy, Scaling, default_rank};
 pub use order::block_perplexities;
 pub use progress::{Part, Progress};
 pub use reference::import;

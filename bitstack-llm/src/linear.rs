@@ -6,6 +6,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
+use bitstack_core::Threads;
 use bitstack_cpu::{DenseValues, Kernel};
 use faer::prelude::ReborrowMut;
 use faer::{MatMut, MatRef};
@@ -16,25 +17,6 @@ use rayon::prelude::*;
 
 use crate::decoder::Transposed;
 use crate::math;
-
-/// Whether one call may spread over the threads of the current rayon pool. The results are the same bits either way.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum Threads {
-    /// Stay on the calling thread: right when many calls (windows of text) already run side by side.
-    #[default]
-    One,
-    /// Use the pool: right for a single sequence.
-    Pool,
-}
-
-impl From<Threads> for bitstack_cpu::Threads {
-    fn from(threads: Threads) -> Self {
-        match threads {
-            Threads::One => Self::One,
-            Threads::Pool => Self::Pool,
-        }
-    }
-}
 
 /// Tokens up to which a product is made on the way, as its weight comes from memory; for more, from panels of the weight widened in the cache.
 const FEW: usize = 2;
@@ -195,7 +177,7 @@ impl LinearOp for Dense {
             && self.cols > 0
             && let (Some(x), Some(y)) = (x.as_slice(), y.as_slice_mut())
         {
-            let done = Kernel::detect().apply_dense(self.elements.values(), self.cols, x, y, threads.into());
+            let done = Kernel::detect().apply_dense(self.elements.values(), self.cols, x, y, threads);
             return done.expect("a matrix of its shape, and shapes that fit");
         }
         match &self.elements {

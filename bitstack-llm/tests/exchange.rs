@@ -7,7 +7,7 @@ use bitstack_io::Existing;
 use bitstack_llm::stack::StackModel;
 use bitstack_llm::{
     BlockMethod, Checkpoint, CompressOptions, Compressed, Decoder, ExportOptions, FloatType, LinearOp, LlmError,
-    Ordering, Pass, compress, export_dense, export_reference, import,
+    OrderBy, Pass, compress, export_dense, export_reference, import,
 };
 use bitstack_sort::LoadOrder;
 use ndarray::Array2;
@@ -153,7 +153,7 @@ fn what_this_project_makes_goes_out_and_comes_back() {
             n_blocks: Some(3),
             samples: 2,
             seq_len: Some(16),
-            ordering: Ordering::Random,
+            ordering: OrderBy::Random,
             keep_embeddings: true,
             ..Default::default()
         };
@@ -368,7 +368,7 @@ fn weights_that_the_published_layout_has_no_place_for_are_named() {
             n_blocks: Some(2),
             samples: 2,
             seq_len: Some(16),
-            ordering: Ordering::Random,
+            ordering: OrderBy::Random,
             ..Default::default()
         };
         let made = compress(&Checkpoint::open(&data).unwrap(), None, &options, home.path(), &()).unwrap();

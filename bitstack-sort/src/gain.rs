@@ -1,6 +1,6 @@
 //! The order by closed-form errors: most error removed per byte first.
 
-use crate::{LoadOrder, Method, Scores, Sizes, SortError};
+use crate::{LoadOrder, Scores, Sizes, SortError, Sorter};
 
 /// Most error removed per byte first.
 ///
@@ -41,7 +41,7 @@ impl GainPerByte {
     }
 }
 
-impl Method for GainPerByte {
+impl Sorter for GainPerByte {
     fn order(&self, sizes: &Sizes) -> Result<LoadOrder, SortError> {
         self.errors.check_shape(sizes)?;
         if !(0.0..=1.0).contains(&self.trust) {

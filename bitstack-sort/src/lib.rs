@@ -12,7 +12,7 @@ mod sizes;
 
 pub use error::SortError;
 pub use gain::GainPerByte;
-pub use method::{Balanced, Greedy, Method};
+pub use method::{Balanced, Greedy, Sorter};
 pub use order::{BlockId, LoadOrder, Plan};
 pub use random::Random;
 pub use score::Scores;

@@ -6,7 +6,7 @@ use std::collections::BinaryHeap;
 use crate::{LoadOrder, Scores, Sizes, SortError};
 
 /// A way to put the blocks of all weights in one order.
-pub trait Method {
+pub trait Sorter {
     /// The load order of the blocks that `sizes` describes: the first block of every weight, then all others, the blocks
     /// of one weight in stacking order.
     ///
@@ -38,7 +38,7 @@ pub struct Balanced {
     pub scores: Scores,
 }
 
-impl Method for Balanced {
+impl Sorter for Balanced {
     fn order(&self, sizes: &Sizes) -> Result<LoadOrder, SortError> {
         self.scores.check_shape(sizes)?;
         let scores = self.scores.resolved();
@@ -65,7 +65,7 @@ pub struct Greedy {
     pub scores: Scores,
 }
 
-impl Method for Greedy {
+impl Sorter for Greedy {
     fn order(&self, sizes: &Sizes) -> Result<LoadOrder, SortError> {
         self.scores.check_shape(sizes)?;
         let scores = self.scores.resolved();

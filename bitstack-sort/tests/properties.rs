@@ -1,6 +1,6 @@
 //! What every order and every plan promises, on random sizes and scores, and gain per byte against brute force.
 
-use bitstack_sort::{Balanced, BlockId, GainPerByte, Greedy, LoadOrder, Method, Plan, Random, Scores, Sizes};
+use bitstack_sort::{Balanced, BlockId, GainPerByte, Greedy, LoadOrder, Plan, Random, Scores, Sizes, Sorter};
 use proptest::collection::vec;
 use proptest::prelude::*;
 
@@ -67,7 +67,7 @@ fn check_plans(order: &LoadOrder, sizes: &Sizes) -> Result<(), TestCaseError> {
     Ok(())
 }
 
-fn check_method(method: &impl Method, sizes: &Sizes) -> Result<LoadOrder, TestCaseError> {
+fn check_method(method: &impl Sorter, sizes: &Sizes) -> Result<LoadOrder, TestCaseError> {
     let order = method.order(sizes).unwrap();
     prop_assert_eq!(&method.order(sizes).unwrap(), &order);
     check_order(&order, sizes)?;

@@ -3,7 +3,7 @@
 #![no_main]
 
 use arbitrary::Arbitrary;
-use bitstack_sort::{Balanced, BlockId, GainPerByte, Greedy, LoadOrder, Method, Random, Scores, Sizes};
+use bitstack_sort::{Balanced, BlockId, GainPerByte, Greedy, LoadOrder, Sorter, Random, Scores, Sizes};
 use libfuzzer_sys::fuzz_target;
 
 #[derive(Debug, Arbitrary)]
@@ -60,7 +60,7 @@ fuzz_target!(|input: Input| {
     let shaped: Vec<Vec<f64>> = input.sizes.iter().map(|row| next.by_ref().take(row.len()).collect()).collect();
     let finite: Vec<Vec<f64>> =
         shaped.iter().map(|row| row.iter().map(|x| if x.is_finite() { *x } else { 1.0 }).collect()).collect();
-    let methods: [(&str, Box<dyn Method>); 4] = [
+    let methods: [(&str, Box<dyn Sorter>); 4] = [
         ("balanced", Box::new(Balanced { scores: Scores::new(&shaped) })),
         ("greedy", Box::new(Greedy { scores: Scores::new(&shaped) })),
         ("random", Box::new(Random { seed: input.seed })),
@@ -79,7 +79,7 @@ fuzz_target!(|input: Input| {
     // Of any shape, with any numbers.
     let free = Scores::new(input.free_scores.as_deref().unwrap_or(&shaped));
     for method in
-        [&Balanced { scores: free.clone() } as &dyn Method, &Greedy { scores: free.clone() }, &GainPerByte::new(free)]
+        [&Balanced { scores: free.clone() } as &dyn Sorter, &Greedy { scores: free.clone() }, &GainPerByte::new(free)]
     {
         if let Ok(order) = method.order(&sizes) {
             check(&order, &sizes, &input.budgets);

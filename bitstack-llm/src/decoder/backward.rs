@@ -4,8 +4,9 @@
 
 use super::{QUERY_BLOCK, Rope, attention, bias, check_state, view, view_mut};
 use crate::config::WEIGHTS_PER_LAYER;
-use crate::linear::{LinearOp, Threads};
+use crate::linear::LinearOp;
 use crate::{Decoder, LlmError, ModelConfig, Pass, math};
+use bitstack_core::Threads;
 use faer::prelude::ReborrowMut;
 use faer::{MatMut, MatRef};
 use ndarray::{Array2, ArrayView2, ArrayViewMut2, Axis};
