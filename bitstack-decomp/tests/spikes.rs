@@ -56,7 +56,7 @@ fn reported_errors_are_those_of_the_stored_blocks_and_their_spikes() {
                 let whole = w.mapv(f64::from);
                 assert!(close(output.squared_error, (e.dot(&h) * &e).sum()), "level {level}");
                 let relative = (e.dot(&h) * &e).sum() / (whole.dot(&h) * &whole).sum();
-                assert!(close(output.relative_error, relative), "level {level}");
+                assert!(close(output.relative_error.powi(2), relative), "level {level}");
             }
         }
     }

@@ -123,7 +123,7 @@ pub enum FormatError {
         name: String,
     },
     /// The parts of a block are whole but are not a valid block.
-    #[error("block {block} of weight {weight}: {source}")]
+    #[error("block {block} of weight {weight}")]
     Block {
         /// The name of the weight.
         weight: String,
@@ -193,7 +193,7 @@ pub enum FormatError {
 
     // ---- the storage fails
     /// A positioned read failed.
-    #[error("cannot read {what}: {source}")]
+    #[error("cannot read {what}")]
     Read {
         /// What was read: a tensor, the header, ...
         what: String,
@@ -201,14 +201,14 @@ pub enum FormatError {
         source: io::Error,
     },
     /// A write failed. Within [`bitstack_io::write_atomically`] this becomes [`FormatError::File`], which names the path.
-    #[error("cannot write: {source}")]
+    #[error("cannot write")]
     Write {
         /// What the system says.
         #[from]
         source: io::Error,
     },
     /// An operation on a file failed.
-    #[error("cannot {operation} {}: {source}", path.display())]
+    #[error("cannot {operation} {}", path.display())]
     File {
         /// `open`, `create`, `write`, `sync`, `rename`, ...
         operation: &'static str,
@@ -218,7 +218,7 @@ pub enum FormatError {
         source: io::Error,
     },
     /// An error about the contents of a file, with its path.
-    #[error("{}: {source}", path.display())]
+    #[error("{}", path.display())]
     At {
         /// The file.
         path: PathBuf,

@@ -13,6 +13,7 @@ use crate::{
 };
 use bitstack_core::{Block, BlockLayout, FactorType, Shape, SignLayout, SpikesRef};
 use bitstack_io::hostile::printable;
+use bitstack_io::in_one_line;
 use bitstack_io::safetensors::{LENGTH_BYTES, MAX_HEADER_BYTES};
 use bitstack_pack::row_bytes;
 use std::collections::{BTreeMap, HashSet};
@@ -229,13 +230,13 @@ impl<S: ReadAt> StackFile<S> {
             let parts = self.catalog.block_parts(weight, block)?;
             match self.catalog.load_block(&self.source, weight, block) {
                 Ok(_) => {}
-                Err(error @ FormatError::Block { .. }) => damaged.push((parts.signs, error.to_string())),
+                Err(error @ FormatError::Block { .. }) => damaged.push((parts.signs, in_one_line(&error))),
                 Err(FormatError::Damaged { .. } | FormatError::Read { .. }) => {
                     // More than one part may be damaged.
                     for i in parts.tensors() {
                         match self.catalog.stream(&self.source, i, &mut buffer, |_| Ok(())) {
                             Ok(()) => {}
-                            Err(error) => damaged.push((i, error.to_string())),
+                            Err(error) => damaged.push((i, in_one_line(&error))),
                         }
                     }
                 }
@@ -259,7 +260,7 @@ impl<S: ReadAt> StackFile<S> {
             match checked {
                 Ok(()) if is_zero => {}
                 Ok(()) => damaged.push((i, format!("tensor {} is not zero", tensors[i].info.name))),
-                Err(error) => damaged.push((i, error.to_string())),
+                Err(error) => damaged.push((i, in_one_line(&error))),
             }
         }
         damaged.sort();

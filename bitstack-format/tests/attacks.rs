@@ -7,6 +7,7 @@ mod samples;
 
 use bitstack_core::Block;
 use bitstack_format::{BlockSource, FormatError, Limits, ReadAt, StackFile, Verify};
+use bitstack_io::in_one_line;
 use peak_alloc::PeakAlloc;
 use samples::{Forge, seal};
 use serde_json::{Value, json};
@@ -81,7 +82,7 @@ fn survive(what: &str, bytes: &[u8]) -> bool {
     assert!(peak <= opening_bound(header_bytes), "{what}: {peak} bytes of memory for {header_bytes} of header");
     let file = match result {
         Err(error) => {
-            let message = error.to_string();
+            let message = in_one_line(&error);
             assert!(
                 !message.is_empty() && message.len() < 4000 && !message.chars().any(char::is_control),
                 "{what}: {message:?}"

@@ -6,7 +6,7 @@
 mod samples;
 
 use bitstack_format::{BlockSource, Draft, FormatError, ReadAt, StackFile, WriteAt};
-use bitstack_io::{Existing, FileError, write_atomically};
+use bitstack_io::{Existing, FileError, in_one_line, write_atomically};
 use std::cell::Cell;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
@@ -73,7 +73,7 @@ fn a_write_that_fails_at_any_operation_leaves_nothing() {
 fn a_full_disk_reads_as_such() {
     let full = std::fs::File::options().write(true).open("/dev/full").unwrap();
     let error = samples::draft().finish(&samples::ORDER, full, &mut |_, _| {}).unwrap_err();
-    assert!(error.to_string().contains("No space left on device"), "{error}");
+    assert!(in_one_line(&error).contains("No space left on device"), "{error}");
 }
 
 #[test]
@@ -109,13 +109,13 @@ fn a_read_that_fails_is_reported_by_name() {
     let open = |left| StackFile::open(Unreadable { bytes: bytes.clone(), left: Cell::new(left) });
     for left in 0..2 {
         let error = open(left).unwrap_err();
-        assert_eq!(error.to_string(), "cannot read the header: bad sector");
+        assert_eq!(in_one_line(&error), "cannot read the header: bad sector");
     }
     let file = open(2).unwrap();
     let error = file.read_block(0, 1).unwrap_err();
-    assert_eq!(error.to_string(), "cannot read tensor layers.0.q_proj.weight.block.1.signs: bad sector");
+    assert_eq!(in_one_line(&error), "cannot read tensor layers.0.q_proj.weight.block.1.signs: bad sector");
     let error = file.write_prefix(2, io::sink(), &mut |_, _| {}).unwrap_err();
-    assert_eq!(error.to_string(), "cannot read tensor file/config.json: bad sector");
+    assert_eq!(in_one_line(&error), "cannot read tensor file/config.json: bad sector");
     let report = file.verify(&mut |_, _| {}).unwrap();
     assert_eq!(report.damaged.len(), report.n_tensors);
     // After n good reads something is reported, until there are enough for everything.
@@ -173,7 +173,7 @@ fn a_draft_whose_scratch_file_fails_at_any_operation_says_so_and_can_be_taken_up
         let mut attempt = |draft: &mut Draft, step: &dyn Fn(&mut Draft) -> Result<(), FormatError>| {
             step(draft).or_else(|error| {
                 failed = true;
-                let message = error.to_string();
+                let message = in_one_line(&error);
                 assert!(message.contains("scratch file in scratch/place"), "{message}");
                 step(draft)
             })
@@ -183,7 +183,7 @@ fn a_draft_whose_scratch_file_fails_at_any_operation_says_so_and_can_be_taken_up
         let result = draft.finish(&samples::ORDER, &mut bytes, &mut |_, _| {});
         if let Err(error) = result {
             failed = true;
-            let message = error.to_string();
+            let message = in_one_line(&error);
             assert!(message.starts_with("cannot read tensor ") && message.contains("scratch/place"), "{message}");
             bytes.clear();
             draft.finish(&samples::ORDER, &mut bytes, &mut |_, _| {}).unwrap();
@@ -209,7 +209,7 @@ fn an_error_about_a_file_names_it() {
     // The file shrinks while it is open.
     std::fs::File::options().write(true).open(&path).unwrap().set_len(1000).unwrap();
     let named = |error: FormatError| {
-        let message = error.to_string();
+        let message = in_one_line(&error);
         assert!(message.contains("model.bitstack") && message.starts_with("cannot read tensor "), "{message}");
         assert!(matches!(error, FormatError::Read { .. }));
     };
@@ -233,7 +233,7 @@ fn what_is_not_a_regular_file_is_refused_and_not_waited_for() {
     let pipe = dir.path().join("pipe.bitstack");
     assert!(Command::new("mkfifo").arg(&pipe).status().unwrap().success());
     for path in [pipe, PathBuf::from("/dev/zero")] {
-        let error = StackFile::open_path(&path).unwrap_err().to_string();
+        let error = in_one_line(&StackFile::open_path(&path).unwrap_err());
         assert!(error.starts_with("cannot open ") && error.contains("not a regular file"), "{error}");
     }
 }

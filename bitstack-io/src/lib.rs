@@ -12,5 +12,5 @@ mod source;
 pub use atomic::{Existing, write_atomically, write_atomically_through};
 pub use directory::write_directory_atomically;
 pub use dtype::Dtype;
-pub use error::FileError;
+pub use error::{FileError, in_one_line};
 pub use source::{BEST_READ_BYTES, FileAt, ReadAt, WriteAt};
