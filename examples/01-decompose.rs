@@ -23,9 +23,9 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     println!("rank  blocks  bits per weight  relative error");
     for rank in [1, 4, 16] {
         let result = decompose(weight.view(), &DecomposeOptions::new(rank, 6))?;
-        for (b, error) in result.errors.iter().enumerate() {
-            let bits = result.stack.bytes(b + 1) as f64 * 8.0 / weight.len() as f64;
-            println!("{rank:4}  {:6}  {bits:15.3}  {:14.3}", b + 1, error.relative_error);
+        for (level, error) in (1..).zip(&result.errors) {
+            let bits = result.stack.bytes(level) as f64 * 8.0 / weight.len() as f64;
+            println!("{rank:4}  {level:6}  {bits:15.3}  {:14.3}", error.relative_error);
         }
         // Each block fits what the ones before left over, so the error never rises.
         assert!(result.errors.windows(2).all(|e| e[1].relative_error <= e[0].relative_error));

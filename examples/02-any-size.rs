@@ -4,10 +4,10 @@
 //!
 //! `cargo run --release -p bitstack-examples --example 02-any-size` prints, for three budgets, the level of each weight and the error.
 
-use bitstack_core::Level;
 use bitstack_decomp::{DecomposeOptions, decompose};
-use bitstack_format::{BlockSource, Draft, Existing, StackFile, write_atomically};
-use bitstack_sort::{GainPerByte, LoadOrder, Method, Scores, Sizes};
+use bitstack_format::{BlockSource, Draft, StackFile};
+use bitstack_io::{Existing, write_atomically};
+use bitstack_sort::{GainPerByte, LoadOrder, Scores, Sizes, Sorter};
 use ndarray::Array2;
 use rand::{RngExt, SeedableRng, rngs::StdRng};
 
@@ -28,10 +28,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let mut errors = Vec::new();
     for (name, sensitivity, weight) in &weights {
         let result = decompose(weight.view(), &DecomposeOptions::new(2, 8))?;
-        let index = draft.add_weight(name, result.stack.shape(), 2, "avd")?;
-        for block in result.stack.blocks() {
-            draft.push_block(index, block.view())?;
-        }
+        draft.push_stack(name, &result.stack, "avd")?;
         errors.push(result.errors.iter().map(|e| sensitivity * e.squared_error).collect::<Vec<f64>>());
     }
     let sizes = Sizes::new(draft.base_bytes(), draft.block_sizes())?;
@@ -47,8 +44,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         let plan = order.plan(budget)?;
         let mut error = 0.0;
         for (w, (_, sensitivity, weight)) in weights.iter().enumerate() {
-            let blocks = (1..=plan.levels[w] as usize).map(|b| file.read_block(w, b)).collect::<Result<Vec<_>, _>>()?;
-            let level = Level::new(file.weights()[w].shape, blocks.iter().map(|b| b.view()))?;
+            let stack = file.read_stack(w, plan.levels[w])?;
+            let level = stack.level(plan.levels[w])?;
             let distance = |(a, b): (&f32, f32)| f64::from(a - b).powi(2);
             error += sensitivity * weight.iter().zip(level.reconstruct()).map(distance).sum::<f64>();
         }

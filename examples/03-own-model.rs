@@ -46,10 +46,11 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         let mut row = Vec::new();
         for options in [options.clone(), options.clone().scales(&scales)] {
             let result = decompose(model.hidden.view(), &options)?;
-            let hidden = Array2::from_shape_vec((256, 128), result.stack.level(blocks)?.reconstruct())?;
+            let hidden =
+                Array2::from_shape_vec((256, 128), result.stack.level(result.stack.top_level())?.reconstruct())?;
             let small = Classifier { hidden, output: model.output.clone() };
             let same = small.classify(&test).iter().zip(&answers).filter(|(a, b)| a == b).count();
-            let error = result.errors[blocks - 1].output.expect("the Gram matrix was given").relative_error;
+            let error = result.errors[blocks - 1].output.expect("the Gram matrix was given").relative_error.powi(2);
             row.push((error, same as f64 / answers.len() as f64));
         }
         println!("{blocks:6}  {:12.4}  {:9.3}    {:20.4}  {:9.3}", row[0].0, row[0].1, row[1].0, row[1].1);

@@ -14,10 +14,10 @@ use bitstack_llm::eval::{self, Metrics, WithReference};
 use bitstack_llm::stack::StackModel;
 use bitstack_llm::text::Windows;
 use bitstack_llm::{
-    BlockMethod, Checkpoint, CompressOptions, Compressed, Decoder, Dense, Elements, LlmError, Observer, Ordering, Pass,
+    BlockMethod, Checkpoint, CompressOptions, Compressed, Decoder, Dense, Elements, LlmError, Observer, OrderBy, Pass,
     Scaling, Tokenizer, Weight, block_perplexities, compress,
 };
-use bitstack_sort::{Balanced, Greedy, LoadOrder, Method, Random, Scores, Sizes};
+use bitstack_sort::{Balanced, Greedy, LoadOrder, Random, Scores, Sizes, Sorter};
 use clap::Parser;
 use half::f16;
 use ndarray::{Array2, ArrayView2};
@@ -189,7 +189,7 @@ impl<'a> Bench<'a> {
             rank: Some(rank),
             n_blocks: Some(if rank <= 4 { 5 } else { 3 }),
             scaling,
-            ordering: Ordering::Random,
+            ordering: OrderBy::Random,
             samples,
             seq_len: Some(CALIBRATION_TOKENS.min(self.checkpoint.config().max_positions)),
             keep_embeddings: true,
@@ -228,7 +228,7 @@ impl<'a> Bench<'a> {
             .iter()
             .zip(&self.truth)
             .zip(&self.test)
-            .map(|((found, truth), window)| eval::Scores::of(found.view(), Some(truth.view()), &window[1..]));
+            .map(|((found, truth), window)| eval::Tally::of(found.view(), Some(truth.view()), &window[1..]));
         Ok(Metrics::of(&scores.collect::<Result<Vec<_>, LlmError>>()?, WithReference::Yes)?)
     }
 

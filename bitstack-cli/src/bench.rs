@@ -9,7 +9,7 @@ use anyhow::{Context, Result};
 use bitstack_cpu::measure::{Case, Pool};
 use bitstack_cpu::{Isa, Kernel, Threads};
 use bitstack_decomp::{DecomposeOptions, Nested, Svd, blocks, decompose as decompose_weight, feedback_gain};
-use bitstack_format::Existing;
+use bitstack_io::Existing;
 use bitstack_llm::{ElasticModel, Progress, measure, synthetic};
 use bitstack_runtime::measure::Operation;
 use bitstack_runtime::{Options, Verify};

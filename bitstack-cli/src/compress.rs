@@ -6,8 +6,8 @@ use super::progress::{Reporter, to_stderr};
 use super::timings::{Timings, table};
 use super::{print, quality, size, usage};
 use anyhow::{Context, Result};
-use bitstack_format::Existing;
-use bitstack_llm::{BlockMethod, Checkpoint, CompressOptions, Journal, LlmError, Ordering, Part, Progress, Scaling};
+use bitstack_io::Existing;
+use bitstack_llm::{BlockMethod, Checkpoint, CompressOptions, Journal, LlmError, OrderBy, Part, Progress, Scaling};
 use serde_json::json;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -170,10 +170,10 @@ fn options(args: &MethodArgs) -> CompressOptions {
             Scale::None => Scaling::None,
         },
         ordering: match args.order {
-            Order::Gain => Ordering::Gain,
-            Order::Perplexity => Ordering::Perplexity,
-            Order::Greedy => Ordering::Greedy,
-            Order::Random => Ordering::Random,
+            Order::Gain => OrderBy::Gain,
+            Order::Perplexity => OrderBy::Perplexity,
+            Order::Greedy => OrderBy::Greedy,
+            Order::Random => OrderBy::Random,
         },
         samples: args.samples as usize,
         seq_len: args.seq_len.map(|n| n as usize),

@@ -7,7 +7,7 @@ use super::plot::{Curve, Panel, svg};
 use super::progress::Reporter;
 use super::{print, usage};
 use anyhow::{Context, Result};
-use bitstack_format::{Existing, write_atomically};
+use bitstack_io::{Existing, FileError, write_atomically};
 use bitstack_llm::device::Cpu;
 use bitstack_llm::eval::{Metrics, Reference, perplexity};
 use bitstack_llm::stack::tokenizer;
@@ -52,7 +52,7 @@ pub(crate) fn run(args: &Eval, reporter: &Reporter) -> Result<()> {
     }
     if let Some(path) = &args.plot {
         let picture = picture(&rows, reference.is_some())?;
-        write_atomically(path, Existing::Replace, |out| Ok(out.write_all(picture.as_bytes())?))?;
+        write_atomically(path, Existing::Replace, |out| Ok::<_, FileError>(out.write_all(picture.as_bytes())?))?;
         reporter.say(&format!("picture: {}", path.display()));
     }
     Ok(())

@@ -6,7 +6,8 @@ use super::progress::{Reporter, to_stderr};
 use super::{print, quality, size};
 use anyhow::Result;
 use bitstack_core::SpikesRef;
-use bitstack_format::{BlockSource, Existing, WeightInfo, write_atomically};
+use bitstack_format::{BlockSource, WeightInfo};
+use bitstack_io::{Existing, write_atomically};
 use bitstack_llm::quality::PROVENANCE_KEY;
 use serde_json::json;
 use std::collections::BTreeMap;
@@ -103,8 +104,8 @@ pub(crate) fn inspect(args: &Inspect) -> Result<()> {
     }
     let _ = writeln!(out, "\nload order: block 1 of every weight, then");
     let rest = || stack.order.iter().skip(weights.len());
-    for (weight, block) in rest().take(12) {
-        let _ = writeln!(out, "  block {:2} of {}", block + 1, weights[weight].name);
+    for id in rest().take(12) {
+        let _ = writeln!(out, "  block {:2} of {}", id.block, weights[id.weight].name);
     }
     if rest().count() > 12 {
         let _ = writeln!(out, "  and {} more (--json lists all)", rest().count() - 12);

@@ -5,6 +5,7 @@ use super::open::Stack;
 use super::progress::Reporter;
 use super::{keys, print, quality, size, usage};
 use anyhow::{Context, Result};
+use bitstack_io::in_one_line;
 use bitstack_llm::sample::{self, Generation};
 use bitstack_llm::stack::tokenizer;
 use bitstack_llm::{Checkpoint, Decoder, ElasticModel, SamplingOptions, Tokenizer};
@@ -62,7 +63,7 @@ fn stack(args: &Generate, reporter: &Reporter) -> Result<()> {
                     quality::brief(quality.as_ref(), plan.resident_bytes)
                 ));
             }
-            Err(error) => reporter.say(&format!("\n[{error}]")),
+            Err(error) => reporter.say(&format!("\n[{}]", in_one_line(&error))),
         }
     };
     let mut sizes: Option<(u64, u64)> = None;
@@ -76,7 +77,7 @@ fn stack(args: &Generate, reporter: &Reporter) -> Result<()> {
         })
     })?;
     if let Some(error) = elastic.status().error {
-        reporter.say(&format!("warning: {error}"));
+        reporter.say(&format!("warning: {}", in_one_line(&error)));
     }
     let (low, high) = sizes.unwrap_or((elastic.status().resident_bytes, elastic.status().resident_bytes));
     let about = if low == high {

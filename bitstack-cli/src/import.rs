@@ -5,7 +5,8 @@ use super::compress::refuse_existing;
 use super::progress::Reporter;
 use super::size;
 use anyhow::Result;
-use bitstack_format::{BlockSource, Existing, write_atomically};
+use bitstack_format::BlockSource;
+use bitstack_io::{Existing, write_atomically};
 use std::path::Path;
 
 /// Turns a checkpoint of the published implementation into a file.

@@ -21,6 +21,7 @@ mod timings;
 
 use anyhow::Result;
 use args::{Bench, Cli, Command};
+use bitstack_io::in_one_line;
 use clap::Parser;
 use progress::Reporter;
 use std::io::Write;
@@ -52,7 +53,7 @@ fn main() -> ExitCode {
             ExitCode::SUCCESS
         }
         Err(e) => {
-            progress::to_stderr(&format!("error: {}", in_one_line(&e)));
+            progress::to_stderr(&format!("error: {}", in_one_line(e.as_ref())));
             ExitCode::from(if e.is::<Usage>() { 2 } else { 1 })
         }
     }
@@ -89,20 +90,6 @@ fn print(text: &str) -> Result<()> {
     Ok(out.flush()?)
 }
 
-/// The error and its causes; a cause that the message above it already tells is left out.
-fn in_one_line(e: &anyhow::Error) -> String {
-    e.chain().fold(String::new(), |mut line, cause| {
-        let cause = cause.to_string();
-        if !line.contains(&cause) {
-            if !line.is_empty() {
-                line.push_str(": ");
-            }
-            line.push_str(&cause);
-        }
-        line
-    })
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -111,7 +98,7 @@ mod tests {
     #[test]
     fn causes_are_told_once() {
         let e = anyhow!("no such file").context("cannot open x: no such file").context("compress failed");
-        assert_eq!(in_one_line(&e), "compress failed: cannot open x: no such file");
+        assert_eq!(in_one_line(e.as_ref()), "compress failed: cannot open x: no such file");
     }
 
     #[test]

@@ -48,7 +48,7 @@ pub enum CoreError {
     #[error("level {level} of a stack of {blocks} blocks")]
     NoSuchLevel {
         /// The level asked for.
-        level: usize,
+        level: u32,
         /// The blocks there are.
         blocks: usize,
     },
@@ -83,7 +83,7 @@ pub enum CoreError {
         block: usize,
     },
     /// A sign matrix is not what it should be.
-    #[error("signs of a {shape} weight: {source}")]
+    #[error("signs of a {shape} weight")]
     Signs {
         /// The shape of the weight.
         shape: Shape,

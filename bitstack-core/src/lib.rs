@@ -32,19 +32,25 @@
 mod block;
 mod error;
 mod level;
+#[cfg(feature = "ndarray")]
 mod scale;
 mod shape;
 mod spikes;
 mod stack;
+#[cfg(feature = "ndarray")]
 mod stats;
+mod threads;
 
 pub use bitstack_pack::{SignLayout, SignMatrix, SignView, to_strips};
 pub use block::{Basis, BasisRef, Block, BlockRef, Coefficients, CoefficientsRef, FactorType, Values, ValuesRef};
 pub use error::CoreError;
 pub use half::f16;
 pub use level::{Level, Plane};
+#[cfg(feature = "ndarray")]
 pub use scale::Scales;
 pub use shape::{BlockLayout, Shape};
 pub use spikes::{LevelSpikes, SPIKE_ROWS, SPIKE_SIZES, Spike, Spikes, SpikesRef};
 pub use stack::WeightStack;
+#[cfg(feature = "ndarray")]
 pub use stats::{ActivationStats, Collect};
+pub use threads::Threads;

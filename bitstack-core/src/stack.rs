@@ -40,25 +40,31 @@ impl WeightStack {
         &self.blocks
     }
 
+    /// The highest level: the number of blocks.
+    pub fn top_level(&self) -> u32 {
+        // A stack of more blocks than that does not fit in memory.
+        self.blocks.len() as u32
+    }
+
     /// The blocks, taken out.
     pub fn into_blocks(self) -> Vec<Block> {
         self.blocks
     }
 
     /// Bytes of the first `level` blocks (all of them when there are fewer).
-    pub fn bytes(&self, level: usize) -> u64 {
+    pub fn bytes(&self, level: u32) -> u64 {
         // A block that exists in memory has a layout, and its bytes can be counted.
-        self.blocks.iter().take(level).filter_map(|b| b.view().layout().ok()?.bytes()).sum()
+        self.blocks.iter().take(level as usize).filter_map(|b| b.view().layout().ok()?.bytes()).sum()
     }
 
     /// The weight as its first `level` blocks give it.
     ///
     /// # Errors
     /// [`CoreError::NoSuchLevel`] for 0 or more than there are blocks.
-    pub fn level(&self, level: usize) -> Result<Level<'_>, CoreError> {
-        if level == 0 || level > self.blocks.len() {
-            return Err(CoreError::NoSuchLevel { level, blocks: self.blocks.len() });
+    pub fn level(&self, level: u32) -> Result<Level<'_>, CoreError> {
+        match self.blocks.get(..level as usize) {
+            Some(blocks) if level > 0 => Level::new(self.shape, blocks.iter().map(Block::view)),
+            _ => Err(CoreError::NoSuchLevel { level, blocks: self.blocks.len() }),
         }
-        Level::new(self.shape, self.blocks[..level].iter().map(Block::view))
     }
 }

@@ -142,8 +142,8 @@ proptest! {
             stack.push(block).unwrap();
         }
         let x: Vec<f32> = (0..cols).map(|_| numbers.small()).collect();
-        for level in 1..=kinds.len() {
-            let blocks: Vec<_> = stack.blocks()[..level].iter().map(Block::view).collect();
+        for level in 1..=stack.top_level() {
+            let blocks: Vec<_> = stack.blocks()[..level as usize].iter().map(Block::view).collect();
             let expected: Vec<f64> = (0..rows * cols).map(|i| definition(&blocks, i / cols, i % cols)).collect();
             let at = stack.level(level).unwrap();
             prop_assert_eq!(at.reconstruct().into_iter().map(f64::from).collect::<Vec<_>>(), expected.clone());

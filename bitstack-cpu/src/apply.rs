@@ -3,7 +3,7 @@
 use crate::kernel::spikes::{self, Spiked};
 use crate::kernel::tables::{self, Ahead, Part, Vector};
 use crate::kernel::{Line, amx, factors, scalar, tile};
-use crate::{CpuError, Isa};
+use crate::{CpuError, Isa, Threads};
 use bitstack_core::{BasisRef, Level, Plane, SPIKE_ROWS, SignLayout, ValuesRef};
 
 /// At most so many rows are a task. Their product is kept as `tokens x rows` until all are done, so that tasks write apart from each other.
@@ -44,16 +44,6 @@ fn is_cheaper(level: &Level<'_>, tokens: usize, cost: usize) -> bool {
     let rebuilt =
         planes.saturating_mul(factors).saturating_add(tokens.next_multiple_of(tile::PANEL) * REBUILT_TOKEN_COST);
     planes.saturating_mul(cost) <= rebuilt
-}
-
-/// Over how many threads a product runs. The result is the same, bit for bit.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Threads {
-    /// The calling thread only.
-    One,
-    /// The current rayon pool: that of the calling thread if it belongs to one, the global one otherwise. A thread that belongs to none
-    /// waits, some ten microseconds, until one of the pool takes over: who multiplies often does so inside `rayon::scope`.
-    Pool,
 }
 
 /// Buffers for [`Kernel::apply`]. They only grow, so that a call allocates nothing once a product of its size has been made.
@@ -640,7 +630,7 @@ mod tests {
             (300, 600, 1, 33, 1),
         ] {
             let stack = stack(&mut rng, rows, cols, rank, blocks);
-            let level = stack.level(blocks).unwrap();
+            let level = stack.level(stack.top_level()).unwrap();
             let mut x: Vec<f32> = (0..tokens * cols).map(|_| rng.random_range(-1.0..1.0)).collect();
             // Some columns of one token far above the rest.
             x[..cols].iter_mut().step_by(200).for_each(|x| *x *= 50.0);

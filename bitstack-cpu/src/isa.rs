@@ -1,4 +1,4 @@
-//! Which instructions the running CPU has: the one place it is asked.
+//! Which instructions the running CPU has, beyond those that `bitstack_pack::Isa` asks for: the one place of this crate where it is asked.
 
 #[cfg(target_arch = "aarch64")]
 use std::arch::is_aarch64_feature_detected;
@@ -52,12 +52,12 @@ impl Isa {
                 &[Self::Scalar, Self::Avx2, Self::Avx512, Self::Avx512Vnni, Self::Amx],
                 &[
                     || {
-                        is_x86_feature_detected!("avx2")
+                        bitstack_pack::Isa::Avx2.is_available()
                             && is_x86_feature_detected!("fma")
                             && is_x86_feature_detected!("f16c")
                     },
                     || {
-                        is_x86_feature_detected!("avx512f")
+                        bitstack_pack::Isa::Avx512.is_available()
                             && is_x86_feature_detected!("avx512bw")
                             && is_x86_feature_detected!("avx512dq")
                             && is_x86_feature_detected!("avx512vl")

@@ -11,7 +11,8 @@ mod isa;
 mod kernel;
 pub mod measure;
 
-pub use apply::{Kernel, Scratch, Threads};
+pub use apply::{Kernel, Scratch};
+pub use bitstack_core::Threads;
 pub use dense::DenseValues;
 pub use error::CpuError;
 pub use isa::Isa;

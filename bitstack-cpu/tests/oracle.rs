@@ -106,9 +106,9 @@ fn in_strips(stack: &WeightStack) -> Vec<Vec<u8>> {
 }
 
 /// The stack at a level, with other bytes for its signs.
-fn level_in_strips<'a>(stack: &'a WeightStack, strips: &'a [Vec<u8>], level: usize) -> Level<'a> {
+fn level_in_strips<'a>(stack: &'a WeightStack, strips: &'a [Vec<u8>], level: u32) -> Level<'a> {
     let (rows, cols) = (stack.shape().rows(), stack.shape().cols());
-    let blocks = stack.blocks().iter().zip(strips).take(level).map(|(block, bytes)| BlockRef {
+    let blocks = stack.blocks().iter().zip(strips).take(level as usize).map(|(block, bytes)| BlockRef {
         signs: SignView::with_layout(rows, cols, SignLayout::Strips, bytes).unwrap(),
         ..block.view()
     });
@@ -116,7 +116,7 @@ fn level_in_strips<'a>(stack: &'a WeightStack, strips: &'a [Vec<u8>], level: usi
 }
 
 /// Applies every kernel on one thread and on the pool, to signs in every layout, and compares with the definition.
-fn check(stack: &WeightStack, level: usize, x: &[f32], tolerance: f64, what: &str) {
+fn check(stack: &WeightStack, level: u32, x: &[f32], tolerance: f64, what: &str) {
     let results = check_level(&stack.level(level).unwrap(), x, tolerance, what);
     let strips = in_strips(stack);
     let in_strips = level_in_strips(stack, &strips, level);
@@ -349,6 +349,6 @@ proptest! {
         let kind = Kind { rank, own_bases, refitted, eight_bit, spikes };
         let stack = stack(&mut rng, Shape::new(rows, cols).unwrap(), blocks, kind);
         let x: Vec<f32> = (0..tokens * cols).map(|_| gaussian(&mut rng)).collect();
-        check(&stack, blocks, &x, 1e-4, &format!("{rows} x {cols}, {kind:?}"));
+        check(&stack, stack.top_level(), &x, 1e-4, &format!("{rows} x {cols}, {kind:?}"));
     }
 }

@@ -87,7 +87,7 @@ pub enum CudaError {
         source: CoreError,
     },
     /// A block that does not fit a weight of this shape.
-    #[error("block {block} of a {shape} weight: {source}")]
+    #[error("block {block} of a {shape} weight")]
     Block {
         /// The number of the block, counted from 1.
         block: usize,

@@ -164,7 +164,7 @@ pub fn run(ordinal: usize, cases: &Cases, mut on_row: impl FnMut(&Row)) -> Resul
             let mut levels = cases.levels.clone();
             levels.sort_unstable_by(|a, b| b.cmp(a));
             for level in levels {
-                weights.stacks.iter_mut().try_for_each(|s| s.truncate(level))?;
+                weights.stacks.iter_mut().try_for_each(|s| s.truncate(level as u32))?;
                 for (&tokens, &cublas_microseconds) in cases.batches.iter().zip(&dense) {
                     let row = weights.measure(&kernels, &stream, &blocks[..level], tokens)?;
                     let row = Row {

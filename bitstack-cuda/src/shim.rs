@@ -355,7 +355,7 @@ fn norm(values: impl IntoIterator<Item = f64>) -> f64 {
 /// Checks y against the oracle, element by element; returns the error's norm over that of y.
 fn check_fused(stack: &WeightStack, x: &Numbers, tokens: usize, y: &[f32], kind: Kind, what: &str) -> f64 {
     let (rows, cols) = (stack.shape().rows(), stack.shape().cols());
-    let level = stack.level(stack.blocks().len()).unwrap();
+    let level = stack.level(stack.top_level()).unwrap();
     let (mut errors, mut exact) = (Vec::new(), Vec::new());
     for token in 0..tokens {
         let x = &x.values[token * cols..][..cols];
@@ -538,7 +538,7 @@ fn reconstructed_weights_are_those_of_the_reference() {
             Kinds { own_bases: i % 2 == 1, refitted: i % 2 == 0, eight_bit: i == 2, spikes: [0, 300, 80][i % 3] };
         let planes = 1 + i % 4;
         let stack = stack(&mut rng, shape, rank, planes, kinds);
-        let expected = stack.level(planes).unwrap().reconstruct();
+        let expected = stack.level(stack.top_level()).unwrap().reconstruct();
         for kind in [Kind::F32, Kind::F16, Kind::Bf16] {
             let (weight, out) = (shim.weight(&stack), shim.allocate(expected.len() * kind.bytes()));
             let parameters = ReconstructParameters { weight, out, out_type: kind as u32, unused: 0 };
@@ -573,7 +573,7 @@ fn batch_products_are_the_definition() {
         let kinds = Kinds { own_bases: i % 2 == 1, refitted: i % 2 == 0, eight_bit: i == 3, spikes: i % 3 * 40 };
         let planes = 1 + i % 4;
         let stack = stack(&mut rng, shape, rank, planes, kinds);
-        let level = stack.level(planes).unwrap();
+        let level = stack.level(stack.top_level()).unwrap();
         let w = level.reconstruct();
         for (kind, kernel) in [(Kind::F16, "batch_half"), (Kind::Bf16, "batch_bfloat")] {
             let x = inputs(&mut rng, kind, tokens * shape.1);

@@ -147,12 +147,12 @@ impl DeviceStack {
     ///
     /// # Errors
     /// [`CudaError::Driver`]; the planes are dropped all the same.
-    pub fn truncate(&mut self, level: usize) -> Result<(), CudaError> {
-        if level >= self.blocks.len() {
+    pub fn truncate(&mut self, level: u32) -> Result<(), CudaError> {
+        if level >= self.level() {
             return Ok(());
         }
         // The table first: memory it points to must stay until kernels that may read it are done.
-        let dropped = self.blocks.split_off(level);
+        let dropped = self.blocks.split_off(level as usize);
         let written = self.write_table();
         drop(dropped);
         written
@@ -169,8 +169,9 @@ impl DeviceStack {
     }
 
     /// Planes on the device.
-    pub fn level(&self) -> usize {
-        self.blocks.len()
+    pub fn level(&self) -> u32 {
+        // More do not fit on any device.
+        self.blocks.len() as u32
     }
 
     /// How the planes use bases.

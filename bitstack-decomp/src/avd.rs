@@ -1,10 +1,11 @@
 //! Absolute-value decomposition, arXiv 2410.23918, section 3.1: the loop over blocks.
 
 use crate::envelope::{self, balance};
+use crate::options::par;
 use crate::report::OutputMetric;
 use crate::spikes::{self, List, Reach};
 use crate::svd::TruncatedSvd;
-use crate::{DecompError, DecomposeOptions, LevelError, OutputError, Parallelism, Step};
+use crate::{DecompError, DecomposeOptions, LevelReport, OutputReport, Step, Threads};
 use bitstack_core::{Basis, Block, Coefficients, Shape, SignMatrix, Spikes, Values};
 use bitstack_pack::{pack_into, packed_len, row_bytes};
 use faer::linalg::matmul::matmul;
@@ -42,7 +43,7 @@ pub(crate) fn blocks(weight: ArrayView2<'_, f32>, options: &DecomposeOptions<'_>
     let signs = SignMatrix::from_f32(rows, cols, &magnitude)?;
     magnitude.iter_mut().for_each(|r| *r = r.abs());
     let squared = magnitude.chunks_exact(cols).map(sum_of_squares).sum();
-    let par = options.parallelism.par();
+    let par = par(options.threads);
     let mut metric = None;
     if let Some(gram) = options.gram {
         let inverse: Vec<f64> = scales.iter().map(|&s| 1.0 / f64::from(s)).collect();
@@ -60,7 +61,7 @@ pub(crate) fn blocks(weight: ArrayView2<'_, f32>, options: &DecomposeOptions<'_>
         done: 0,
         left: options.n_blocks,
         svd: TruncatedSvd::new(rows, cols, rank, options.svd, options.seed, par),
-        parallelism: options.parallelism,
+        threads: options.threads,
         scales,
         exponent,
         signs,
@@ -105,7 +106,7 @@ pub(crate) struct Blocks {
     done: usize,
     left: usize,
     svd: TruncatedSvd,
-    parallelism: Parallelism,
+    threads: Threads,
     scales: Vec<f32>,
     /// |R| in the weight's units is `magnitude` · 2^exponent.
     exponent: i32,
@@ -243,13 +244,13 @@ impl Blocks {
             subtract_panel(a, s, MatRef::from_row_major_slice(u, u.len() / rank, rank), v, scratch)
         };
         let (a_len, s_len, u_len) = (PANEL_ROWS * cols, PANEL_ROWS * row_bytes(cols), PANEL_ROWS * rank);
-        let sums: Result<Vec<f64>, DecompError> = match self.parallelism {
-            Parallelism::Seq => {
+        let sums: Result<Vec<f64>, DecompError> = match self.threads {
+            Threads::One => {
                 let scratch = &mut Scratch::new();
                 let panels = self.magnitude.chunks_mut(a_len).zip(signs.chunks_mut(s_len)).zip(self.u.chunks(u_len));
                 panels.map(|p| panel(scratch, p)).collect()
             }
-            Parallelism::Rayon => {
+            Threads::Pool => {
                 let panels = self.magnitude.par_chunks_mut(a_len).zip(signs.par_chunks_mut(s_len));
                 panels.zip(self.u.par_chunks(u_len)).map_init(Scratch::new, panel).collect()
             }
@@ -258,15 +259,19 @@ impl Blocks {
         Ok(SignMatrix::from_bytes(rows, cols, signs)?)
     }
 
-    fn error(&mut self) -> LevelError {
+    fn error(&mut self) -> LevelReport {
         let ratio = |part: f64, whole: f64| if whole > 0.0 { part / whole } else { 0.0 };
         let unit = exp2(2 * self.exponent);
-        let par = self.parallelism.par();
+        let par = par(self.threads);
         let output = self.metric.as_mut().map(|(metric, base)| {
             let squared = metric.squared(self.signs.view(), &self.magnitude, par);
-            OutputError { squared_error: squared * unit, relative_error: ratio(squared, *base) }
+            OutputReport { squared_error: squared * unit, relative_error: ratio(squared, *base).sqrt() }
         });
-        LevelError { squared_error: self.squared * unit, relative_error: ratio(self.squared, self.base).sqrt(), output }
+        LevelReport {
+            squared_error: self.squared * unit,
+            relative_error: ratio(self.squared, self.base).sqrt(),
+            output,
+        }
     }
 }
 

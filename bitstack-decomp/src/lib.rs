@@ -11,8 +11,9 @@ mod report;
 mod spikes;
 mod svd;
 
+pub use bitstack_core::Threads;
 pub use blocks::{Blocks, blocks, decompose};
 pub use error::DecompError;
 pub use nested::feedback_gain;
-pub use options::{DecomposeOptions, Method, Nested, Parallelism, Svd};
-pub use report::{Decomposition, LevelError, OutputError, Step};
+pub use options::{DecomposeOptions, Method, Nested, Svd};
+pub use report::{Decomposition, LevelReport, OutputReport, Step};

@@ -1,5 +1,5 @@
 use crate::nested::MAX_JOINT;
-use bitstack_core::{FactorType, Scales};
+use bitstack_core::{FactorType, Scales, Threads};
 use faer::Par;
 use ndarray::ArrayView2;
 
@@ -15,23 +15,11 @@ pub enum Svd {
     Exact,
 }
 
-/// Threads used inside one decomposition.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
-#[non_exhaustive]
-pub enum Parallelism {
-    /// One thread: right when the caller decomposes several weights at a time.
-    #[default]
-    Seq,
-    /// The current rayon pool. The split of sums over threads may change the last bits of a factor.
-    Rayon,
-}
-
-impl Parallelism {
-    pub(crate) fn par(self) -> Par {
-        match self {
-            Self::Seq => Par::Seq,
-            Self::Rayon => Par::rayon(0),
-        }
+/// The same in faer's words.
+pub(crate) fn par(threads: Threads) -> Par {
+    match threads {
+        Threads::One => Par::Seq,
+        Threads::Pool => Par::rayon(0),
     }
 }
 
@@ -173,7 +161,7 @@ impl Nested {
 /// options without them are cloned and completed for each weight:
 ///
 /// ```
-/// use bitstack_core::{FactorType, Scales};
+/// use bitstack_core::{FactorType, Scales, Threads};
 /// use bitstack_decomp::DecomposeOptions;
 /// let options = DecomposeOptions::new(16, 8).seed(42);
 /// for cols in [64, 128] {
@@ -188,7 +176,7 @@ pub struct DecomposeOptions<'a> {
     pub(crate) seed: u64,
     pub(crate) svd: Svd,
     pub(crate) method: Method,
-    pub(crate) parallelism: Parallelism,
+    pub(crate) threads: Threads,
     pub(crate) spikes: Option<f64>,
     pub(crate) scales: Option<&'a Scales>,
     pub(crate) gram: Option<ArrayView2<'a, f64>>,
@@ -203,7 +191,7 @@ impl<'a> DecomposeOptions<'a> {
             seed: 0,
             svd: Svd::default(),
             method: Method::default(),
-            parallelism: Parallelism::default(),
+            threads: Threads::default(),
             spikes: None,
             scales: None,
             gram: None,
@@ -240,8 +228,8 @@ impl<'a> DecomposeOptions<'a> {
     }
 
     /// Threads used inside this decomposition.
-    pub fn parallelism(self, parallelism: Parallelism) -> Self {
-        Self { parallelism, ..self }
+    pub fn threads(self, threads: Threads) -> Self {
+        Self { threads, ..self }
     }
 
     /// Activation scales s, one per column: W·diag(s) is decomposed, and the basis divided by s.
@@ -252,7 +240,7 @@ impl<'a> DecomposeOptions<'a> {
         DecomposeOptions { scales: Some(scales), ..self.shorten() }
     }
 
-    /// The input Gram matrix H, `cols x cols`, for [`crate::LevelError::output`]. [`Method::Avd`] measures with it and does not optimise
+    /// The input Gram matrix H, `cols x cols`, for [`crate::LevelReport::output`]. [`Method::Avd`] measures with it and does not optimise
     /// for it; each block then costs another `rows · cols²` floating-point operations, more than the block itself on a large weight.
     /// [`Method::Nested`] minimises the error under it: without, it has to take the columns for independent.
     pub fn gram<'b>(self, gram: ArrayView2<'b, f64>) -> DecomposeOptions<'b>
@@ -273,7 +261,7 @@ impl<'a> DecomposeOptions<'a> {
             seed: self.seed,
             svd: self.svd,
             method: self.method,
-            parallelism: self.parallelism,
+            threads: self.threads,
             spikes: self.spikes,
             scales: self.scales,
             gram: self.gram.map(ArrayView2::reborrow),

@@ -10,22 +10,22 @@ use ndarray::ArrayView2;
 /// The error of a weight W at a level: W_b is the sum of its first b blocks, with the factors as stored.
 #[derive(Debug, Clone, Copy, PartialEq)]
 #[non_exhaustive]
-pub struct LevelError {
+pub struct LevelReport {
     /// ‖(W−W_b)·diag(s)‖²_F, s = 1 without scales.
     pub squared_error: f64,
     /// ‖(W−W_b)·diag(s)‖_F / ‖W·diag(s)‖_F; 0 for a weight of zeros.
     pub relative_error: f64,
     /// The error of the outputs, when a Gram matrix was given.
-    pub output: Option<OutputError>,
+    pub output: Option<OutputReport>,
 }
 
 /// The error of the outputs of a weight, per token, under its input Gram matrix H.
 #[derive(Debug, Clone, Copy, PartialEq)]
 #[non_exhaustive]
-pub struct OutputError {
+pub struct OutputReport {
     /// tr((W−W_b) H (W−W_b)ᵀ).
     pub squared_error: f64,
-    /// tr((W−W_b) H (W−W_b)ᵀ) / tr(W H Wᵀ): a ratio of squares; 0 when the divisor is.
+    /// √(tr((W−W_b) H (W−W_b)ᵀ) / tr(W H Wᵀ)): a ratio of norms; 0 when the divisor is.
     pub relative_error: f64,
 }
 
@@ -36,7 +36,7 @@ pub struct Step {
     /// The block.
     pub block: Block,
     /// The error at the level that ends with this block.
-    pub error: LevelError,
+    pub error: LevelReport,
 }
 
 /// All blocks of a weight.
@@ -46,7 +46,7 @@ pub struct Decomposition {
     /// The blocks.
     pub stack: WeightStack,
     /// The error at level `b` is `errors[b - 1]`.
-    pub errors: Vec<LevelError>,
+    pub errors: Vec<LevelReport>,
 }
 
 /// Columns of H handled at a time; a panel of T then fits the caches.
@@ -131,12 +131,12 @@ pub(crate) fn measured(
     gram: Option<ArrayView2<'_, f64>>,
     stack: &WeightStack,
     par: Par,
-) -> Result<Vec<LevelError>, DecompError> {
+) -> Result<Vec<LevelReport>, DecompError> {
     let (rows, cols) = weight.dim();
     let inverse: Vec<f64> = scales.iter().map(|&s| 1.0 / f64::from(s)).collect();
     let mut metric = gram.map(|gram| OutputMetric::new(gram, &inverse)).transpose()?;
     // Squared errors of what is left at a level; of the weight itself at level 0.
-    let mut squares = |level: usize| -> Result<(f64, Option<f64>), DecompError> {
+    let mut squares = |level: u32| -> Result<(f64, Option<f64>), DecompError> {
         let mut left = weight.to_owned();
         if level > 0 {
             let rebuilt = stack.level(level)?.reconstruct();
@@ -151,14 +151,14 @@ pub(crate) fn measured(
     };
     let (whole, whole_output) = squares(0)?;
     let ratio = |part: f64, whole: f64| if whole > 0.0 { part / whole } else { 0.0 };
-    (1..=stack.blocks().len())
+    (1..=stack.top_level())
         .map(|level| {
             let (squared_error, output) = squares(level)?;
-            let output = output.zip(whole_output).map(|(squared_error, whole)| OutputError {
+            let output = output.zip(whole_output).map(|(squared_error, whole)| OutputReport {
                 squared_error,
-                relative_error: ratio(squared_error, whole),
+                relative_error: ratio(squared_error, whole).sqrt(),
             });
-            Ok(LevelError { squared_error, relative_error: ratio(squared_error, whole).sqrt(), output })
+            Ok(LevelReport { squared_error, relative_error: ratio(squared_error, whole).sqrt(), output })
         })
         .collect()
 }

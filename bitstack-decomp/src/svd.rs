@@ -48,10 +48,10 @@ pub(crate) struct TruncatedSvd {
     /// `cols x rank`.
     v: Mat<f32>,
     par: Par,
-    method: Method,
+    solver: Solver,
 }
 
-enum Method {
+enum Solver {
     Exact(Exact),
     Krylov(Box<Krylov>),
 }
@@ -60,11 +60,11 @@ impl TruncatedSvd {
     /// `rank` must be from 1 to min(rows, cols).
     pub(crate) fn new(rows: usize, cols: usize, rank: usize, svd: Svd, seed: u64, par: Par) -> Self {
         let krylov = width(rank) * (rounds(rank) + 1);
-        let method = match svd {
-            Svd::Fast if krylov < rows.min(cols) => Method::Krylov(Box::new(Krylov::new(rows, cols, rank, seed, par))),
-            Svd::Fast | Svd::Exact => Method::Exact(Exact::new(rows, cols, par)),
+        let solver = match svd {
+            Svd::Fast if krylov < rows.min(cols) => Solver::Krylov(Box::new(Krylov::new(rows, cols, rank, seed, par))),
+            Svd::Fast | Svd::Exact => Solver::Exact(Exact::new(rows, cols, par)),
         };
-        Self { u: Mat::zeros(rows, rank), v: Mat::zeros(cols, rank), par, method }
+        Self { u: Mat::zeros(rows, rank), v: Mat::zeros(cols, rank), par, solver }
     }
 
     /// U `rows x rank` and V `cols x rank` such that U Vᵀ fits `a` (`rows x cols`, row-major): column k of either is a multiple of
@@ -72,9 +72,9 @@ impl TruncatedSvd {
     pub(crate) fn fit(&mut self, a: &[f32]) -> Result<(MatRef<'_, f32>, MatRef<'_, f32>), EvdError> {
         let a = MatRef::from_row_major_slice(a, self.u.nrows(), self.v.nrows());
         let (u, v) = (self.u.as_mut(), self.v.as_mut());
-        let fast = match &mut self.method {
-            Method::Exact(exact) => exact.fit(a, u, v, self.par),
-            Method::Krylov(krylov) => krylov.fit(a, u, v, self.par).is_ok(),
+        let fast = match &mut self.solver {
+            Solver::Exact(exact) => exact.fit(a, u, v, self.par),
+            Solver::Krylov(krylov) => krylov.fit(a, u, v, self.par).is_ok(),
         };
         if !fast {
             gram_fit(a, self.u.as_mut(), self.v.as_mut(), self.par)?;
@@ -394,7 +394,7 @@ mod tests {
             let sigma = singular_values(&a, rows, cols);
             let left: f64 = sigma[rank..].iter().map(|s| s * s).sum();
             let mut svd = TruncatedSvd::new(rows, cols, rank, Svd::Fast, 0, Par::Seq);
-            assert!(matches!(svd.method, Method::Krylov(_)));
+            assert!(matches!(svd.solver, Solver::Krylov(_)));
             let cold = squared_error(&a, svd.fit(&a).unwrap());
             // A second fit of the same matrix starts from its own answer.
             let warm = squared_error(&a, svd.fit(&a).unwrap());
@@ -414,7 +414,7 @@ mod tests {
                 .map(|i| (0..low).map(|k| x[i / cols * low + k] * y[k * cols + i % cols]).sum())
                 .collect();
             let mut svd = TruncatedSvd::new(rows, cols, rank, Svd::Fast, 0, Par::Seq);
-            assert!(matches!(svd.method, Method::Krylov(_)));
+            assert!(matches!(svd.solver, Solver::Krylov(_)));
             let total: f64 = a.iter().map(|&a| f64::from(a) * f64::from(a)).sum();
             for _ in 0..2 {
                 let error = squared_error(&a, svd.fit(&a).unwrap());

@@ -2,16 +2,15 @@
 
 use crate::{Dtype, FormatError, ReadAt, Tensor, TensorInfo};
 use bitstack_core::{
-    Basis, Block, BlockLayout, Coefficients, CoreError, FactorType, Shape, SignMatrix, Spikes, Values, f16,
+    Basis, Block, BlockLayout, Coefficients, CoreError, FactorType, Shape, SignMatrix, Spikes, Values, WeightStack, f16,
 };
+use bitstack_io::safetensors::METADATA_KEY;
 use std::collections::{BTreeMap, HashMap};
 
 /// Companion files are tensors with this prefix to their name.
 pub(crate) const FILE_PREFIX: &str = "file/";
 /// Pads are tensors with this prefix to their name.
 pub(crate) const PAD_PREFIX: &str = "pad.";
-/// The key of the metadata in a safetensors header, and so never a tensor's name.
-pub(crate) const METADATA_KEY: &str = "__metadata__";
 /// The parts of a block, by the ends of their names.
 pub(crate) const SIGNS: &str = "signs";
 pub(crate) const BASIS: &str = "v";
@@ -135,6 +134,43 @@ pub trait BlockSource {
     /// [`FormatError::NoSuchWeight`], [`FormatError::NoSuchBlock`], [`FormatError::Damaged`], [`FormatError::Block`] (whole, but with
     /// values that no block may have), [`FormatError::Read`].
     fn read_block(&self, weight: usize, block: usize) -> Result<Block, FormatError>;
+
+    /// Reads the first `level` blocks of weight `weight` (from 0): all there is to know of it at that level.
+    ///
+    /// ```
+    /// use bitstack_core::{Basis, Block, Coefficients, Shape, SignMatrix, Values, WeightStack, f16};
+    /// use bitstack_format::{BlockSource, Draft};
+    ///
+    /// let half = |x: f32| vec![f16::from_f32(x); 2];
+    /// let mut stack = WeightStack::new(Shape::new(2, 2)?);
+    /// stack.push(Block {
+    ///     signs: SignMatrix::from_f32(2, 2, &[1.0, -1.0, 1.0, 1.0])?,
+    ///     basis: Some(Basis::new(1, 2, Values::F16(half(1.0)))?),
+    ///     coefficients: Coefficients::new(2, 1, 1, Values::F16(half(0.5)))?,
+    ///     spikes: None,
+    /// })?;
+    /// let mut draft = Draft::create_on(Vec::new(), "memory");
+    /// let weight = draft.push_stack("fc.weight", &stack, "avd")?;
+    /// let read = draft.read_stack(weight, 1)?;
+    /// assert_eq!(read.level(1)?.reconstruct(), [0.5, -0.5, 0.5, 0.5]);
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    ///
+    /// # Errors
+    /// As [`BlockSource::read_block`]; [`FormatError::NoSuchBlock`] for level 0, too.
+    fn read_stack(&self, weight: usize, level: u32) -> Result<WeightStack, FormatError> {
+        let n_weights = self.weights().len();
+        let info = self.weights().get(weight).ok_or(FormatError::NoSuchWeight { weight, n_weights })?;
+        let mut stack = WeightStack::new(info.shape);
+        if level == 0 {
+            return Err(FormatError::NoSuchBlock { weight: info.name.clone(), block: 0, n_blocks: info.n_blocks() });
+        }
+        for block in 1..=level as usize {
+            let invalid = |source| FormatError::Block { weight: info.name.clone(), block, source };
+            stack.push(self.read_block(weight, block)?).map_err(invalid)?;
+        }
+        Ok(stack)
+    }
 
     /// The index of the weight of this name.
     fn weight_index(&self, name: &str) -> Option<usize> {

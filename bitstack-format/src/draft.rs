@@ -2,13 +2,12 @@ use crate::catalog::{
     BASE_DTYPES, BASIS, BlockParts, COEFFICIENTS, Catalog, FILE_PREFIX, FactorParts, SCALE_SUFFIX, SIGNS, SPIKES,
     Stored, check_file_name, check_model_name, check_name, check_weight_name, part_name,
 };
-use crate::hostile::MAX_DIMS;
 use crate::tensor::wrong;
 use crate::write::write_stack;
-use crate::{
-    BlockKind, BlockSource, Dtype, FileAt, FormatError, ReadAt, StackFile, Tensor, TensorInfo, WeightInfo, WriteAt,
-};
-use bitstack_core::{Block, BlockLayout, BlockRef, CoreError, Shape, ValuesRef, f16};
+use crate::{BlockKind, BlockSource, Dtype, FormatError, ReadAt, StackFile, Tensor, TensorInfo, WeightInfo, WriteAt};
+use bitstack_core::{Block, BlockLayout, BlockRef, CoreError, Shape, ValuesRef, WeightStack, f16};
+use bitstack_io::FileAt;
+use bitstack_io::hostile::MAX_DIMS;
 use bitstack_pack::row_bytes;
 use std::borrow::Cow;
 use std::collections::BTreeMap;
@@ -146,6 +145,17 @@ impl Draft {
                 Err(error)
             }
         }
+    }
+
+    /// Adds a weight with all its blocks and returns its index: [`Draft::add_weight`] and [`Draft::push_block`] in one. `method` is a free
+    /// string that says how the stack was made. Blocks that were added before an error stay.
+    ///
+    /// # Errors
+    /// As both; [`FormatError::Tensor`] for a stack without blocks.
+    pub fn push_stack(&mut self, name: &str, stack: &WeightStack, method: &str) -> Result<usize, FormatError> {
+        let weight = self.add_weight(name, stack.shape(), stack.rank().unwrap_or(0), method)?;
+        stack.blocks().iter().try_for_each(|block| self.push_block(weight, block.view()))?;
+        Ok(weight)
     }
 
     /// Adds all blocks of the weights of a file, each a weight of this draft that has none yet. Nothing is copied: the draft reads from the
@@ -348,6 +358,11 @@ impl ReadAt for Storage {
                 source.read_exact_at(buf, offset_bytes - start)
             }
         }
+    }
+
+    fn best_read_bytes(&self) -> usize {
+        let parts = self.parts.iter().map(|part| part.source.best_read_bytes());
+        parts.fold(self.scratch.best_read_bytes(), usize::max)
     }
 }
 

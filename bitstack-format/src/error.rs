@@ -1,4 +1,5 @@
 use bitstack_core::CoreError;
+use bitstack_io::FileError;
 use std::fmt;
 use std::io;
 use std::path::PathBuf;
@@ -122,7 +123,7 @@ pub enum FormatError {
         name: String,
     },
     /// The parts of a block are whole but are not a valid block.
-    #[error("block {block} of weight {weight}: {source}")]
+    #[error("block {block} of weight {weight}")]
     Block {
         /// The name of the weight.
         weight: String,
@@ -192,22 +193,22 @@ pub enum FormatError {
 
     // ---- the storage fails
     /// A positioned read failed.
-    #[error("cannot read {what}: {source}")]
+    #[error("cannot read {what}")]
     Read {
         /// What was read: a tensor, the header, ...
         what: String,
         /// What the system says.
         source: io::Error,
     },
-    /// A write failed. Within [`crate::write_atomically`] this becomes [`FormatError::File`], which names the path.
-    #[error("cannot write: {source}")]
+    /// A write failed. Within [`bitstack_io::write_atomically`] this becomes [`FormatError::File`], which names the path.
+    #[error("cannot write")]
     Write {
         /// What the system says.
         #[from]
         source: io::Error,
     },
     /// An operation on a file failed.
-    #[error("cannot {operation} {}: {source}", path.display())]
+    #[error("cannot {operation} {}", path.display())]
     File {
         /// `open`, `create`, `write`, `sync`, `rename`, ...
         operation: &'static str,
@@ -217,7 +218,7 @@ pub enum FormatError {
         source: io::Error,
     },
     /// An error about the contents of a file, with its path.
-    #[error("{}: {source}", path.display())]
+    #[error("{}", path.display())]
     At {
         /// The file.
         path: PathBuf,
@@ -232,6 +233,17 @@ pub enum FormatError {
         /// The bytes asked for.
         bytes: u64,
     },
+}
+
+impl From<FileError> for FormatError {
+    fn from(error: FileError) -> Self {
+        match error {
+            FileError::Exists { path } => Self::Exists { path },
+            FileError::Failed { operation, path, source } => Self::File { operation, path, source },
+            FileError::Write { source } => Self::Write { source },
+            other => Self::Write { source: io::Error::other(other) },
+        }
+    }
 }
 
 impl FormatError {

@@ -9,9 +9,6 @@ use bitstack_pack::{STRIP_ROWS, row_bytes, to_strips};
 use std::io;
 use std::ops::Range;
 
-/// Read at once, hashed and arranged while still in the cache.
-const PIECE_BYTES: usize = 256 << 10;
-
 /// Whether bytes are compared with their BLAKE3 hashes as they are read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 pub enum Verify {
@@ -231,7 +228,7 @@ fn read_pieces(
 ) -> io::Result<()> {
     let row_bytes = strips.map_or(1, |shape| row_bytes(shape.cols()));
     let strip_bytes = STRIP_ROWS * row_bytes;
-    let piece_bytes = strip_bytes.max(PIECE_BYTES / strip_bytes * strip_bytes);
+    let piece_bytes = strip_bytes.max(source.best_read_bytes() / strip_bytes * strip_bytes);
     for piece in bytes.chunks_mut(piece_bytes) {
         source.read_exact_at(piece, offset_bytes)?;
         offset_bytes += piece.len() as u64;

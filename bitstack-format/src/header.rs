@@ -1,11 +1,12 @@
 //! The header as text: constants, reading it from JSON, writing it. What the tensors mean is checked in `read.rs`.
 
-use crate::catalog::{METADATA_KEY, check_name};
-use crate::hostile::{Dims, printable};
-use crate::tensor::wrong;
-use crate::{BlockKind, Dtype, FormatError, TensorInfo, WeightInfo};
+use crate::catalog::check_name;
+use crate::tensor::{DTYPES, wrong};
+use crate::{BlockKind, FormatError, TensorInfo, WeightInfo};
+use bitstack_io::hostile::{printable, read_once};
+use bitstack_io::safetensors::{self, LENGTH_BYTES, MAX_HEADER_BYTES};
 use serde::de::{Deserialize, Deserializer, Error as _, IgnoredAny, MapAccess, Visitor};
-use serde::{Deserialize as DeriveDeserialize, Serialize};
+use serde::ser::{Serialize, SerializeStruct as _, Serializer};
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::fmt;
@@ -15,12 +16,6 @@ pub const VERSION: &str = "1";
 
 /// Data and blocks begin at multiples of this many bytes from the start of the file.
 pub const ALIGNMENT: u64 = 64;
-
-/// The largest header that safetensors readers accept, in bytes.
-pub const MAX_HEADER_BYTES: u64 = 100_000_000;
-
-/// Bytes of the header's length, which the file begins with.
-pub(crate) const LENGTH_BYTES: u64 = 8;
 
 /// What every header begins with, up to the version.
 pub(crate) const MAGIC: &str = r#"{"__metadata__":{"format":"bitstack","version":""#;
@@ -38,17 +33,14 @@ pub(crate) const HASH_OFFSET: usize = LENGTH_BYTES as usize + MAGIC.len() + VERS
 pub(crate) const PROVENANCE_PREFIX: &str = "provenance.";
 
 /// A weight in the metadata.
-#[derive(Debug, DeriveDeserialize, Serialize)]
+#[derive(Debug)]
 pub(crate) struct WeightRecord<'a> {
-    #[serde(borrow)]
     pub(crate) name: Cow<'a, str>,
-    #[serde(borrow)]
     pub(crate) kind: Cow<'a, str>,
     // Other kinds may have other fields, and an unknown kind is to be reported as such.
     pub(crate) rows: Option<u64>,
     pub(crate) cols: Option<u64>,
     pub(crate) rank: Option<u64>,
-    #[serde(borrow)]
     pub(crate) method: Option<Cow<'a, str>>,
     pub(crate) n_blocks: Option<u64>,
 }
@@ -64,6 +56,67 @@ impl<'a> WeightRecord<'a> {
             method: Some(Cow::Borrowed(&weight.method)),
             n_blocks: Some(n_blocks as u64),
         }
+    }
+}
+
+const RECORD: &str = "WeightRecord";
+const RECORD_FIELDS: [&str; 7] = ["name", "kind", "rows", "cols", "rank", "method", "n_blocks"];
+
+// By hand: deriving them takes as long to compile as the rest of what this crate depends on.
+impl Serialize for WeightRecord<'_> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let Self { name, kind, rows, cols, rank, method, n_blocks } = self;
+        let [name_key, kind_key, rows_key, cols_key, rank_key, method_key, n_blocks_key] = RECORD_FIELDS;
+        let mut record = serializer.serialize_struct(RECORD, RECORD_FIELDS.len())?;
+        record.serialize_field(name_key, name)?;
+        record.serialize_field(kind_key, kind)?;
+        record.serialize_field(rows_key, rows)?;
+        record.serialize_field(cols_key, cols)?;
+        record.serialize_field(rank_key, rank)?;
+        record.serialize_field(method_key, method)?;
+        record.serialize_field(n_blocks_key, n_blocks)?;
+        record.end()
+    }
+}
+
+impl<'de> Deserialize<'de> for WeightRecord<'static> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct RecordVisitor;
+        impl<'de> Visitor<'de> for RecordVisitor {
+            type Value = WeightRecord<'static>;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a weight")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
+                let (mut name, mut kind, mut method) = (None, None, None);
+                let (mut rows, mut cols, mut rank, mut n_blocks) = (None, None, None, None);
+                while let Some(field) = map.next_key::<String>()? {
+                    match field.as_str() {
+                        "name" => read_once(&mut name, "name", &mut map)?,
+                        "kind" => read_once(&mut kind, "kind", &mut map)?,
+                        "rows" => read_once(&mut rows, "rows", &mut map)?,
+                        "cols" => read_once(&mut cols, "cols", &mut map)?,
+                        "rank" => read_once(&mut rank, "rank", &mut map)?,
+                        "method" => read_once::<Option<String>, A>(&mut method, "method", &mut map)?,
+                        "n_blocks" => read_once(&mut n_blocks, "n_blocks", &mut map)?,
+                        _ => drop(map.next_value::<IgnoredAny>()?),
+                    }
+                }
+                let missing = A::Error::missing_field;
+                Ok(WeightRecord {
+                    name: Cow::Owned(name.ok_or_else(|| missing("name"))?),
+                    kind: Cow::Owned(kind.ok_or_else(|| missing("kind"))?),
+                    rows: rows.flatten(),
+                    cols: cols.flatten(),
+                    rank: rank.flatten(),
+                    method: method.flatten().map(Cow::Owned),
+                    n_blocks: n_blocks.flatten(),
+                })
+            }
+        }
+        deserializer.deserialize_struct(RECORD, &RECORD_FIELDS, RecordVisitor)
     }
 }
 
@@ -97,8 +150,8 @@ pub(crate) fn header_hash(length: [u8; 8], text: &[u8]) -> blake3::Hash {
 impl Header {
     /// Reads the text of a header whose hash was found right.
     pub(crate) fn parse(text: &[u8]) -> Result<Self, FormatError> {
-        let raw: RawHeader<'_> =
-            serde_json::from_slice(text).map_err(|e| FormatError::HeaderJson { reason: printable(&e.to_string()) })?;
+        let raw = safetensors::Header::parse(text).map_err(header_error)?;
+        raw.data_bytes().map_err(header_error)?;
         let mut metadata = raw.metadata;
         let mut field = |field: &'static str| {
             metadata.remove(field).ok_or(FormatError::Metadata { field, reason: "it is missing".to_owned() })
@@ -108,22 +161,14 @@ impl Header {
             .map_err(|e| FormatError::Metadata { field: "order", reason: printable(&e.to_string()) })?;
         let mut hashes = parse_hashes(&hashes, raw.tensors.len())?;
 
-        let mut offset_bytes = 0;
         let mut tensors = Vec::with_capacity(raw.tensors.len());
-        for (name, raw) in raw.tensors {
+        for safetensors::HeaderTensor { name, dtype, shape, begin, .. } in raw.tensors {
             check_name("tensor", &name)?;
-            let info = raw.info(name)?;
-            let RawTensor { data_offsets: (begin, end), .. } = raw;
-            if begin != offset_bytes {
-                return Err(wrong(&info.name, "the first data offset", begin, offset_bytes));
+            if !DTYPES.contains(&dtype) {
+                return Err(unknown_dtype(&name, dtype));
             }
-            if end.checked_sub(begin) != Some(info.len_bytes) {
-                let expected = format!("{begin} + {}", info.len_bytes);
-                return Err(wrong(&info.name, "the second data offset", end, expected));
-            }
-            offset_bytes = end;
-            let hash = hashes.next().unwrap_or_default();
-            tensors.push(HeaderTensor { info, offset_bytes: begin, hash });
+            let info = TensorInfo::new(name, dtype, shape)?;
+            tensors.push(HeaderTensor { info, offset_bytes: begin, hash: hashes.next().unwrap_or_default() });
         }
         let provenance = metadata.into_iter().filter_map(|(key, value)| {
             let key = key.strip_prefix(PROVENANCE_PREFIX)?;
@@ -133,8 +178,8 @@ impl Header {
     }
 
     /// The weights, of a kind that is known.
-    pub(crate) fn weights(&self) -> Result<Vec<WeightRecord<'_>>, FormatError> {
-        let records: Vec<WeightRecord<'_>> = serde_json::from_str(&self.weights)
+    pub(crate) fn weights(&self) -> Result<Vec<WeightRecord<'static>>, FormatError> {
+        let records: Vec<WeightRecord<'static>> = serde_json::from_str(&self.weights)
             .map_err(|e| FormatError::Metadata { field: "weights", reason: printable(&e.to_string()) })?;
         for w in &records {
             check_name("weight", &w.name)?;
@@ -213,89 +258,24 @@ fn parse_hashes(digits: &str, n: usize) -> Result<impl Iterator<Item = [u8; 32]>
     }))
 }
 
-/// The JSON of a header, in its own order, without anything twice.
-struct RawHeader<'a> {
-    metadata: BTreeMap<String, String>,
-    tensors: Vec<(String, RawTensor<'a>)>,
+fn unknown_dtype(name: &str, found: impl fmt::Display) -> FormatError {
+    wrong(name, "dtype", found, "U8, I8, U16, F16, BF16 or F32")
 }
 
-#[derive(DeriveDeserialize)]
-#[serde(deny_unknown_fields)]
-struct RawTensor<'a> {
-    #[serde(borrow)]
-    dtype: Cow<'a, str>,
-    shape: Dims,
-    data_offsets: (u64, u64),
-}
-
-impl RawTensor<'_> {
-    fn info(&self, name: String) -> Result<TensorInfo, FormatError> {
-        let Some(dtype) = Dtype::from_name(&self.dtype) else {
-            return Err(wrong(&name, "dtype", printable(&self.dtype), "U8, I8, U16, F16, BF16 or F32"));
-        };
-        let Ok(shape) = self.shape.as_slice().iter().map(|&dim| usize::try_from(dim)).collect::<Result<Vec<_>, _>>()
-        else {
-            return Err(wrong(&name, "shape", format!("{:?}", self.shape.as_slice()), "addressable"));
-        };
-        TensorInfo::new(name, dtype, shape)
-    }
-}
-
-impl<'de: 'a, 'a> Deserialize<'de> for RawHeader<'a> {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct HeaderVisitor;
-        impl<'de> Visitor<'de> for HeaderVisitor {
-            type Value = RawHeader<'de>;
-
-            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("a safetensors header")
-            }
-
-            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
-                if map.next_key::<String>()?.as_deref() != Some(METADATA_KEY) {
-                    return Err(A::Error::custom("the first key is not __metadata__"));
-                }
-                let metadata = map.next_value::<UniqueStrings>()?.0;
-                let mut tensors: Vec<(String, RawTensor<'de>)> = Vec::new();
-                // Whether a name stands twice is checked where all names are entered in one table.
-                while let Some(name) = map.next_key::<String>()? {
-                    if name == METADATA_KEY {
-                        map.next_value::<IgnoredAny>()?;
-                        return Err(A::Error::custom("__metadata__ stands twice"));
-                    }
-                    tensors.push((name, map.next_value()?));
-                }
-                Ok(RawHeader { metadata, tensors })
-            }
-        }
-        deserializer.deserialize_map(HeaderVisitor)
-    }
-}
-
-/// A map of strings in which no key stands twice.
-struct UniqueStrings(BTreeMap<String, String>);
-
-impl<'de> Deserialize<'de> for UniqueStrings {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct StringsVisitor;
-        impl<'de> Visitor<'de> for StringsVisitor {
-            type Value = UniqueStrings;
-
-            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("a map from strings to strings")
-            }
-
-            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<UniqueStrings, A::Error> {
-                let mut strings = BTreeMap::new();
-                while let Some((key, value)) = map.next_entry::<String, String>()? {
-                    if strings.insert(key.clone(), value).is_some() {
-                        return Err(A::Error::custom(format_args!("metadata field {key:?} stands twice")));
-                    }
-                }
-                Ok(UniqueStrings(strings))
-            }
-        }
-        deserializer.deserialize_map(StringsVisitor)
+/// The same error in the words of this format.
+fn header_error(error: safetensors::HeaderError) -> FormatError {
+    use safetensors::HeaderError as E;
+    match error {
+        E::Duplicate { name } => FormatError::Duplicate { name },
+        E::Dtype { name, found } => unknown_dtype(&name, found),
+        E::Shape { name, shape } => wrong(&name, "shape", format!("{shape:?}"), "addressable"),
+        E::Place { name, begin, expected, .. } => wrong(&name, "the first data offset", begin, expected),
+        E::Length { name, dtype, .. } if !DTYPES.contains(&dtype) => unknown_dtype(&name, dtype),
+        E::Length { name, dtype, shape, begin, end } => match TensorInfo::new(name, dtype, shape) {
+            Ok(info) => wrong(&info.name, "the second data offset", end, format!("{begin} + {}", info.len_bytes)),
+            Err(error) => error,
+        },
+        other => FormatError::HeaderJson { reason: other.to_string() },
     }
 }
 
@@ -306,7 +286,8 @@ mod tests {
         BASE_DTYPES, BASIS, COEFFICIENTS, FACTOR_DTYPES, FILE_PREFIX, MAX_FILE_NAME_BYTES, MAX_NAME_BYTES, PAD_PREFIX,
         SCALE_SUFFIX, SIGNS,
     };
-    use crate::hostile::MAX_DIMS;
+    use bitstack_io::Dtype;
+    use bitstack_io::hostile::MAX_DIMS;
 
     /// The second column of a table of FORMAT.md, found by the first.
     fn documented(row: &str) -> &'static str {

@@ -4,17 +4,17 @@ use crate::catalog::{
     BASE_DTYPES, BASIS, BlockParts, COEFFICIENTS, Catalog, FACTOR_DTYPES, FILE_PREFIX, FactorParts, PAD_PREFIX,
     SCALE_SUFFIX, SIGNS, SPIKES, Stored, check_model_name, check_name, check_weight_name, part_name,
 };
-use crate::header::{
-    AFTER_VERSION, HASH_DIGITS, HASH_OFFSET, Header, HeaderTensor, LENGTH_BYTES, MAGIC, WeightRecord, header_hash,
-};
-use crate::hostile::printable;
+use crate::header::{AFTER_VERSION, HASH_DIGITS, HASH_OFFSET, Header, HeaderTensor, MAGIC, WeightRecord, header_hash};
 use crate::tensor::wrong;
 use crate::write::{alignment, pad_bytes, pad_name, write_stack};
 use crate::{
-    ALIGNMENT, BlockExtent, BlockKind, BlockSource, Dtype, FormatError, MAX_HEADER_BYTES, ReadAt, Tensor, TensorInfo,
-    VERSION, Verify, WeightInfo, order,
+    ALIGNMENT, BlockExtent, BlockKind, BlockSource, Dtype, FormatError, ReadAt, Tensor, TensorInfo, VERSION, Verify,
+    WeightInfo, order,
 };
 use bitstack_core::{Block, BlockLayout, FactorType, Shape, SignLayout, SpikesRef};
+use bitstack_io::hostile::printable;
+use bitstack_io::in_one_line;
+use bitstack_io::safetensors::{LENGTH_BYTES, MAX_HEADER_BYTES};
 use bitstack_pack::row_bytes;
 use std::collections::{BTreeMap, HashSet};
 use std::fmt;
@@ -230,13 +230,13 @@ impl<S: ReadAt> StackFile<S> {
             let parts = self.catalog.block_parts(weight, block)?;
             match self.catalog.load_block(&self.source, weight, block) {
                 Ok(_) => {}
-                Err(error @ FormatError::Block { .. }) => damaged.push((parts.signs, error.to_string())),
+                Err(error @ FormatError::Block { .. }) => damaged.push((parts.signs, in_one_line(&error))),
                 Err(FormatError::Damaged { .. } | FormatError::Read { .. }) => {
                     // More than one part may be damaged.
                     for i in parts.tensors() {
                         match self.catalog.stream(&self.source, i, &mut buffer, |_| Ok(())) {
                             Ok(()) => {}
-                            Err(error) => damaged.push((i, error.to_string())),
+                            Err(error) => damaged.push((i, in_one_line(&error))),
                         }
                     }
                 }
@@ -260,7 +260,7 @@ impl<S: ReadAt> StackFile<S> {
             match checked {
                 Ok(()) if is_zero => {}
                 Ok(()) => damaged.push((i, format!("tensor {} is not zero", tensors[i].info.name))),
-                Err(error) => damaged.push((i, error.to_string())),
+                Err(error) => damaged.push((i, in_one_line(&error))),
             }
         }
         damaged.sort();
@@ -328,7 +328,7 @@ impl<S: ReadAt> StackFile<S> {
     }
 
     /// As [`read_block_bytes`](Self::read_block_bytes), with the signs in `layout`, for [`BlockExtent::view_in`]. `after_piece` is called
-    /// each time that some more has been read (and hashed), at most 256 KiB or the rows of one strip: for those who read beside
+    /// each time that some more has been read (and hashed), at most [`ReadAt::best_read_bytes`] or the rows of one strip: for those who read beside
     /// work that must not wait, and rest now and then.
     ///
     /// # Errors

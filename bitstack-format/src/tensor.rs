@@ -1,58 +1,8 @@
-use crate::FormatError;
+use crate::{Dtype, FormatError};
 use std::fmt;
 
-/// The element types of the tensors of a stack, by their safetensors names.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Dtype {
-    /// Unsigned bytes: packed signs, companion files, pads.
-    U8,
-    /// Signed bytes: the codes of a factor.
-    I8,
-    /// Unsigned 16-bit words: a list of spikes.
-    U16,
-    /// IEEE half precision.
-    F16,
-    /// Brain float: the upper half of an `F32`.
-    BF16,
-    /// IEEE single precision.
-    F32,
-}
-
-impl Dtype {
-    /// Every type, for lookups.
-    pub const ALL: [Self; 6] = [Self::U8, Self::I8, Self::U16, Self::F16, Self::BF16, Self::F32];
-
-    /// The name in a safetensors header.
-    pub const fn name(self) -> &'static str {
-        match self {
-            Self::U8 => "U8",
-            Self::I8 => "I8",
-            Self::U16 => "U16",
-            Self::F16 => "F16",
-            Self::BF16 => "BF16",
-            Self::F32 => "F32",
-        }
-    }
-
-    /// Bytes of one element.
-    pub const fn bytes(self) -> u64 {
-        match self {
-            Self::U8 | Self::I8 => 1,
-            Self::U16 | Self::F16 | Self::BF16 => 2,
-            Self::F32 => 4,
-        }
-    }
-
-    pub(crate) fn from_name(name: &str) -> Option<Self> {
-        Self::ALL.into_iter().find(|d| d.name() == name)
-    }
-}
-
-impl fmt::Display for Dtype {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.name())
-    }
-}
+/// The element types of the tensors of a stack.
+pub(crate) const DTYPES: &[Dtype] = &[Dtype::U8, Dtype::I8, Dtype::U16, Dtype::F16, Dtype::BF16, Dtype::F32];
 
 /// A tensor: its elements row-major and little-endian, whatever the machine.
 #[derive(Debug, Clone, PartialEq)]
@@ -82,8 +32,7 @@ pub struct TensorInfo {
 impl TensorInfo {
     /// Checks that the bytes can be counted, and that there are some: the format has no empty tensors.
     pub(crate) fn new(name: String, dtype: Dtype, shape: Vec<usize>) -> Result<Self, FormatError> {
-        let product = shape.iter().try_fold(dtype.bytes(), |n, &dim| n.checked_mul(dim as u64));
-        match product {
+        match dtype.bytes_of(&shape) {
             Some(len_bytes) if len_bytes > 0 => Ok(Self { name, dtype, shape, len_bytes }),
             Some(_) => Err(wrong(&name, "the number of elements", 0, "at least 1")),
             None => Err(wrong(&name, "the number of bytes", format!("{shape:?} x {dtype}"), "a 64-bit number")),

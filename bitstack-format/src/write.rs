@@ -8,7 +8,7 @@ use std::io::Write;
 /// The alignment of a tensor in the file: that of its elements, so that every reader can view it in place; [`ALIGNMENT`] for
 /// unstacked tensors and for the first tensor of a block.
 pub(crate) const fn alignment(dtype: Dtype, leads: bool) -> u64 {
-    if leads { ALIGNMENT } else { dtype.bytes() }
+    if leads { ALIGNMENT } else { dtype.bits() / 8 }
 }
 
 /// Bytes of the pad before a tensor that could begin at `offset_bytes`.

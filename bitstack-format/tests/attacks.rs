@@ -7,6 +7,7 @@ mod samples;
 
 use bitstack_core::Block;
 use bitstack_format::{BlockSource, FormatError, Limits, ReadAt, StackFile, Verify};
+use bitstack_io::in_one_line;
 use peak_alloc::PeakAlloc;
 use samples::{Forge, seal};
 use serde_json::{Value, json};
@@ -81,7 +82,7 @@ fn survive(what: &str, bytes: &[u8]) -> bool {
     assert!(peak <= opening_bound(header_bytes), "{what}: {peak} bytes of memory for {header_bytes} of header");
     let file = match result {
         Err(error) => {
-            let message = error.to_string();
+            let message = in_one_line(&error);
             assert!(
                 !message.is_empty() && message.len() < 4000 && !message.chars().any(char::is_control),
                 "{what}: {message:?}"
@@ -443,7 +444,7 @@ fn every_test_that_the_catalogue_names_exists() {
         include_str!("corrupt.rs"),
         include_str!("cut.rs"),
         include_str!("storage.rs"),
-        include_str!("../src/atomic.rs"),
+        include_str!("../../bitstack-io/src/atomic.rs"),
     ];
     let is_name = |s: &&str| s.contains('_') && s.chars().all(|c| c.is_ascii_lowercase() || c == '_');
     let names: Vec<&str> = include_str!("../ATTACKS.md").split('`').skip(1).step_by(2).filter(is_name).collect();

@@ -4,6 +4,7 @@ mod samples;
 
 use bitstack_core::{FactorType, Shape, SignLayout, Spike, Spikes, f16};
 use bitstack_format::{BlockSource, Draft, FormatError, Limits, ReadAt, StackFile, Verify};
+use bitstack_io::in_one_line;
 use samples::{Forge, Like, header_text, seal};
 use serde_json::json;
 
@@ -22,7 +23,7 @@ fn check_text(expected: &str, edit: impl FnOnce(&str) -> String) {
 }
 
 fn check_bytes(expected: &str, bytes: &[u8]) {
-    let error = StackFile::open(bytes).err().unwrap_or_else(|| panic!("opened, but: {expected}")).to_string();
+    let error = in_one_line(&StackFile::open(bytes).err().unwrap_or_else(|| panic!("opened, but: {expected}")));
     assert!(error.contains(expected), "got: {error}\nexpected: {expected}");
     assert!(!error.chars().any(char::is_control), "{error:?}");
 }
@@ -110,7 +111,7 @@ fn spikes_that_lie_are_refused_however_they_are_read_and_the_weight_is_named() {
         let file = StackFile::open(forge.bytes()).unwrap();
         let is_refused = |error: FormatError| {
             assert!(matches!(&error, FormatError::Block { weight, block: 1, .. } if weight == "w"), "{error}");
-            assert!(error.to_string().contains(expected), "got: {error}\nexpected: {expected}");
+            assert!(in_one_line(&error).contains(expected), "got: {error}\nexpected: {expected}");
         };
         is_refused(file.read_block(0, 1).unwrap_err());
         let report = file.verify(&mut |_, _| {}).unwrap();
@@ -422,7 +423,7 @@ fn a_huge_tensor_is_not_allocated_for_and_may_be_refused() {
     forge.data = Vec::new();
     let header = forge.bytes();
     let size = header.len() as u64 + offset;
-    let needed = StackFile::open(&header[..]).unwrap_err().to_string();
+    let needed = in_one_line(&StackFile::open(&header[..]).unwrap_err());
     assert!(needed.contains("the limit is 68719476736"), "{needed}");
     let limits = Limits { tensor_bytes: u64::MAX, ..Limits::default() };
     let error = StackFile::open_with(&header[..], &limits).unwrap_err();

@@ -4,6 +4,7 @@ mod samples;
 
 use bitstack_core::{BlockRef, CoreError, FactorType, Shape, SignLayout};
 use bitstack_format::{BlockSource, Draft, FormatError, ReadAt, StackFile, Verify};
+use bitstack_io::in_one_line;
 use std::sync::{Arc, Mutex};
 
 /// Every block of the sample as (weight, block).
@@ -132,7 +133,7 @@ fn a_source_that_ends_within_a_block_is_an_error_that_names_it() {
         (Verify::Always, "layers.0.q_proj.weight.block.3.u"),
     ] {
         let error = file.read_block_bytes(0, 3, verify, &mut buffer).unwrap_err();
-        assert!(matches!(error, FormatError::Read { .. }) && error.to_string().contains(expected), "{error}");
+        assert!(matches!(error, FormatError::Read { .. }) && in_one_line(&error).contains(expected), "{error}");
     }
 }
 

@@ -3,7 +3,8 @@
 mod samples;
 
 use bitstack_core::{Block, FactorType, Shape, Spike, Spikes, ValuesRef, f16};
-use bitstack_format::{BlockSource, Draft, Dtype, Existing, FormatError, StackFile, write_atomically};
+use bitstack_format::{BlockSource, Draft, Dtype, StackFile};
+use bitstack_io::{Existing, FileError, write_atomically};
 use samples::{Like, Numbers};
 
 /// A golden file: its bytes, their hash, and the hash of everything that it shows.
@@ -270,7 +271,7 @@ fn write_golden() {
         let path = format!("{}/tests/golden/{name}", env!("CARGO_MANIFEST_DIR"));
         let bytes = make();
         match write_atomically(&path, Existing::Refuse, |out| Ok(out.write_all(&bytes)?)) {
-            Ok(()) | Err(FormatError::Exists { .. }) => {}
+            Ok(()) | Err(FileError::Exists { .. }) => {}
             Err(error) => panic!("{error}"),
         }
         println!("{name} {} {}", blake3::hash(&bytes), contents_hash(&bytes));

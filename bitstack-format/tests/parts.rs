@@ -2,7 +2,8 @@
 
 mod samples;
 
-use bitstack_format::{BlockSource, Draft, Existing, FormatError, write_atomically};
+use bitstack_format::{BlockSource, Draft, FormatError};
+use bitstack_io::{Existing, write_atomically};
 use std::path::Path;
 
 /// The blocks of one weight of the sample, in a file.

@@ -3,9 +3,9 @@
 mod samples;
 
 use bitstack_core::{BlockRef, CoreError, FactorType, Shape, SpikesRef, WeightStack, f16};
-use bitstack_format::{
-    BlockSource, Draft, Dtype, Existing, FormatError, MAX_HEADER_BYTES, StackFile, Verify, write_atomically,
-};
+use bitstack_format::{BlockSource, Draft, Dtype, FormatError, StackFile, Verify};
+use bitstack_io::safetensors::MAX_HEADER_BYTES;
+use bitstack_io::{Existing, in_one_line, write_atomically};
 use proptest::prelude::*;
 use safetensors::SafeTensors;
 use samples::{Like, Numbers, block};
@@ -73,10 +73,10 @@ fn a_file_on_disk_is_read_by_position() {
     let file = StackFile::open_path(&path).unwrap();
     check_sample(&file);
     assert_eq!(file.size_bytes(), path.metadata().unwrap().len());
-    let error = StackFile::open_path(dir.path().join("nothing")).unwrap_err().to_string();
+    let error = in_one_line(&StackFile::open_path(dir.path().join("nothing")).unwrap_err());
     assert!(error.starts_with("cannot open ") && error.contains("nothing"), "{error}");
     std::fs::write(&path, b"short").unwrap();
-    let error = StackFile::open_path(&path).unwrap_err().to_string();
+    let error = in_one_line(&StackFile::open_path(&path).unwrap_err());
     assert!(error.contains("sample.bitstack: the header is incomplete"), "{error}");
 }
 
@@ -128,7 +128,7 @@ fn the_safetensors_crate_opens_the_file_and_shows_every_tensor() {
         assert_eq!(tensor.dtype.name(), view.dtype().to_string(), "{name}");
         // Every element type finds its elements in place, whatever the reader does with them.
         let offset = view.data().as_ptr() as usize - bytes.as_ptr() as usize;
-        let aligned = offset % if name.ends_with("signs") { 64 } else { tensor.dtype.bytes() as usize };
+        let aligned = offset % if name.ends_with("signs") { 64 } else { tensor.dtype.bits() as usize / 8 };
         assert_eq!(aligned, 0, "{name} at {offset}");
         if !name.starts_with("file/") && !name.starts_with("pad.") {
             resident += view.data().len() as u64;

@@ -6,8 +6,8 @@ use crate::job::Job;
 use crate::options::{BlockMethod, Scaling, default_rank};
 use crate::stream::Streamed;
 use crate::{LlmError, Part, WeightRole, WeightSpec, calibrate, importance};
-use bitstack_core::{ActivationStats, Collect, Scales, Shape, WeightStack};
-use bitstack_decomp::{DecomposeOptions, Nested, Parallelism};
+use bitstack_core::{ActivationStats, Collect, Scales, Shape, Threads, WeightStack};
+use bitstack_decomp::{DecomposeOptions, Nested};
 use ndarray::Array2;
 use std::sync::{Arc, PoisonError};
 
@@ -193,7 +193,7 @@ impl Making<'_> {
                     self.options.n_blocks.unwrap_or(default_blocks(lead)),
                     Nested::around(middle + lead),
                 )
-                .parallelism(Parallelism::Rayon)
+                .threads(Threads::Pool)
             }
             BlockMethod::Avd => {
                 let n_blocks = self.options.n_blocks.unwrap_or(16);
@@ -206,7 +206,7 @@ impl Making<'_> {
             options = options.gram(gram);
         }
         let result = bitstack_decomp::decompose(matrix.view(), &options).map_err(in_decomposition)?;
-        let error = |e: &bitstack_decomp::LevelError| e.output.map_or(e.squared_error, |o| o.squared_error);
+        let error = |e: &bitstack_decomp::LevelReport| e.output.map_or(e.squared_error, |o| o.squared_error);
         let rounded = importance::rounding_error(matrix.view(), gram);
         Ok((result.stack, result.errors.iter().map(error).chain([rounded]).collect()))
     }

@@ -5,21 +5,22 @@
 //! position when it is asked for: no memory map, and never more in memory than the caller keeps.
 
 use std::collections::{HashMap, HashSet};
+use std::fmt;
 use std::fs::File;
-use std::io::{Error, ErrorKind, Read, Seek, SeekFrom};
+use std::io::{Error, ErrorKind, Read};
 use std::ops::Range;
 use std::path::{Component, Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 use half::{bf16, f16};
 use ndarray::Array2;
-use safetensors::Dtype;
 use serde::Deserialize;
 
-use crate::header::{self, HeaderTensor};
 use crate::linear::Elements;
 use crate::{Dense, LlmError, ModelConfig, VectorSpec, WeightSpec};
-use bitstack_format::hostile::printable;
+use bitstack_io::hostile::printable;
+use bitstack_io::safetensors::{Header, HeaderError, HeaderTensor};
+use bitstack_io::{Dtype, ReadAt};
 
 /// What a checkpoint may make its reader use.
 ///
@@ -77,11 +78,23 @@ pub struct Checkpoint {
     tensors: HashMap<String, Location>,
 }
 
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 struct DataFile {
     path: PathBuf,
-    /// Reads move the file's cursor, so one at a time.
-    file: Arc<Mutex<File>>,
+    source: Arc<dyn ReadAt + Send + Sync>,
+}
+
+impl fmt::Debug for DataFile {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("DataFile").field("path", &self.path).finish_non_exhaustive()
+    }
+}
+
+impl DataFile {
+    fn read_exact_at(&self, buf: &mut [u8], offset_bytes: u64) -> Result<(), LlmError> {
+        let read = self.source.read_exact_at(buf, offset_bytes);
+        read.map_err(|source| LlmError::Io { path: self.path.clone(), source })
+    }
 }
 
 #[derive(Debug, Clone)]
@@ -90,6 +103,7 @@ struct Location {
     dtype: Dtype,
     shape: Vec<usize>,
     offset_bytes: u64,
+    len_bytes: u64,
 }
 
 #[derive(Deserialize)]
@@ -194,8 +208,7 @@ impl Checkpoint {
     pub fn stored_bytes(&self) -> u64 {
         let names = self.config.weights().into_iter().filter(|w| w.first_row == 0).map(|w| w.tensor_name());
         let names = names.chain(self.config.other_tensors().iter().map(|v| v.name.clone()));
-        let bytes = |at: &Location| (at.shape.iter().product::<usize>() * at.dtype.bitsize() / 8) as u64;
-        names.filter_map(|name| self.tensors.get(&name)).map(bytes).sum()
+        names.filter_map(|name| self.tensors.get(&name)).map(|at| at.len_bytes).sum()
     }
 
     /// Reads one weight matrix, in the type it is stored in.
@@ -231,26 +244,22 @@ impl Checkpoint {
     /// # Errors
     /// A tensor that is missing, a read that fails.
     pub fn tensor_hash(&self, tensor: &str) -> Result<blake3::Hash, LlmError> {
-        const PIECE_BYTES: usize = 1 << 20;
+        const LEAST_PIECE_BYTES: usize = 1 << 20;
         let location = self
             .tensors
             .get(tensor)
             .ok_or_else(|| LlmError::MissingTensor { tensor: tensor.to_owned(), place: self.dir.clone() })?;
         let file = &self.files[location.file];
         let mut hasher = blake3::Hasher::new();
-        hasher.update(location.dtype.to_string().as_bytes());
-        let mut buffer = vec![0; PIECE_BYTES];
-        let mut left = location.shape.iter().product::<usize>() * location.dtype.bitsize() / 8;
-        let mut offset = location.offset_bytes;
-        while left > 0 {
-            let piece = &mut buffer[..left.min(PIECE_BYTES)];
-            let mut cursor = file.file.lock().unwrap_or_else(PoisonError::into_inner);
-            let read = cursor.seek(SeekFrom::Start(offset)).and_then(|_| cursor.read_exact(piece));
-            drop(cursor);
-            read.map_err(|source| LlmError::Io { path: file.path.clone(), source })?;
+        hasher.update(location.dtype.name().as_bytes());
+        let mut buffer = vec![0; file.source.best_read_bytes().max(LEAST_PIECE_BYTES)];
+        let (mut offset, end) = (location.offset_bytes, location.offset_bytes + location.len_bytes);
+        while offset < end {
+            let n = (end - offset).min(buffer.len() as u64);
+            let piece = &mut buffer[..n as usize];
+            file.read_exact_at(piece, offset)?;
             hasher.update(piece);
-            offset += piece.len() as u64;
-            left -= piece.len();
+            offset += n;
         }
         Ok(hasher.finalize())
     }
@@ -282,37 +291,23 @@ impl Checkpoint {
 
     /// Reads a safetensors header: 8 bytes of length, then JSON, then the tensors' bytes without holes.
     fn add_file(&mut self, path: PathBuf) -> Result<(), LlmError> {
-        let io = |source| LlmError::Io { path: path.clone(), source };
         let bad = |reason: String| LlmError::BadCheckpoint { path: path.clone(), reason };
-        let mut file = open_regular(&path)?;
-        let file_bytes = file.metadata().map_err(io)?.len();
-        if file_bytes < 8 {
-            return Err(bad(format!("{file_bytes} bytes are too few for a header")));
-        }
-        let mut length = [0; 8];
-        file.read_exact(&mut length).map_err(io)?;
-        let header_bytes = u64::from_le_bytes(length);
-        if header_bytes > file_bytes - 8 {
-            return Err(bad(format!("a header of {header_bytes} bytes in a file of {file_bytes}")));
-        }
-        if header_bytes > self.limits.header_bytes {
-            return Err(bad(format!("a header of {header_bytes} bytes; the limit is {}", self.limits.header_bytes)));
-        }
-        let mut text = vec![0; header_bytes as usize];
-        file.read_exact(&mut text).map_err(io)?;
-        let data_start = 8 + header_bytes;
-        let tensors = header::parse(&text, file_bytes - data_start).map_err(bad)?;
-        drop(text);
+        let file = open_regular(&path)?;
+        let (header, data_start) = Header::read(&file, self.limits.header_bytes).map_err(|error| match error {
+            HeaderError::Read { source } => LlmError::Io { path: path.clone(), source },
+            broken => bad(broken.to_string()),
+        })?;
         let number = self.files.len();
-        for HeaderTensor { name, dtype, shape, begin } in tensors {
-            let location = Location { file: number, dtype, shape, offset_bytes: data_start + begin };
+        for HeaderTensor { name, dtype, shape, begin, end, .. } in header.tensors {
+            let (offset_bytes, len_bytes) = (data_start + begin, end - begin);
+            let location = Location { file: number, dtype, shape, offset_bytes, len_bytes };
             if let Some(other) = self.tensors.get(&name) {
                 let other = self.files[other.file].path.display();
                 return Err(bad(format!("tensor {} is also in {other}", printable(&name))));
             }
             self.tensors.insert(name, location);
         }
-        self.files.push(DataFile { path, file: Arc::new(Mutex::new(file)) });
+        self.files.push(DataFile { path, source: Arc::new(file) });
         Ok(())
     }
 
@@ -358,8 +353,7 @@ impl Checkpoint {
     fn find(&self, tensor: &str) -> Result<&Location, LlmError> {
         let missing = || LlmError::MissingTensor { tensor: tensor.to_owned(), place: self.dir.clone() };
         let location = self.tensors.get(tensor).ok_or_else(missing)?;
-        // No overflow: the header was held against the file's length.
-        let bytes = location.shape.iter().product::<usize>() as u64 * location.dtype.bitsize() as u64 / 8;
+        let bytes = location.len_bytes;
         if bytes > self.limits.tensor_bytes {
             let reason = format!("tensor {tensor} has {bytes} bytes; the limit is {}", self.limits.tensor_bytes);
             return Err(LlmError::BadCheckpoint { path: self.files[location.file].path.clone(), reason });
@@ -401,11 +395,7 @@ impl Checkpoint {
 
     /// Fills `bytes` from byte `first` of a tensor on.
     fn read(&self, location: &Location, first: usize, bytes: &mut [u8]) -> Result<(), LlmError> {
-        let file = &self.files[location.file];
-        let mut cursor = file.file.lock().unwrap_or_else(PoisonError::into_inner);
-        let read =
-            cursor.seek(SeekFrom::Start(location.offset_bytes + first as u64)).and_then(|_| cursor.read_exact(bytes));
-        read.map_err(|source| LlmError::Io { path: file.path.clone(), source })
+        self.files[location.file].read_exact_at(bytes, location.offset_bytes + first as u64)
     }
 
     /// Reads the elements of any tensor, by its full name, in the type they are stored in.
@@ -421,7 +411,7 @@ impl Checkpoint {
         let location = self.locate(tensor, shape)?;
         // The header was held against the file's length, so this asks for no more memory than the file has bytes.
         let (first, len) = (range.start, range.len());
-        let offset = first * location.dtype.bitsize() / 8;
+        let offset = first * location.dtype.bits() as usize / 8;
         let finite = |first_bad: Option<(usize, f32)>| match first_bad {
             None => Ok(()),
             Some((index, value)) => Err(LlmError::NotFinite {

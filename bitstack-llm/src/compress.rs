@@ -2,7 +2,7 @@
 
 use crate::blocks::{Inputs, Place};
 use crate::job::{Executor, Job, Pool};
-use crate::options::{BlockMethod, CompressOptions, Ordering};
+use crate::options::{BlockMethod, CompressOptions, OrderBy};
 use crate::order::{Curve, Reference};
 use crate::own_text::{can_write, own_text};
 use crate::stream::Streamed;
@@ -16,7 +16,7 @@ use crate::{
 };
 use bitstack_core::{Collect, Shape};
 use bitstack_format::{BlockSource, Draft};
-use bitstack_sort::{Balanced, Greedy, LoadOrder, Method, Random, Scores, Sizes};
+use bitstack_sort::{Balanced, Greedy, LoadOrder, Random, Scores, Sizes, Sorter};
 use ndarray::Array2;
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -141,7 +141,7 @@ impl<'a> Making<'a> {
         scratch: &Path,
         progress: &'a dyn Progress,
     ) -> Result<Self, LlmError> {
-        if options.order_windows == 0 && matches!(options.ordering, Ordering::Perplexity | Ordering::Greedy) {
+        if options.order_windows == 0 && matches!(options.ordering, OrderBy::Perplexity | OrderBy::Greedy) {
             return Err(LlmError::NoWindows);
         }
         let cut = options.method == BlockMethod::Nested && !options.keep_embeddings;
@@ -370,7 +370,7 @@ impl<'a> Making<'a> {
     fn needs_importance(&self) -> bool {
         !matches!(
             (self.options.ordering, self.options.method),
-            (Ordering::Random, _) | (Ordering::Perplexity | Ordering::Greedy, BlockMethod::Avd)
+            (OrderBy::Random, _) | (OrderBy::Perplexity | OrderBy::Greedy, BlockMethod::Avd)
         )
     }
 
@@ -408,7 +408,7 @@ impl<'a> Making<'a> {
     // The walk of the calibration's windows through the layers.
 
     pub(crate) fn collect(&self) -> Collect {
-        let needs_gram = self.options.ordering == Ordering::Gain || self.options.method == BlockMethod::Nested;
+        let needs_gram = self.options.ordering == OrderBy::Gain || self.options.method == BlockMethod::Nested;
         if needs_gram { Collect::Gram } else { Collect::Diagonal }
     }
 
@@ -512,7 +512,7 @@ impl<'a> Making<'a> {
             return Ok(order);
         }
         let order = match self.options.ordering {
-            Ordering::Gain => {
+            OrderBy::Gain => {
                 let texts = self.texts()?;
                 let (runs, checks) = (self.runs(&texts), beginnings(&texts.validation, CHECK_RUN));
                 let all = errors.iter().zip(&self.aims()?.roundings);
@@ -521,16 +521,16 @@ impl<'a> Making<'a> {
                 let curves = order::divergence_curves(&reference, draft, &curves, units, progress)?;
                 order::checked(&Reference::new(checkpoint, &checks)?, draft, &curves, units, progress)?
             }
-            Ordering::Perplexity | Ordering::Greedy => {
+            OrderBy::Perplexity | OrderBy::Greedy => {
                 progress.part(Part::Order, 0);
                 let scores = order::perplexities(draft, &self.texts()?.ordering, units, progress)?;
                 let scores = Scores::new(scores);
                 match self.options.ordering {
-                    Ordering::Perplexity => Balanced { scores }.order(&sizes)?,
+                    OrderBy::Perplexity => Balanced { scores }.order(&sizes)?,
                     _ => Greedy { scores }.order(&sizes)?,
                 }
             }
-            Ordering::Random => Random { seed: self.options.seed }.order(&sizes)?,
+            OrderBy::Random => Random { seed: self.options.seed }.order(&sizes)?,
         };
         self.units.store(&unit, &[bytemuck::cast_slice(order.weights())])?;
         Ok(order)

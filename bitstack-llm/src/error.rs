@@ -349,3 +349,9 @@ pub enum LlmError {
     #[error(transparent)]
     Runtime(#[from] bitstack_runtime::RuntimeError),
 }
+
+impl From<bitstack_io::FileError> for LlmError {
+    fn from(error: bitstack_io::FileError) -> Self {
+        Self::Format(error.into())
+    }
+}

@@ -49,7 +49,7 @@ pub struct Metrics {
 
 /// Sums over some predicted tokens; those of one window divided by `tokens` are its means.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
-pub struct Scores {
+pub struct Tally {
     /// Σ -log p(token), nats.
     pub loss: f64,
     /// Σ KL(reference ‖ model), nats; 0 without a reference.
@@ -60,7 +60,7 @@ pub struct Scores {
     pub tokens: usize,
 }
 
-impl Scores {
+impl Tally {
     /// Scores rows of logits against the tokens that came next.
     ///
     /// `logits` and `reference` are tokens x vocabulary, `next` has one token per row.
@@ -118,11 +118,11 @@ impl Metrics {
     ///
     /// # Errors
     /// [`LlmError::NoWindows`] when there are none.
-    pub fn of(windows: &[Scores], reference: WithReference) -> Result<Self, LlmError> {
+    pub fn of(windows: &[Tally], reference: WithReference) -> Result<Self, LlmError> {
         if windows.is_empty() {
             return Err(LlmError::NoWindows);
         }
-        let per_token = |sum: fn(&Scores) -> f64| {
+        let per_token = |sum: fn(&Tally) -> f64| {
             Estimate::of(&windows.iter().map(|w| sum(w) / w.tokens as f64).collect::<Vec<_>>())
         };
         let loss = per_token(|w| w.loss);
@@ -262,7 +262,7 @@ fn one_window<L: Weight<D>, R: Weight<D>, D: Device>(
     model: &Decoder<L, D>,
     reference: Option<(&Decoder<R, D>, ArrayView2<'_, f32>)>,
     window: &[u32],
-) -> Result<Scores, LlmError> {
+) -> Result<Tally, LlmError> {
     let hidden = states(model, window)?;
     score_hidden(model, hidden.view(), reference, predicted(model, window)?.1)
 }
@@ -273,14 +273,14 @@ pub(crate) fn score_hidden<L: Weight<D>, R: Weight<D>, D: Device>(
     hidden: ArrayView2<'_, f32>,
     reference: Option<(&Decoder<R, D>, ArrayView2<'_, f32>)>,
     next: &[u32],
-) -> Result<Scores, LlmError> {
+) -> Result<Tally, LlmError> {
     let mut pass = Pass::new();
-    let mut scores = Scores::default();
+    let mut scores = Tally::default();
     for rows in parts(next.len(), model.config().vocab_size) {
         let part = |hidden: &ArrayView2<'_, f32>| hidden.slice_axis(Axis(0), Slice::from(rows.clone())).to_owned();
         let logits = model.logits(part(&hidden).view(), &mut pass)?;
         let true_logits = reference.as_ref().map(|(r, h)| r.logits(part(h).view(), &mut pass)).transpose()?;
-        scores.add(Scores::of(logits.view(), true_logits.as_ref().map(|l| l.view()), &next[rows])?);
+        scores.add(Tally::of(logits.view(), true_logits.as_ref().map(|l| l.view()), &next[rows])?);
     }
     Ok(scores)
 }
@@ -291,13 +291,13 @@ pub(crate) fn score_against<L: Weight<D>, D: Device>(
     hidden: ArrayView2<'_, f32>,
     reference: ArrayView2<'_, f32>,
     next: &[u32],
-) -> Result<Scores, LlmError> {
+) -> Result<Tally, LlmError> {
     let mut pass = Pass::new();
-    let mut scores = Scores::default();
+    let mut scores = Tally::default();
     for rows in parts(next.len(), model.config().vocab_size) {
         let part = Slice::from(rows.clone());
         let logits = model.logits(hidden.slice_axis(Axis(0), part), &mut pass)?;
-        scores.add(Scores::of(logits.view(), Some(reference.slice_axis(Axis(0), part)), &next[rows])?);
+        scores.add(Tally::of(logits.view(), Some(reference.slice_axis(Axis(0), part)), &next[rows])?);
     }
     Ok(scores)
 }
@@ -320,7 +320,7 @@ mod tests {
             |seed: usize| Array2::from_shape_fn((5, 300), |(r, c)| ((r * 91 + c * 57 + seed * 13) % 97) as f32 / 11.0);
         let (model, reference) = (make(1), make(2));
         let next = [3, 299, 0, 17, 255];
-        let found = Scores::of(model.view(), Some(reference.view()), &next).unwrap();
+        let found = Tally::of(model.view(), Some(reference.view()), &next).unwrap();
         let log_p = |x: &Array2<f32>, r: usize| {
             let norm = x.row(r).iter().map(|&v| f64::from(v).exp()).sum::<f64>().ln();
             x.row(r).iter().map(|&v| f64::from(v) - norm).collect::<Vec<_>>()
@@ -339,13 +339,13 @@ mod tests {
     #[test]
     fn equal_logits_diverge_by_exactly_nothing() {
         let x = Array2::from_shape_fn((4, 1000), |(r, c)| ((r * 7919 + c * 104_729) % 1013) as f32 / 31.0);
-        let scores = Scores::of(x.view(), Some(x.view()), &[1, 2, 3, 4]).unwrap();
+        let scores = Tally::of(x.view(), Some(x.view()), &[1, 2, 3, 4]).unwrap();
         assert_eq!((scores.kl, scores.agree), (0.0, 4));
     }
 
     #[test]
     fn standard_errors_are_over_windows() {
-        let window = |loss| Scores { loss, kl: loss / 10.0, agree: 1, tokens: 2 };
+        let window = |loss| Tally { loss, kl: loss / 10.0, agree: 1, tokens: 2 };
         let metrics = Metrics::of(&[window(2.0), window(4.0), window(6.0)], WithReference::Yes).unwrap();
         // Means 1, 2, 3: mean 2, sample deviation 1.
         assert!((metrics.perplexity - 2.0_f64.exp()).abs() < 1e-12);
@@ -361,9 +361,9 @@ mod tests {
     #[test]
     fn sizes_that_do_not_fit_are_rejected() {
         let x = array![[0.0, 1.0], [2.0, 3.0]];
-        assert!(matches!(Scores::of(x.view(), None, &[0]), Err(LlmError::StateShape { .. })));
+        assert!(matches!(Tally::of(x.view(), None, &[0]), Err(LlmError::StateShape { .. })));
         let narrow = array![[0.0], [1.0]];
-        assert!(matches!(Scores::of(x.view(), Some(narrow.view()), &[0, 1]), Err(LlmError::StateShape { .. })));
-        assert!(matches!(Scores::of(x.view(), None, &[0, 2]), Err(LlmError::TokenOutOfRange { token: 2, .. })));
+        assert!(matches!(Tally::of(x.view(), Some(narrow.view()), &[0, 1]), Err(LlmError::StateShape { .. })));
+        assert!(matches!(Tally::of(x.view(), None, &[0, 2]), Err(LlmError::TokenOutOfRange { token: 2, .. })));
     }
 }

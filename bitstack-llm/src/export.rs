@@ -3,8 +3,9 @@
 
 use crate::reference::{BASIS, COEFFICIENTS, CONFIGS, MEASUREMENTS, SIGNS, layer_name, part_name};
 use crate::{Elements, LlmError, Progress, stack};
-use bitstack_core::{Block, CoreError, FactorType, Level, SignMatrix};
-use bitstack_format::{BlockSource, Dtype, Existing, FormatError, write_directory_atomically};
+use bitstack_core::{CoreError, FactorType, SignMatrix};
+use bitstack_format::{BlockSource, Dtype, FormatError};
+use bitstack_io::{Existing, write_directory_atomically};
 use half::{bf16, f16};
 use rayon::prelude::*;
 use serde::{Serialize, Serializer};
@@ -234,7 +235,7 @@ enum Contents {
 impl Tensor {
     fn len_bytes(&self) -> u64 {
         // Tensors of a source have been counted in 64 bits, and rebuilt ones have at most four bytes for each element of a `Shape`.
-        self.shape.iter().map(|&n| n as u64).product::<u64>() * self.dtype.bytes()
+        self.dtype.bytes_of(&self.shape).expect("bytes that can be counted")
     }
 }
 
@@ -304,7 +305,7 @@ fn split(tensors: Vec<Tensor>, shard_bytes: u64) -> Vec<Vec<Tensor>> {
         bytes += tensor.len_bytes();
         shards.last_mut().expect("there is one from the start").push(tensor);
     }
-    shards.iter_mut().for_each(|shard| shard.sort_by_key(|t| std::cmp::Reverse(t.dtype.bytes())));
+    shards.iter_mut().for_each(|shard| shard.sort_by_key(|t| std::cmp::Reverse(t.dtype.bits())));
     shards
 }
 
@@ -366,8 +367,8 @@ fn write_rebuilt<S: BlockSource + ?Sized>(
 ) -> Result<(), LlmError> {
     let info = &source.weights()[weight];
     let in_weight = |source| LlmError::Weight { name: info.name.clone(), source };
-    let blocks = (1..=level as usize).map(|b| source.read_block(weight, b)).collect::<Result<Vec<_>, _>>()?;
-    let level = Level::new(info.shape, blocks.iter().map(Block::view)).map_err(in_weight)?;
+    let stack = source.read_stack(weight, level)?;
+    let level = stack.level(level).map_err(in_weight)?;
     let (rows, cols) = (info.shape.rows(), info.shape.cols());
     let panel_rows = (PANEL_VALUES / cols).clamp(1, rows);
     let mut panel = vec![0.0_f32; panel_rows * cols];

@@ -10,7 +10,8 @@ use crate::job::{Executor, Pool};
 use crate::plan::{PLAN, Plan, TOKENS, hex, input, key, same, tensors, text_hash};
 use crate::units::{UnitDirectory, UnitStore, Units};
 use crate::{Checkpoint, CompressOptions, LlmError, Progress};
-use bitstack_format::{Existing, FormatError, write_atomically, write_atomically_through};
+use bitstack_format::FormatError;
+use bitstack_io::{Existing, write_atomically, write_atomically_through};
 use serde::{Deserialize, Serialize};
 use std::fs::{self, File, TryLockError};
 use std::io::{self, Write};
@@ -22,7 +23,7 @@ const LOCK: &str = "lock";
 /// A compression that can be killed at any moment: what is finished lies in a directory of its own.
 ///
 /// ```no_run
-/// use bitstack_format::Existing;
+/// use bitstack_io::Existing;
 /// use bitstack_llm::{Checkpoint, CompressOptions, Journal};
 /// # fn main() -> Result<(), bitstack_llm::LlmError> {
 /// let (checkpoint, options) = (Checkpoint::open("Llama-3.2-1B")?, CompressOptions::default());
@@ -207,13 +208,13 @@ impl<'a> Journal<'a> {
         progress: &mut dyn FnMut(u64, u64),
     ) -> Result<u64, LlmError> {
         let dir = &self.dir;
-        Ok(write_atomically_through(dir, output, existing, |out| {
+        write_atomically_through(dir, output, existing, |out| {
             let mut out = Hashed { out, hasher: blake3::Hasher::new() };
             let bytes = compressed.draft.finish(compressed.order.weights(), &mut out, progress)?;
             let output = Some(Output { bytes, blake3: hex(out.hasher.finalize()) });
             Record { input: self.record.input.clone(), key: self.record.key.clone(), output }.write(dir)?;
             Ok(bytes)
-        })?)
+        })
     }
 
     /// Removes the journal.
@@ -332,7 +333,7 @@ impl<W: Write> Write for Hashed<W> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::Ordering;
+    use crate::OrderBy;
     use crate::plan::UNITS;
     use std::panic::{AssertUnwindSafe, catch_unwind};
     use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
@@ -341,7 +342,7 @@ mod tests {
         Checkpoint::open(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/llama")).unwrap()
     }
 
-    fn options(ordering: Ordering) -> CompressOptions {
+    fn options(ordering: OrderBy) -> CompressOptions {
         CompressOptions { n_blocks: Some(3), samples: 2, seq_len: Some(16), ordering, ..Default::default() }
     }
 
@@ -371,7 +372,7 @@ mod tests {
     #[test]
     fn a_compression_that_stops_again_and_again_ends_with_the_same_bytes() {
         let checkpoint = checkpoint();
-        for (ordering, steps) in [(Ordering::Gain, 33), (Ordering::Perplexity, 33), (Ordering::Random, 35)] {
+        for (ordering, steps) in [(OrderBy::Gain, 33), (OrderBy::Perplexity, 33), (OrderBy::Random, 35)] {
             let options = options(ordering);
             let dir = tempfile::tempdir().unwrap();
             let mut n_stops = 0;
@@ -395,7 +396,7 @@ mod tests {
         let demo = concat!(env!("CARGO_MANIFEST_DIR"), "/../bitstack-cli/demo");
         let checkpoint = Checkpoint::open(format!("{demo}/tiny-llama")).unwrap();
         let text = fs::read_to_string(format!("{demo}/text.txt")).unwrap();
-        let options = CompressOptions { samples: 129, ..options(Ordering::Random) };
+        let options = CompressOptions { samples: 129, ..options(OrderBy::Random) };
         let whole = crate::compress(&checkpoint, Some(&text), &options, &std::env::temp_dir(), &()).unwrap();
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("j");
@@ -420,7 +421,7 @@ mod tests {
     #[test]
     fn what_is_finished_is_not_done_again() {
         let checkpoint = checkpoint();
-        let options = options(Ordering::Gain);
+        let options = options(OrderBy::Gain);
         let dir = tempfile::tempdir().unwrap();
         let journal = Journal::open(dir.path().join("j"), &checkpoint, None, &options, &()).unwrap();
         let first = bytes(&journal.compress(&()).unwrap());
@@ -432,7 +433,7 @@ mod tests {
     #[test]
     fn damaged_units_are_made_again() {
         let checkpoint = checkpoint();
-        let options = options(Ordering::Gain);
+        let options = options(OrderBy::Gain);
         let whole = whole(&options);
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("j");
@@ -467,7 +468,7 @@ mod tests {
             errors: Vec<Vec<f64>>,
         }
         let path = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/units.json");
-        let (checkpoint, options) = (checkpoint(), options(Ordering::Gain));
+        let (checkpoint, options) = (checkpoint(), options(OrderBy::Gain));
         let dir = tempfile::tempdir().unwrap();
         let journal = Journal::open(dir.path().join("j"), &checkpoint, None, &options, &()).unwrap();
         journal.compress(&()).unwrap();
@@ -493,7 +494,7 @@ mod tests {
     #[test]
     fn a_journal_is_of_one_input_and_has_one_holder() {
         let checkpoint = checkpoint();
-        let options = options(Ordering::Random);
+        let options = options(OrderBy::Random);
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("j");
         let open = |options: &CompressOptions, text: Option<&str>| {

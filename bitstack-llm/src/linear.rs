@@ -2,6 +2,7 @@
 
 use std::ops::Range;
 
+use bitstack_core::Threads;
 use bitstack_cpu::{DenseValues, Kernel};
 use faer::prelude::ReborrowMut;
 use faer::{MatMut, MatRef};
@@ -11,7 +12,7 @@ use ndarray::{ArrayView2, ArrayViewMut2};
 use rayon::prelude::*;
 
 use crate::decoder::Transposed;
-use crate::{Threads, math};
+use crate::math;
 
 /// Tokens up to which a product is made on the way, as its weight comes from memory; for more, from panels of the weight widened in the cache.
 const FEW: usize = 2;
@@ -134,7 +135,7 @@ impl Dense {
     /// When a shape does not fit.
     pub fn product(&self, x: &[f32], y: &mut [f32], threads: Threads) {
         if x.len() <= FEW * self.cols && self.cols > 0 {
-            let done = Kernel::detect().apply_dense(self.elements.values(), self.cols, x, y, threads.into());
+            let done = Kernel::detect().apply_dense(self.elements.values(), self.cols, x, y, threads);
             return done.expect("a matrix of its shape, and shapes that fit");
         }
         match &self.elements {

@@ -6,8 +6,8 @@ use bitstack_format::ReadAt;
 use bitstack_runtime::Snapshot;
 use rayon::prelude::*;
 
-use crate::Threads;
 use crate::{ElasticModel, KvCache, LlmError, Pass, math};
+use bitstack_core::Threads;
 
 /// One measured size.
 #[derive(Debug, Clone)]

@@ -41,7 +41,7 @@ pub enum Scaling {
 /// By what the blocks of the model are ordered.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
-pub enum Ordering {
+pub enum OrderBy {
     /// Fall of the predicted divergence per byte: the model forward and backward once, a run per layer, and a few at each of eight sizes to
     /// check it.
     #[default]
@@ -71,12 +71,12 @@ pub struct CompressOptions {
     /// Channel scales.
     pub scaling: Scaling,
     /// Load order.
-    pub ordering: Ordering,
+    pub ordering: OrderBy,
     /// Windows of calibration text.
     pub samples: usize,
     /// Tokens per window; `None`: 512, or the model's limit.
     pub seq_len: Option<usize>,
-    /// Windows on which [`Ordering::Perplexity`] and [`Ordering::Greedy`] measure each block: every block of the model is a run over all of
+    /// Windows on which [`OrderBy::Perplexity`] and [`OrderBy::Greedy`] measure each block: every block of the model is a run over all of
     /// them. At least one for these orders.
     pub order_windows: usize,
     /// Leave embeddings and head unstacked.
@@ -93,7 +93,7 @@ impl Default for CompressOptions {
             rank: None,
             n_blocks: None,
             scaling: Scaling::Gram,
-            ordering: Ordering::Gain,
+            ordering: OrderBy::Gain,
             samples: 64,
             seq_len: None,
             order_windows: 16,

@@ -6,7 +6,7 @@ use crate::stream::{Slot, Streamed, run_layer};
 use crate::units::{Runs, Units};
 use crate::{Checkpoint, Decoder, Dense, LlmError, Part, Pass, Progress, WeightSpec};
 use bitstack_format::BlockSource;
-use bitstack_sort::{GainPerByte, LoadOrder, Method, Scores, Sizes};
+use bitstack_sort::{GainPerByte, LoadOrder, Scores, Sizes, Sorter};
 use ndarray::Array2;
 use rayon::prelude::*;
 
@@ -40,7 +40,7 @@ impl<'a> Reference<'a> {
     }
 
     /// The scores of what the model says from these final hidden states of window `window`.
-    fn score(&self, window: usize, decoder: &Decoder<Slot>, hidden: &Array2<f32>) -> Result<eval::Scores, LlmError> {
+    fn score(&self, window: usize, decoder: &Decoder<Slot>, hidden: &Array2<f32>) -> Result<eval::Tally, LlmError> {
         score_against(decoder, hidden.view(), self.logits[window].view(), &self.windows[window][1..])
     }
 
@@ -50,7 +50,7 @@ impl<'a> Reference<'a> {
     }
 
     /// The scores of a model on each window.
-    pub(crate) fn scores_of(&self, model: &mut Streamed<'_>) -> Result<Vec<eval::Scores>, LlmError> {
+    pub(crate) fn scores_of(&self, model: &mut Streamed<'_>) -> Result<Vec<eval::Tally>, LlmError> {
         let hidden = finals(model, self.windows)?;
         model.with(model.decoder().config().head(), |model| {
             let each = (0..hidden.len()).into_par_iter().with_max_len(1);
@@ -405,7 +405,7 @@ mod tests {
     use super::*;
     use crate::stack::StackModel;
     use crate::vocabulary::tests::with_large_vocabulary;
-    use crate::{CompressOptions, Ordering, compress};
+    use crate::{CompressOptions, OrderBy, compress};
     use bitstack_format::Draft;
 
     /// A model of the tests, three blocks of each of its weights, and windows of text for it.
@@ -418,7 +418,7 @@ mod tests {
             n_blocks: Some(3),
             samples: 2,
             seq_len: Some(16),
-            ordering: Ordering::Random,
+            ordering: OrderBy::Random,
             ..Default::default()
         };
         let draft = compress(&checkpoint, None, &options, &std::env::temp_dir(), &()).unwrap().draft;
@@ -494,7 +494,7 @@ mod tests {
                 n_blocks: Some(2),
                 samples: 1,
                 seq_len: Some(16),
-                ordering: Ordering::Random,
+                ordering: OrderBy::Random,
                 ..Default::default()
             };
             let draft = compress(&checkpoint, None, &options, &std::env::temp_dir(), &()).unwrap().draft;

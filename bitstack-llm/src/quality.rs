@@ -241,7 +241,7 @@ fn digits(x: f64) -> f64 {
 mod tests {
     use super::*;
     use crate::stack::StackModel;
-    use crate::{CompressOptions, Compressed, Decoder, Ordering, compress, eval};
+    use crate::{CompressOptions, Compressed, Decoder, OrderBy, compress, eval};
     use bitstack_core::Shape;
     use bitstack_format::Draft;
 
@@ -374,7 +374,7 @@ mod tests {
         Checkpoint::open(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/llama")).unwrap()
     }
 
-    fn small(ordering: Ordering) -> Compressed {
+    fn small(ordering: OrderBy) -> Compressed {
         let options =
             CompressOptions { n_blocks: Some(6), samples: 8, seq_len: Some(32), ordering, ..Default::default() };
         compress(&checkpoint(), None, &options, &std::env::temp_dir(), &()).unwrap()
@@ -382,7 +382,7 @@ mod tests {
 
     #[test]
     fn what_is_measured_is_what_an_evaluation_finds() {
-        let (checkpoint, Compressed { draft, order }) = (checkpoint(), small(Ordering::Random));
+        let (checkpoint, Compressed { draft, order }) = (checkpoint(), small(OrderBy::Random));
         let tokens: Vec<Vec<u32>> = (0..3).map(|w| (0..30).map(|i| (w * 17 + i * i * 5 + 3) % 96).collect()).collect();
         let windows: Vec<&[u32]> = tokens.iter().map(|w| &w[..]).collect();
         let costs = vec![1.0; order.n_weights()];
@@ -417,7 +417,7 @@ mod tests {
 
     #[test]
     fn every_order_comes_with_its_curve_and_a_truncated_file_keeps_it() {
-        for ordering in [Ordering::Gain, Ordering::Perplexity, Ordering::Random] {
+        for ordering in [OrderBy::Gain, OrderBy::Perplexity, OrderBy::Random] {
             let Compressed { draft, order } = small(ordering);
             let quality = Quality::of(&draft).unwrap();
             assert_eq!(quality.whole().resident_bytes, order.total_bytes());
@@ -443,7 +443,7 @@ mod tests {
             n_blocks: Some(1),
             samples: 1,
             seq_len: Some(16),
-            ordering: Ordering::Random,
+            ordering: OrderBy::Random,
             ..Default::default()
         };
         let Compressed { draft, order } = compress(&checkpoint(), None, &options, &std::env::temp_dir(), &()).unwrap();

@@ -19,7 +19,7 @@ use crate::stack;
 use crate::{Checkpoint, CheckpointLimits, Compressed, LlmError, ModelConfig, Progress, WeightSpec};
 use bitstack_core::{Basis, Block, Coefficients, CoreError, Shape, SignMatrix, Values};
 use bitstack_format::{BlockSource, Draft, FormatError};
-use bitstack_sort::{Balanced, LoadOrder, Method, Scores, Sizes};
+use bitstack_sort::{Balanced, LoadOrder, Scores, Sizes, Sorter};
 use serde::de::{DeserializeSeed, Error, SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer};
 use std::collections::HashMap;

@@ -7,8 +7,9 @@ use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 use rayon::prelude::*;
 
-use crate::device::{Cpu, Device, Threads, Weight};
+use crate::device::{Cpu, Device, Weight};
 use crate::{Decoder, KvCache, LlmError, ModelConfig, Pass, Progress, TextStream, Tokenizer, math};
+use bitstack_core::Threads;
 
 /// How a token is chosen from its logits. The default takes the most likely one.
 #[derive(Debug, Clone, Copy, PartialEq)]

@@ -1,7 +1,6 @@
 //! Models made of stacks: a `.bitstack` file, or the draft of one, opened at the levels of a plan.
 
 use crate::{Decoder, Dense, Elements, Frame, LlmError, ModelConfig, Progress, Tokenizer, VectorSpec, WeightSpec};
-use bitstack_core::Level;
 use bitstack_format::{BlockSource, Dtype, FormatError, Tensor};
 use half::{bf16, f16};
 use rayon::prelude::*;
@@ -140,8 +139,8 @@ pub(crate) fn vector<S: BlockSource + ?Sized>(source: &S, spec: &VectorSpec) -> 
 pub(crate) fn rebuild<S: BlockSource + ?Sized>(source: &S, weight: usize, level: u32) -> Result<Dense, LlmError> {
     let info = &source.weights()[weight];
     let in_weight = |source| LlmError::Weight { name: info.name.clone(), source };
-    let blocks = (1..=level as usize).map(|b| source.read_block(weight, b)).collect::<Result<Vec<_>, _>>()?;
-    let level = Level::new(info.shape, blocks.iter().map(|b| b.view())).map_err(in_weight)?;
+    let stack = source.read_stack(weight, level)?;
+    let level = stack.level(level).map_err(in_weight)?;
     let (rows, cols) = (info.shape.rows(), info.shape.cols());
     let mut values = vec![0.0; rows * cols];
     // Enough rows that widening the bases for each part does not count.

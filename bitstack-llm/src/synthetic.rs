@@ -5,7 +5,8 @@
 use std::path::Path;
 
 use bitstack_core::{BasisRef, BlockRef, CoefficientsRef, Shape, SignView, ValuesRef, f16};
-use bitstack_format::{BlockSource, Draft, Dtype, Existing, write_atomically};
+use bitstack_format::{BlockSource, Draft, Dtype};
+use bitstack_io::{Existing, write_atomically};
 use bitstack_pack::row_bytes;
 use serde_json::json;
 

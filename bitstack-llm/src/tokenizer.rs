@@ -1,7 +1,7 @@
 //! Text to tokens and back.
 
 use crate::LlmError;
-use bitstack_format::hostile::printable;
+use bitstack_io::hostile::printable;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 /// A Hugging Face fast tokenizer (`tokenizer.json`).

@@ -2,9 +2,8 @@
 
 use crate::{LlmError, WeightSpec};
 use bitstack_core::WeightStack;
-use bitstack_format::{
-    BlockSource, Draft, Existing, FileAt, FormatError, ReadAt, StackFile, WriteAt, write_atomically,
-};
+use bitstack_format::{BlockSource, Draft, FormatError, ReadAt, StackFile, WriteAt};
+use bitstack_io::{Existing, FileAt, write_atomically};
 use std::collections::BTreeMap;
 use std::fmt::Debug;
 use std::fs::{self, File};

@@ -5,10 +5,10 @@ use bitstack_llm::eval::{compare, perplexity};
 use bitstack_llm::stack::StackModel;
 use bitstack_llm::text::Windows;
 use bitstack_llm::{
-    BlockMethod, Checkpoint, CompressOptions, Compressed, Decoder, LlmError, Ordering, Tokenizer, block_perplexities,
+    BlockMethod, Checkpoint, CompressOptions, Compressed, Decoder, LlmError, OrderBy, Tokenizer, block_perplexities,
     compress,
 };
-use bitstack_sort::{Balanced, LoadOrder, Method, Scores, Sizes};
+use bitstack_sort::{Balanced, LoadOrder, Scores, Sizes, Sorter};
 use std::path::PathBuf;
 
 fn checkpoint(name: &str) -> Checkpoint {
@@ -116,11 +116,11 @@ fn kept_embeddings_are_left_bit_for_bit() {
 #[test]
 fn every_order_starts_with_the_smallest_model_and_the_same_bytes_come_out_of_any_number_of_threads() {
     for (ordering, method) in [
-        (Ordering::Gain, BlockMethod::Avd),
-        (Ordering::Gain, BlockMethod::Nested),
-        (Ordering::Perplexity, BlockMethod::Avd),
-        (Ordering::Greedy, BlockMethod::Avd),
-        (Ordering::Random, BlockMethod::Nested),
+        (OrderBy::Gain, BlockMethod::Avd),
+        (OrderBy::Gain, BlockMethod::Nested),
+        (OrderBy::Perplexity, BlockMethod::Avd),
+        (OrderBy::Greedy, BlockMethod::Avd),
+        (OrderBy::Random, BlockMethod::Nested),
     ] {
         let options = CompressOptions { n_blocks: Some(3), ordering, method, ..options() };
         let bytes = [1, 2].map(|threads| {
@@ -183,8 +183,7 @@ fn impossible_options_are_named_with_the_weight() {
 
 #[test]
 fn levels_beyond_the_stack_are_errors() {
-    let (_, file) =
-        file(&run("llama", &CompressOptions { n_blocks: Some(2), ordering: Ordering::Random, ..options() }));
+    let (_, file) = file(&run("llama", &CompressOptions { n_blocks: Some(2), ordering: OrderBy::Random, ..options() }));
     for bad in [vec![0; 16], vec![3; 16], vec![1; 15]] {
         assert!(StackModel::open(&file, &bad, &()).is_err(), "{bad:?}");
     }
@@ -204,7 +203,7 @@ fn an_order_by_perplexity_is_measured_on_as_many_windows_as_asked() {
     let tokens = tokenizer.encode(&text).unwrap();
     let validation = Windows::new(&tokens, 32, 32).unwrap().halves().1;
     let orders = [1, 5].map(|order_windows| {
-        let options = CompressOptions { ordering: Ordering::Perplexity, n_blocks: Some(3), order_windows, ..options() };
+        let options = CompressOptions { ordering: OrderBy::Perplexity, n_blocks: Some(3), order_windows, ..options() };
         let compressed = compress(&checkpoint, Some(&text), &options, &std::env::temp_dir(), &()).unwrap();
         let sizes = Sizes::new(compressed.draft.base_bytes(), compressed.draft.block_sizes()).unwrap();
         let windows = validation.evenly_spaced(order_windows);
@@ -214,7 +213,7 @@ fn an_order_by_perplexity_is_measured_on_as_many_windows_as_asked() {
         compressed.order.weights().to_vec()
     });
     assert_ne!(orders[0], orders[1], "the windows make no difference");
-    let none = CompressOptions { ordering: Ordering::Perplexity, order_windows: 0, ..options() };
+    let none = CompressOptions { ordering: OrderBy::Perplexity, order_windows: 0, ..options() };
     let error = compress(&checkpoint, Some(&text), &none, &std::env::temp_dir(), &()).unwrap_err();
     assert!(matches!(error, LlmError::NoWindows), "{error}");
 }

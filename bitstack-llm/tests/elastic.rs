@@ -5,7 +5,7 @@ use bitstack_format::StackFile;
 use bitstack_llm::device::{Columns, Cpu, Device};
 use bitstack_llm::stack::{self, StackModel};
 use bitstack_llm::{
-    BlockMethod, Checkpoint, CompressOptions, ElasticModel, KvCache, Ordering, Pass, SamplingOptions, Threads, Weight,
+    BlockMethod, Checkpoint, CompressOptions, ElasticModel, KvCache, OrderBy, Pass, SamplingOptions, Threads, Weight,
     compress,
 };
 use ndarray::{Array2, Axis, concatenate};
@@ -21,7 +21,7 @@ fn file(name: &str, method: BlockMethod, keep_embeddings: bool) -> Vec<u8> {
         n_blocks: Some(4),
         samples: 2,
         seq_len: Some(32),
-        ordering: Ordering::Random,
+        ordering: OrderBy::Random,
         keep_embeddings,
         ..Default::default()
     };
@@ -113,7 +113,7 @@ fn a_text_goes_on_while_the_model_changes_its_size() {
         n_blocks: Some(4),
         samples: 2,
         seq_len: Some(32),
-        ordering: Ordering::Random,
+        ordering: OrderBy::Random,
         ..Default::default()
     };
     let checkpoint = Checkpoint::open(&model_dir).unwrap();

@@ -2,11 +2,12 @@
 #![expect(clippy::print_stdout, reason = "a test that is skipped says so")]
 
 use bitstack_core::{Basis, Block, Coefficients, Shape, SignMatrix, Spike, Spikes, Values};
-use bitstack_format::{BlockSource, Draft, Existing, FormatError, StackFile};
+use bitstack_format::{BlockSource, Draft, FormatError, StackFile};
+use bitstack_io::Existing;
 use bitstack_llm::device::Cpu;
 use bitstack_llm::stack::StackModel;
 use bitstack_llm::{
-    BlockMethod, Checkpoint, CompressOptions, Compressed, Decoder, ExportOptions, FloatType, LlmError, Ordering, Pass,
+    BlockMethod, Checkpoint, CompressOptions, Compressed, Decoder, ExportOptions, FloatType, LlmError, OrderBy, Pass,
     Weight, compress, export_dense, export_reference, import,
 };
 use bitstack_sort::LoadOrder;
@@ -153,7 +154,7 @@ fn what_this_project_makes_goes_out_and_comes_back() {
             n_blocks: Some(3),
             samples: 2,
             seq_len: Some(16),
-            ordering: Ordering::Random,
+            ordering: OrderBy::Random,
             keep_embeddings: true,
             ..Default::default()
         };
@@ -368,7 +369,7 @@ fn weights_that_the_published_layout_has_no_place_for_are_named() {
             n_blocks: Some(2),
             samples: 2,
             seq_len: Some(16),
-            ordering: Ordering::Random,
+            ordering: OrderBy::Random,
             ..Default::default()
         };
         let made = compress(&Checkpoint::open(&data).unwrap(), None, &options, home.path(), &()).unwrap();

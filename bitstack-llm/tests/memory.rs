@@ -2,7 +2,7 @@
 #![expect(clippy::print_stdout, reason = "the measurement is worth seeing")]
 
 use bitstack_llm::synthetic::{self, ModelShape};
-use bitstack_llm::{BlockMethod, Checkpoint, CompressOptions, ExportOptions, Ordering, compress, export_dense};
+use bitstack_llm::{BlockMethod, Checkpoint, CompressOptions, ExportOptions, OrderBy, compress, export_dense};
 use peak_alloc::PeakAlloc;
 use std::path::Path;
 
@@ -10,7 +10,7 @@ use std::path::Path;
 static MEMORY: PeakAlloc = PeakAlloc;
 
 /// The most memory that compressing a model of `n_layers` layers takes in each order, and the bytes of its checkpoint.
-fn peaks(n_layers: usize, orderings: [Ordering; 2]) -> ([u64; 2], u64) {
+fn peaks(n_layers: usize, orderings: [OrderBy; 2]) -> ([u64; 2], u64) {
     let dir = tempfile::tempdir().unwrap();
     let shape = ModelShape {
         hidden_size: 128,
@@ -52,7 +52,7 @@ fn peaks(n_layers: usize, orderings: [Ordering; 2]) -> ([u64; 2], u64) {
 /// The orders run the whole model, over and over; that too needs no more than one layer of it at a time.
 #[test]
 fn memory_does_not_grow_with_the_number_of_layers() {
-    let orderings = [Ordering::Gain, Ordering::Perplexity];
+    let orderings = [OrderBy::Gain, OrderBy::Perplexity];
     // Buffers that threads make once, 200 MB of them, are there after a first run.
     peaks(4, orderings);
     let (few, few_bytes) = peaks(4, orderings);

@@ -6,7 +6,7 @@ use std::borrow::Cow;
 use bitvec::{order::Lsb0, slice::BitSlice, vec::BitVec};
 
 use crate::layout::{LINE_BYTES, UNIT_BYTES, n_values, place_in_strip};
-use crate::{Level, PackError, STRIP_ROWS, SignLayout, kernel, packed_len, row_bytes};
+use crate::{Isa, PackError, STRIP_ROWS, SignLayout, kernel, packed_len, row_bytes};
 
 /// An owned `rows x cols` matrix of signs, one bit each: 1 = +1, 0 = -1.
 ///
@@ -38,20 +38,20 @@ pub struct SignView<'a> {
 /// [`PackError::Length`] when `values` or `bytes` have another length, [`PackError::TooLarge`] when no slice could have the
 /// right one. `bytes` is untouched then.
 pub fn pack_into(rows: usize, cols: usize, values: &[f32], bytes: &mut [u8]) -> Result<(), PackError> {
-    pack_into_at(Level::detect(), rows, cols, values, bytes)
+    pack_into_at(Isa::detect(), rows, cols, values, bytes)
 }
 
-/// [`pack_into`] with the instructions of `level`, for tests and benchmarks. Panics when this CPU lacks them.
+/// [`pack_into`] with the instructions of `isa`, for tests and benchmarks. Panics when this CPU lacks them.
 #[doc(hidden)]
-pub fn pack_into_at(level: Level, rows: usize, cols: usize, values: &[f32], bytes: &mut [u8]) -> Result<(), PackError> {
+pub fn pack_into_at(isa: Isa, rows: usize, cols: usize, values: &[f32], bytes: &mut [u8]) -> Result<(), PackError> {
     check_len("values", rows, cols, n_values(rows, cols)?, values.len())?;
     check_len("bytes", rows, cols, packed_len(rows, cols)?, bytes.len())?;
     if cols.is_multiple_of(8) {
         // No row has a tail: the matrix is one run.
-        kernel::pack(level, bytes, values);
+        kernel::pack(isa, bytes, values);
     } else {
         for (bytes, values) in bytes.chunks_exact_mut(row_bytes(cols)).zip(values.chunks_exact(cols)) {
-            kernel::pack(level, bytes, values);
+            kernel::pack(isa, bytes, values);
         }
     }
     Ok(())
@@ -64,12 +64,12 @@ pub fn pack_into_at(level: Level, rows: usize, cols: usize, values: &[f32], byte
 /// # Errors
 /// [`PackError::Length`] when `bytes` is not of [`packed_len`], [`PackError::TooLarge`] when nothing could be; nothing is changed then.
 pub fn to_strips(rows: usize, cols: usize, bytes: &mut [u8]) -> Result<(), PackError> {
-    to_strips_at(Level::detect(), rows, cols, bytes)
+    to_strips_at(Isa::detect(), rows, cols, bytes)
 }
 
-/// [`to_strips`] with the instructions of `level`, for tests. Panics when this CPU lacks them.
+/// [`to_strips`] with the instructions of `isa`, for tests. Panics when this CPU lacks them.
 #[doc(hidden)]
-pub fn to_strips_at(level: Level, rows: usize, cols: usize, bytes: &mut [u8]) -> Result<(), PackError> {
+pub fn to_strips_at(isa: Isa, rows: usize, cols: usize, bytes: &mut [u8]) -> Result<(), PackError> {
     check_len("bytes", rows, cols, packed_len(rows, cols)?, bytes.len())?;
     let len = row_bytes(cols);
     let mut buffer = vec![0; STRIP_ROWS.min(rows) * len];
@@ -79,7 +79,7 @@ pub fn to_strips_at(level: Level, rows: usize, cols: usize, bytes: &mut [u8]) ->
         buffer.copy_from_slice(strip);
         let whole = if rows == STRIP_ROWS { len / UNIT_BYTES } else { 0 };
         if whole > 0 {
-            kernel::lines(level, buffer, len, &mut strip.as_chunks_mut().0[..whole]);
+            kernel::lines(isa, buffer, len, &mut strip.as_chunks_mut().0[..whole]);
         }
         for (row, from) in buffer.chunks_exact(len).enumerate() {
             for (i, unit) in from.chunks(UNIT_BYTES).enumerate().skip(whole) {
@@ -288,12 +288,12 @@ impl<'a> SignView<'a> {
     /// # Panics
     /// When there is no such strip.
     pub fn copy_lines(self, strip: usize, first_line: usize, lines: &mut [[u8; LINE_BYTES]]) {
-        self.copy_lines_at(Level::detect(), strip, first_line, lines);
+        self.copy_lines_at(Isa::detect(), strip, first_line, lines);
     }
 
-    /// [`Self::copy_lines`] with the instructions of `level`. Panics when this CPU lacks them.
+    /// [`Self::copy_lines`] with the instructions of `isa`. Panics when this CPU lacks them.
     #[doc(hidden)]
-    pub fn copy_lines_at(self, level: Level, strip: usize, first_line: usize, lines: &mut [[u8; LINE_BYTES]]) {
+    pub fn copy_lines_at(self, isa: Isa, strip: usize, first_line: usize, lines: &mut [[u8; LINE_BYTES]]) {
         let (len, bytes) = (row_bytes(self.cols), self.strip_bytes(strip));
         let mut done = 0;
         if bytes.len() == STRIP_ROWS * len {
@@ -302,7 +302,7 @@ impl<'a> SignView<'a> {
             let whole = &mut lines[..done];
             match self.layout {
                 _ if whole.is_empty() => {}
-                SignLayout::Rows => kernel::lines(level, &bytes[UNIT_BYTES * first_line..], len, whole),
+                SignLayout::Rows => kernel::lines(isa, &bytes[UNIT_BYTES * first_line..], len, whole),
                 SignLayout::Strips => whole.copy_from_slice(&bytes.as_chunks().0[first_line..][..done]),
             }
         }
@@ -353,19 +353,19 @@ impl<'a> SignView<'a> {
     /// # Errors
     /// [`PackError::Length`] when `out` is not of length `rows * cols`, [`PackError::TooLarge`] when no slice could be.
     pub fn unpack_into(self, out: &mut [f32]) -> Result<(), PackError> {
-        self.unpack_into_at(Level::detect(), out)
+        self.unpack_into_at(Isa::detect(), out)
     }
 
-    /// [`Self::unpack_into`] with the instructions of `level`. Panics when this CPU lacks them.
+    /// [`Self::unpack_into`] with the instructions of `isa`. Panics when this CPU lacks them.
     #[doc(hidden)]
-    pub fn unpack_into_at(self, level: Level, out: &mut [f32]) -> Result<(), PackError> {
+    pub fn unpack_into_at(self, isa: Isa, out: &mut [f32]) -> Result<(), PackError> {
         check_len("values", self.rows, self.cols, n_values(self.rows, self.cols)?, out.len())?;
         let bytes = self.as_rows();
         if self.cols.is_multiple_of(8) {
-            kernel::unpack(level, &bytes, out);
+            kernel::unpack(isa, &bytes, out);
         } else {
             for (bytes, out) in bytes.chunks_exact(row_bytes(self.cols)).zip(out.chunks_exact_mut(self.cols)) {
-                kernel::unpack(level, bytes, out);
+                kernel::unpack(isa, bytes, out);
             }
         }
         Ok(())
@@ -376,14 +376,14 @@ impl<'a> SignView<'a> {
     /// # Panics
     /// When there is no such row or `out` has another length.
     pub fn unpack_row_into(self, row: usize, out: &mut [f32]) {
-        self.unpack_row_into_at(Level::detect(), row, out);
+        self.unpack_row_into_at(Isa::detect(), row, out);
     }
 
-    /// [`Self::unpack_row_into`] with the instructions of `level`. Panics when this CPU lacks them.
+    /// [`Self::unpack_row_into`] with the instructions of `isa`. Panics when this CPU lacks them.
     #[doc(hidden)]
-    pub fn unpack_row_into_at(self, level: Level, row: usize, out: &mut [f32]) {
+    pub fn unpack_row_into_at(self, isa: Isa, row: usize, out: &mut [f32]) {
         assert_eq!(out.len(), self.cols, "output length of an unpacked row");
-        kernel::unpack(level, &self.row(row), out);
+        kernel::unpack(isa, &self.row(row), out);
     }
 
     /// Multiplies `values` (`cols` of them) by the signs of row `row`, in place.
@@ -393,14 +393,14 @@ impl<'a> SignView<'a> {
     /// # Panics
     /// When there is no such row or `values` has another length.
     pub fn apply_row(self, row: usize, values: &mut [f32]) {
-        self.apply_row_at(Level::detect(), row, values);
+        self.apply_row_at(Isa::detect(), row, values);
     }
 
-    /// [`Self::apply_row`] with the instructions of `level`. Panics when this CPU lacks them.
+    /// [`Self::apply_row`] with the instructions of `isa`. Panics when this CPU lacks them.
     #[doc(hidden)]
-    pub fn apply_row_at(self, level: Level, row: usize, values: &mut [f32]) {
+    pub fn apply_row_at(self, isa: Isa, row: usize, values: &mut [f32]) {
         assert_eq!(values.len(), self.cols, "number of values that a row of signs is applied to");
-        kernel::apply(level, &self.row(row), values);
+        kernel::apply(isa, &self.row(row), values);
     }
 
     /// Copies the matrix into an owned one.

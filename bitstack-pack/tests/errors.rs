@@ -1,7 +1,7 @@
 //! What bad shapes, lengths and bytes are answered with.
 #![expect(clippy::print_stdout, reason = "a test that cannot run here says so")]
 
-use bitstack_pack::{Level, PackError, SignMatrix, SignView, pack_into, packed_len, row_bytes};
+use bitstack_pack::{Isa, PackError, SignMatrix, SignView, pack_into, packed_len, row_bytes};
 
 #[test]
 fn rows_are_padded_to_whole_bytes() {
@@ -108,10 +108,10 @@ fn applying_a_row_to_another_length_panics() {
 
 #[test]
 fn a_level_that_the_cpu_lacks_panics_and_is_not_run() {
-    let Some(level) = Level::ALL.into_iter().find(|level| !level.is_available()) else {
-        println!("skipped: this CPU has every level");
+    let Some(isa) = Isa::ALL.into_iter().find(|isa| !isa.is_available()) else {
+        println!("skipped: this CPU has every instruction set");
         return;
     };
-    let call = || bitstack_pack::pack_into_at(level, 1, 8, &[1.0; 8], &mut [0]);
+    let call = || bitstack_pack::pack_into_at(isa, 1, 8, &[1.0; 8], &mut [0]);
     assert!(std::panic::catch_unwind(call).is_err());
 }

@@ -1,7 +1,7 @@
-//! Every level against the portable one, that one against an oracle of one line, and both against bitvec.
+//! Every isa against the portable one, that one against an oracle of one line, and both against bitvec.
 #![expect(clippy::print_stdout, reason = "a test that cannot run here says so")]
 
-use bitstack_pack::{Level, SignMatrix, SignView, pack_into_at, packed_len, row_bytes};
+use bitstack_pack::{Isa, SignMatrix, SignView, pack_into_at, packed_len, row_bytes};
 
 /// Lane widths (8, 16), their runs (32, 64), one less, one more, several with a tail, and odd sizes. Under Miri only those up
 /// to a run and a tail: it is a thousand times slower.
@@ -53,13 +53,13 @@ fn bits(values: &[f32]) -> Vec<u32> {
     values.iter().map(|v| v.to_bits()).collect()
 }
 
-/// Calls `check` with every level of this CPU, and says which ones it lacks and so were not tested.
-fn for_each_level(check: impl Fn(Level)) {
-    for level in Level::ALL {
-        if level.is_available() {
-            check(level);
+/// Calls `check` with every instruction set of this CPU, and says which ones it lacks and so were not tested.
+fn for_each_isa(check: impl Fn(Isa)) {
+    for isa in Isa::ALL {
+        if isa.is_available() {
+            check(isa);
         } else {
-            println!("skipped: {level}, because this CPU (or Miri) does not have its instructions");
+            println!("skipped: {isa}, because this CPU (or Miri) does not have its instructions");
         }
     }
 }
@@ -76,15 +76,15 @@ fn for_each_case(check: impl Fn(usize, usize, usize)) {
 
 #[test]
 fn levels_are_ordered_and_scalar_is_always_available() {
-    let available: Vec<Level> = Level::available().collect();
-    assert_eq!(available[0], Level::Scalar);
-    assert_eq!(available.last(), Some(&Level::detect()));
-    assert_eq!(available, Level::ALL[..available.len()]);
+    let available: Vec<Isa> = Isa::available().collect();
+    assert_eq!(available[0], Isa::Scalar);
+    assert_eq!(available.last(), Some(&Isa::detect()));
+    assert_eq!(available, Isa::ALL[..available.len()]);
 }
 
 #[test]
 fn packing_matches_the_oracle_and_writes_nothing_else() {
-    for_each_level(|level| {
+    for_each_isa(|isa| {
         for_each_case(|rows, cols, start| {
             let n = rows * cols;
             let values = painted(start + n);
@@ -92,18 +92,18 @@ fn packing_matches_the_oracle_and_writes_nothing_else() {
             let expected = naive_pack(cols, values);
 
             let mut buffer = vec![POISON_BYTE; start + expected.len() + GUARD];
-            pack_into_at(level, rows, cols, values, &mut buffer[start..][..expected.len()]).unwrap();
+            pack_into_at(isa, rows, cols, values, &mut buffer[start..][..expected.len()]).unwrap();
             let (before, rest) = buffer.split_at(start);
             let (packed, after) = rest.split_at(expected.len());
-            assert_eq!(packed, expected, "{level} {rows} x {cols} from {start}");
-            assert!(before.iter().chain(after).all(|&b| b == POISON_BYTE), "{level} {rows} x {cols} from {start}");
+            assert_eq!(packed, expected, "{isa} {rows} x {cols} from {start}");
+            assert!(before.iter().chain(after).all(|&b| b == POISON_BYTE), "{isa} {rows} x {cols} from {start}");
         });
     });
 }
 
 #[test]
 fn unpacking_matches_the_oracle_and_writes_nothing_else() {
-    for_each_level(|level| {
+    for_each_isa(|isa| {
         for_each_case(|rows, cols, start| {
             let n = rows * cols;
             let values = painted(n);
@@ -113,16 +113,16 @@ fn unpacking_matches_the_oracle_and_writes_nothing_else() {
             let view = SignView::new(rows, cols, &bytes[start..]).unwrap();
 
             let mut buffer = vec![POISON; start + n + GUARD];
-            view.unpack_into_at(level, &mut buffer[start..][..n]).unwrap();
-            assert_eq!(buffer[start..][..n], expected, "{level} {rows} x {cols} from {start}");
+            view.unpack_into_at(isa, &mut buffer[start..][..n]).unwrap();
+            assert_eq!(buffer[start..][..n], expected, "{isa} {rows} x {cols} from {start}");
             buffer[start..][..n].fill(POISON);
-            assert!(buffer.iter().all(|&x| x == POISON), "{level} {rows} x {cols} from {start}");
+            assert!(buffer.iter().all(|&x| x == POISON), "{isa} {rows} x {cols} from {start}");
 
             for row in 0..rows {
-                view.unpack_row_into_at(level, row, &mut buffer[start..][..cols]);
-                assert_eq!(buffer[start..][..cols], expected[row * cols..][..cols], "{level} row {row} of {cols}");
+                view.unpack_row_into_at(isa, row, &mut buffer[start..][..cols]);
+                assert_eq!(buffer[start..][..cols], expected[row * cols..][..cols], "{isa} row {row} of {cols}");
                 buffer[start..][..cols].fill(POISON);
-                assert!(buffer.iter().all(|&x| x == POISON), "{level} row {row} of {cols}");
+                assert!(buffer.iter().all(|&x| x == POISON), "{isa} row {row} of {cols}");
             }
         });
     });
@@ -130,7 +130,7 @@ fn unpacking_matches_the_oracle_and_writes_nothing_else() {
 
 #[test]
 fn applying_a_row_flips_exactly_the_sign_bits() {
-    for_each_level(|level| {
+    for_each_isa(|isa| {
         for_each_case(|rows, cols, start| {
             // The signs are those of other values than the ones they are applied to, NaNs among both.
             let signs = painted(rows * cols + 17).split_off(17);
@@ -143,10 +143,10 @@ fn applying_a_row_flips_exactly_the_sign_bits() {
                     .collect();
                 let mut buffer = vec![POISON; start + cols + GUARD];
                 buffer[start..][..cols].copy_from_slice(&values);
-                view.apply_row_at(level, row, &mut buffer[start..][..cols]);
-                assert_eq!(bits(&buffer[start..][..cols]), expected, "{level} row {row} of {cols} from {start}");
+                view.apply_row_at(isa, row, &mut buffer[start..][..cols]);
+                assert_eq!(bits(&buffer[start..][..cols]), expected, "{isa} row {row} of {cols} from {start}");
                 buffer[start..][..cols].fill(POISON);
-                assert!(buffer.iter().all(|&x| x == POISON), "{level} row {row} of {cols} from {start}");
+                assert!(buffer.iter().all(|&x| x == POISON), "{isa} row {row} of {cols} from {start}");
             }
         });
     });
@@ -155,18 +155,18 @@ fn applying_a_row_flips_exactly_the_sign_bits() {
 #[test]
 fn every_pair_of_bytes_unpacks_to_its_bits() {
     let step = if cfg!(miri) { 4099 } else { 1 };
-    for_each_level(|level| {
+    for_each_isa(|isa| {
         for word in (0..=u16::MAX).step_by(step) {
             let bytes = word.to_le_bytes();
             let view = SignView::new(1, 16, &bytes).unwrap();
             let mut values = [POISON; 16];
-            view.unpack_row_into_at(level, 0, &mut values);
+            view.unpack_row_into_at(isa, 0, &mut values);
             for (j, &value) in values.iter().enumerate() {
                 assert_eq!(value, if word >> j & 1 == 1 { 1.0 } else { -1.0 });
                 assert_eq!(view.get(0, j), value);
             }
             let mut packed = [POISON_BYTE; 2];
-            pack_into_at(level, 1, 16, &values, &mut packed).unwrap();
+            pack_into_at(isa, 1, 16, &values, &mut packed).unwrap();
             assert_eq!(packed, bytes);
         }
     });
@@ -242,19 +242,19 @@ mod properties {
         fn levels_agree_on_any_bits((rows, cols, values) in matrix()) {
             let scalar = naive_pack(cols, &values);
             let view = SignView::new(rows, cols, &scalar).unwrap();
-            for level in Level::available() {
+            for isa in Isa::available() {
                 let mut bytes = vec![POISON_BYTE; scalar.len()];
-                pack_into_at(level, rows, cols, &values, &mut bytes).unwrap();
+                pack_into_at(isa, rows, cols, &values, &mut bytes).unwrap();
                 prop_assert_eq!(&bytes, &scalar);
                 for row in 0..rows {
                     // Twice by the same signs is the identity, to the bit and for NaNs too.
                     let row_values = &values[row * cols..][..cols];
                     let mut applied = row_values.to_vec();
-                    view.apply_row_at(level, row, &mut applied);
+                    view.apply_row_at(isa, row, &mut applied);
                     let mut expected = row_values.to_vec();
-                    view.apply_row_at(Level::Scalar, row, &mut expected);
+                    view.apply_row_at(Isa::Scalar, row, &mut expected);
                     prop_assert_eq!(bits(&applied), bits(&expected));
-                    view.apply_row_at(level, row, &mut applied);
+                    view.apply_row_at(isa, row, &mut applied);
                     prop_assert_eq!(bits(&applied), bits(row_values));
                 }
             }

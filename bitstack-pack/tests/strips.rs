@@ -1,7 +1,7 @@
 //! Strips: the same matrix, in another order of bytes.
 #![expect(clippy::print_stdout, reason = "a test that cannot run here says so")]
 
-use bitstack_pack::{Level, PackError, STRIP_ROWS, SignLayout, SignMatrix, SignView, row_bytes, to_strips_at};
+use bitstack_pack::{Isa, PackError, STRIP_ROWS, SignLayout, SignMatrix, SignView, row_bytes, to_strips_at};
 
 const ROWS: &[usize] = if cfg!(miri) { &[0, 1, 17] } else { &[0, 1, 2, 15, 16, 17, 31, 32, 33, 64, 70] };
 const COLS: &[usize] = if cfg!(miri) {
@@ -16,18 +16,18 @@ fn painted(rows: usize, cols: usize) -> SignMatrix {
     SignMatrix::from_f32(rows, cols, &values).unwrap()
 }
 
-fn for_each_case(check: impl Fn(Level, &SignMatrix, &[u8])) {
-    for level in Level::ALL {
-        if !level.is_available() {
-            println!("skipped: {level}, because this CPU (or Miri) does not have its instructions");
+fn for_each_case(check: impl Fn(Isa, &SignMatrix, &[u8])) {
+    for isa in Isa::ALL {
+        if !isa.is_available() {
+            println!("skipped: {isa}, because this CPU (or Miri) does not have its instructions");
             continue;
         }
         for &rows in ROWS {
             for &cols in COLS {
                 let matrix = painted(rows, cols);
                 let mut strips = matrix.as_bytes().to_vec();
-                to_strips_at(level, rows, cols, &mut strips).unwrap();
-                check(level, &matrix, &strips);
+                to_strips_at(isa, rows, cols, &mut strips).unwrap();
+                check(isa, &matrix, &strips);
             }
         }
     }
@@ -49,14 +49,14 @@ fn in_strips(matrix: &SignMatrix) -> Vec<u8> {
 
 #[test]
 fn bytes_are_where_the_definition_says() {
-    for_each_case(|level, matrix, strips| {
-        assert_eq!(strips, in_strips(matrix), "{level}, {} x {}", matrix.rows(), matrix.cols());
+    for_each_case(|isa, matrix, strips| {
+        assert_eq!(strips, in_strips(matrix), "{isa}, {} x {}", matrix.rows(), matrix.cols());
     });
 }
 
 #[test]
 fn strips_are_the_same_matrix() {
-    for_each_case(|level, matrix, strips| {
+    for_each_case(|isa, matrix, strips| {
         let (rows, cols) = (matrix.rows(), matrix.cols());
         let view = SignView::with_layout(rows, cols, SignLayout::Strips, strips).unwrap();
         assert_eq!((view.rows(), view.cols(), view.layout()), (rows, cols, SignLayout::Strips));
@@ -64,12 +64,12 @@ fn strips_are_the_same_matrix() {
         assert_eq!(view.to_reference_bytes(), matrix.view().to_reference_bytes());
         let unpacked = matrix.view().unpack().unwrap();
         let mut values = vec![0.0; rows * cols];
-        view.unpack_into_at(level, &mut values).unwrap();
+        view.unpack_into_at(isa, &mut values).unwrap();
         assert_eq!(values, unpacked);
         for row in 0..rows {
             assert_eq!(view.row(row), matrix.view().row(row));
             let mut values = vec![1.0; cols];
-            view.apply_row_at(level, row, &mut values);
+            view.apply_row_at(isa, row, &mut values);
             assert_eq!(values, unpacked[row * cols..][..cols]);
             for first_byte in [0, row_bytes(cols) / 3, row_bytes(cols)] {
                 let mut bytes = vec![0; row_bytes(cols) - first_byte];
@@ -85,7 +85,7 @@ fn strips_are_the_same_matrix() {
 
 #[test]
 fn lines_are_the_same_from_both_layouts_and_zero_beyond_the_matrix() {
-    for_each_case(|level, matrix, strips| {
+    for_each_case(|isa, matrix, strips| {
         let (rows, cols, len) = (matrix.rows(), matrix.cols(), row_bytes(matrix.cols()));
         let in_strips = SignView::with_layout(rows, cols, SignLayout::Strips, strips).unwrap();
         for strip in 0..rows.div_ceil(STRIP_ROWS) {
@@ -99,8 +99,8 @@ fn lines_are_the_same_from_both_layouts_and_zero_beyond_the_matrix() {
                 }
                 for view in [matrix.view(), in_strips] {
                     let mut lines = vec![[0xa5; 64]; n];
-                    view.copy_lines_at(level, strip, first_line, &mut lines);
-                    assert_eq!(lines, expected, "{level}, {rows} x {cols}, strip {strip}, {n} lines from {first_line}");
+                    view.copy_lines_at(isa, strip, first_line, &mut lines);
+                    assert_eq!(lines, expected, "{isa}, {rows} x {cols}, strip {strip}, {n} lines from {first_line}");
                 }
                 if let Some(lines) = in_strips.strip_lines(strip) {
                     let there = n.min(lines.len().saturating_sub(first_line));
@@ -120,7 +120,7 @@ fn wrong_lengths_and_stray_bits_are_found_in_strips_as_well() {
     let expected = PackError::Length { what: "bytes", rows: 17, cols: 9, expected: 34, actual: 33 };
     assert_eq!(SignView::with_layout(17, 9, SignLayout::Strips, &[0; 33]), Err(expected.clone()));
     let mut bytes = [0xff; 33];
-    assert_eq!(to_strips_at(Level::detect(), 17, 9, &mut bytes), Err(expected));
+    assert_eq!(to_strips_at(Isa::detect(), 17, 9, &mut bytes), Err(expected));
     assert_eq!(bytes, [0xff; 33]);
     for row in 0..17 {
         // One unit of 2 bytes a row: the second one has the ninth column.

@@ -113,7 +113,7 @@ impl<S: ReadAt + Send + Sync + 'static, M: Memory> Elastic<S, M> {
             .iter()
             .map(|w| TableWeight { name: w.name.clone(), shape: w.shape, positions: Vec::with_capacity(w.n_blocks()) })
             .collect();
-        let entries: Vec<(usize, usize)> = order.iter().map(|(weight, block)| (weight, block + 1)).collect();
+        let entries: Vec<(usize, usize)> = order.iter().map(|id| (id.weight, id.block)).collect();
         for (position, &(weight, _)) in entries.iter().enumerate() {
             weights[weight].positions.push(position);
         }

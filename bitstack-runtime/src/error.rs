@@ -24,8 +24,7 @@ pub enum RuntimeError {
     // ---- the file, the memory or the system fails
     /// A block cannot be read, is damaged, or is not a valid block.
     #[error(
-        "cannot load block {block} of weight {weight}: {source}; what was loaded before stays in use: \
-         check the file, then set the budget again"
+        "cannot load block {block} of weight {weight} (what was loaded before stays in use: check the file, then set the budget again)"
     )]
     Block {
         /// The name of the weight.
@@ -37,8 +36,7 @@ pub enum RuntimeError {
     },
     /// The memory has no room for a block and those of its run, or for what it takes to bring them there.
     #[error(
-        "no memory for the {bytes} bytes of block {block} of weight {weight}: {source}; what was loaded before stays in use: \
-         set a smaller budget"
+        "no memory for the {bytes} bytes of block {block} of weight {weight} (what was loaded before stays in use: set a smaller budget)"
     )]
     Memory {
         /// The name of the weight.
@@ -83,7 +81,7 @@ pub enum RuntimeError {
         source: Arc<FormatError>,
     },
     /// A thread cannot be started.
-    #[error("cannot start the thread that {job}: {source}")]
+    #[error("cannot start the thread that {job}")]
     Thread {
         /// What it was to do.
         job: &'static str,

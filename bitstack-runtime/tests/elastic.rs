@@ -100,7 +100,7 @@ fn blocks_that_share_a_run_go_with_the_last_of_them_and_come_back_unread_before(
     let order = model.order().clone();
     let file = StackFile::open(bytes).unwrap();
     let blocks: Vec<u64> =
-        order.iter().map(|(w, b)| memory.block_bytes(&file.block_extent(w, b + 1).unwrap())).collect();
+        order.iter().map(|id| memory.block_bytes(&file.block_extent(id.weight, id.block).unwrap())).collect();
     let bytes_of = |n: usize| file.base_bytes() + blocks[..n].iter().sum::<u64>();
     let most_beyond = blocks.iter().sum::<u64>() / 64;
 

@@ -3,6 +3,7 @@
 mod stacks;
 
 use bitstack_format::{BlockSource, FormatError, StackFile};
+use bitstack_io::in_one_line;
 use bitstack_runtime::{Elastic, Options, RuntimeError, Start, Verify};
 use stacks::{Beyond, Gate, ReadableMemory, open, over_both_memories, products, products_of};
 use std::sync::Arc;
@@ -28,7 +29,7 @@ fn smallest<M: ReadableMemory>(memory: &M, bytes: &[u8], verify: Verify) -> (Arc
 fn check(model: &Elastic<Arc<Gate>, impl ReadableMemory>, bytes: &[u8], position: usize) -> RuntimeError {
     let error = model.wait().unwrap_err();
     let (weight, block) =
-        model.order().iter().nth(position).map(|(w, b)| (format!("layers.{w}.weight"), b + 1)).unwrap();
+        model.order().iter().nth(position).map(|id| (format!("layers.{}.weight", id.weight), id.block)).unwrap();
     let named = match &error {
         RuntimeError::Block { weight, block, .. } | RuntimeError::Panicked { weight, block, .. } => {
             (weight.clone(), *block)
@@ -36,13 +37,13 @@ fn check(model: &Elastic<Arc<Gate>, impl ReadableMemory>, bytes: &[u8], position
         other => panic!("{other}"),
     };
     assert_eq!(named, (weight.clone(), block));
-    let message = error.to_string();
+    let message = in_one_line(&error);
     assert!(message.contains(&format!("block {block} of weight {weight}")), "{message}");
     assert!(message.contains("stays in use") && message.contains("budget"), "{message}");
 
     let (status, snapshot) = (model.status(), model.snapshot());
     assert!(!status.loading);
-    assert_eq!(status.error.unwrap().to_string(), message);
+    assert_eq!(in_one_line(&status.error.unwrap()), message);
     assert_eq!((status.budget_bytes, status.target_bytes), (u64::MAX, model.order().total_bytes()));
     assert_eq!(snapshot.n_blocks(), position, "what comes before it is loaded");
     assert_eq!(products_of(&snapshot), products(bytes, snapshot.levels()));
@@ -73,7 +74,7 @@ fn read_error_stops_the_growth_and_the_next_budget_tries_again(memory: impl Read
         };
         assert!((4..=4 + n).contains(&reached), "{n} reads passed, {reached} blocks");
         let error = check(&model, bytes, reached);
-        assert!(error.to_string().contains("the disk is on fire"), "{error}");
+        assert!(in_one_line(&error).contains("the disk is on fire"), "{error}");
         source.permit(usize::MAX, Beyond::Fail);
         check_recovery(&model, bytes);
     }
@@ -153,7 +154,7 @@ fn spikes_outside_their_weight_are_an_error_that_names_block_and_weight_in_stora
             "{error}"
         );
         let expected = if verify == Verify::Never { "entry 8 of a list of spikes has no place" } else { name };
-        assert!(error.to_string().contains(expected), "{error}");
+        assert!(in_one_line(&error).contains(expected), "{error}");
     }
 }
 

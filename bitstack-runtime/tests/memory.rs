@@ -23,7 +23,7 @@ fn smallest(bytes: &[u8]) -> (Device, Elastic<Vec<u8>, Device>) {
 
 /// The name of the weight and the number of the block at a position of the load order.
 fn named(model: &Elastic<Vec<u8>, Device>, position: usize) -> (String, usize) {
-    model.order().iter().nth(position).map(|(w, b)| (format!("layers.{w}.weight"), b + 1)).unwrap()
+    model.order().iter().nth(position).map(|id| (format!("layers.{}.weight", id.weight), id.block)).unwrap()
 }
 
 fn device_error(source: &Arc<dyn Error + Send + Sync>) -> &DeviceError {

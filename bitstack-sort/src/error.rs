@@ -1,6 +1,6 @@
 //! Everything that can be wrong with sizes, scores, an order or a budget.
 
-/// Why sizes, scores, an order or a budget were refused. Weights, blocks and positions count from 0.
+/// Why sizes, scores, an order or a budget were refused. Weights and positions count from 0, blocks from 1.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 #[non_exhaustive]
 pub enum SortError {
@@ -81,7 +81,7 @@ pub enum SortError {
         /// The weight in question.
         weight: usize,
         /// The number of its blocks loaded.
-        level: usize,
+        level: u32,
         /// The value given.
         value: f64,
     },

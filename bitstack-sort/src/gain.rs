@@ -1,10 +1,10 @@
 //! The order by closed-form errors: most error removed per byte first.
 
-use crate::{LoadOrder, Method, Scores, Sizes, SortError};
+use crate::{LoadOrder, Scores, Sizes, SortError, Sorter};
 
 /// Most error removed per byte first.
 ///
-/// `errors` of block b (from 0) is the error of the weight with blocks 0..=b loaded, that is at level b + 1: for instance
+/// `errors` of block b is the error of the weight at level b, that is with blocks 1 to b loaded: for instance
 /// tr((W − W_b) H (W − W_b)ᵀ) times the sensitivity of the model's loss to it. Errors of different weights must be in one
 /// unit, and are taken to add up. There is none for level 0, because the first block of every weight is always loaded
 /// (they come first, in weight order).
@@ -41,15 +41,15 @@ impl GainPerByte {
     }
 }
 
-impl Method for GainPerByte {
+impl Sorter for GainPerByte {
     fn order(&self, sizes: &Sizes) -> Result<LoadOrder, SortError> {
         self.errors.check_shape(sizes)?;
         if !(0.0..=1.0).contains(&self.trust) {
             return Err(SortError::Trust { value: self.trust });
         }
         for (weight, errors) in self.errors.weights().enumerate() {
-            if let Some(block) = errors.iter().position(|error| !error.is_finite()) {
-                return Err(SortError::NonFiniteError { weight, level: block + 1, value: errors[block] });
+            if let Some((level, &value)) = (1..).zip(errors).find(|(_, error)| !error.is_finite()) {
+                return Err(SortError::NonFiniteError { weight, level, value });
             }
         }
         let curves = || self.errors.weights().zip(sizes.weights());

@@ -12,8 +12,8 @@ mod sizes;
 
 pub use error::SortError;
 pub use gain::GainPerByte;
-pub use method::{Balanced, Greedy, Method};
-pub use order::{LoadOrder, Plan};
+pub use method::{Balanced, Greedy, Sorter};
+pub use order::{BlockId, LoadOrder, Plan};
 pub use random::Random;
 pub use score::Scores;
 pub use sizes::Sizes;

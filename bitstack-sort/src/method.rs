@@ -6,7 +6,7 @@ use std::collections::BinaryHeap;
 use crate::{LoadOrder, Scores, Sizes, SortError};
 
 /// A way to put the blocks of all weights in one order.
-pub trait Method {
+pub trait Sorter {
     /// The load order of the blocks that `sizes` describes: the first block of every weight, then all others, the blocks
     /// of one weight in stacking order.
     ///
@@ -22,8 +22,8 @@ pub trait Method {
 /// long as the other has blocks left. The first blocks come in weight order, as in the published code, where a model
 /// starts with one block of everything; their scores are not read.
 ///
-/// `scores` of block b (from 0) is a loss, such as the perplexity on a small set, of the model in which this weight has
-/// blocks 0..=b and every other weight has blocks 0..b. **Lower is more important** and is loaded earlier; ties go to the
+/// `scores` of block b is a loss, such as the perplexity on a small set, of the model in which this weight is at level b and
+/// every other weight at level b − 1. **Lower is more important** and is loaded earlier; ties go to the
 /// smaller weight index.
 ///
 /// # NaN
@@ -38,7 +38,7 @@ pub struct Balanced {
     pub scores: Scores,
 }
 
-impl Method for Balanced {
+impl Sorter for Balanced {
     fn order(&self, sizes: &Sizes) -> Result<LoadOrder, SortError> {
         self.scores.check_shape(sizes)?;
         let scores = self.scores.resolved();
@@ -65,7 +65,7 @@ pub struct Greedy {
     pub scores: Scores,
 }
 
-impl Method for Greedy {
+impl Sorter for Greedy {
     fn order(&self, sizes: &Sizes) -> Result<LoadOrder, SortError> {
         self.scores.check_shape(sizes)?;
         let scores = self.scores.resolved();

@@ -15,6 +15,15 @@ pub struct LoadOrder {
     cumulative_bytes: Vec<u64>,
 }
 
+/// A block of one of several weights.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct BlockId {
+    /// The weight, from 0.
+    pub weight: usize,
+    /// The number of the block, from 1: the level at which it is the last.
+    pub block: usize,
+}
+
 /// What is resident within a budget: a prefix of a [`LoadOrder`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Plan {
@@ -86,14 +95,13 @@ impl LoadOrder {
         &self.weights
     }
 
-    /// The entries as (weight, block of that weight), both from 0.
-    pub fn iter(&self) -> impl ExactSizeIterator<Item = (usize, usize)> {
+    /// The entries, each with the number of its block.
+    pub fn iter(&self) -> impl ExactSizeIterator<Item = BlockId> {
         let mut levels = vec![0; self.n_weights];
         self.weights.iter().map(move |&weight| {
             let weight = weight as usize;
-            let block = levels[weight];
             levels[weight] += 1;
-            (weight, block)
+            BlockId { weight, block: levels[weight] }
         })
     }
 
@@ -174,7 +182,8 @@ mod tests {
 
     #[test]
     fn blocks_are_counted_per_weight() {
-        assert_eq!(order().iter().collect::<Vec<_>>(), [(1, 0), (0, 0), (0, 1), (1, 1), (0, 2)]);
+        let blocks: Vec<_> = order().iter().map(|id| (id.weight, id.block)).collect();
+        assert_eq!(blocks, [(1, 1), (0, 1), (0, 2), (1, 2), (0, 3)]);
         assert_eq!(order().iter().len(), 5);
     }
 

@@ -1,6 +1,6 @@
 //! The order to compare with: chance.
 
-use crate::{LoadOrder, Method, Sizes, SortError};
+use crate::{LoadOrder, Sizes, SortError, Sorter};
 
 /// A uniformly random interleaving that keeps the blocks of each weight in order, after the first block of each in weight
 /// order: the random order of the paper's ablation (arXiv 2410.23918).
@@ -14,7 +14,7 @@ pub struct Random {
     pub seed: u64,
 }
 
-impl Method for Random {
+impl Sorter for Random {
     fn order(&self, sizes: &Sizes) -> Result<LoadOrder, SortError> {
         let mut weights: Vec<u32> = (0..sizes.n_weights() as u32).collect();
         for (weight, blocks) in sizes.weights().enumerate() {

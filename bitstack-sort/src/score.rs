@@ -3,7 +3,7 @@
 use crate::ragged::Ragged;
 use crate::{Sizes, SortError};
 
-/// One number per block of every weight. What it means, the [`Method`](crate::Method) that reads it says.
+/// One number per block of every weight. What it means, the [`Sorter`](crate::Sorter) that reads it says.
 ///
 /// The shape must be that of the [`Sizes`] it is used with, which is checked there.
 #[derive(Debug, Clone, PartialEq)]

@@ -38,7 +38,7 @@ impl Sizes {
             if n_blocks > MAX_BLOCKS {
                 return Err(SortError::TooManyBlocks { weight, limit: MAX_BLOCKS });
             }
-            for (block, &bytes) in row.iter().enumerate() {
+            for (block, &bytes) in (1..).zip(row) {
                 if bytes == 0 {
                     return Err(SortError::EmptyBlock { weight, block });
                 }
@@ -103,14 +103,14 @@ mod tests {
     #[test]
     fn sums_beyond_64_bits_are_rejected() {
         let of = |base, weights: &[Vec<u64>]| Sizes::new(base, weights);
-        assert_eq!(of(1, &[vec![2], vec![3, u64::MAX - 5]]), Err(SortError::SizeOverflow { weight: 1, block: 1 }));
+        assert_eq!(of(1, &[vec![2], vec![3, u64::MAX - 5]]), Err(SortError::SizeOverflow { weight: 1, block: 2 }));
         assert_eq!(of(1, &[vec![2], vec![2, u64::MAX - 5]]).unwrap().total_bytes(), u64::MAX);
-        assert_eq!(of(u64::MAX, &[vec![1]]), Err(SortError::SizeOverflow { weight: 0, block: 0 }));
+        assert_eq!(of(u64::MAX, &[vec![1]]), Err(SortError::SizeOverflow { weight: 0, block: 1 }));
     }
 
     #[test]
     fn weights_without_blocks_and_blocks_without_bytes_are_rejected() {
         assert_eq!(Sizes::new(0, [vec![1], vec![]]), Err(SortError::NoBlocks { weight: 1 }));
-        assert_eq!(Sizes::new(0, [vec![1, 0]]), Err(SortError::EmptyBlock { weight: 0, block: 1 }));
+        assert_eq!(Sizes::new(0, [vec![1, 0]]), Err(SortError::EmptyBlock { weight: 0, block: 2 }));
     }
 }

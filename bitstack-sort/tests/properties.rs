@@ -1,6 +1,6 @@
 //! What every order and every plan promises, on random sizes and scores, and gain per byte against brute force.
 
-use bitstack_sort::{Balanced, GainPerByte, Greedy, LoadOrder, Method, Plan, Random, Scores, Sizes};
+use bitstack_sort::{Balanced, BlockId, GainPerByte, Greedy, LoadOrder, Plan, Random, Scores, Sizes, Sorter};
 use proptest::collection::vec;
 use proptest::prelude::*;
 
@@ -29,10 +29,10 @@ fn split((base_bytes, weights): &Model) -> (Sizes, Scores) {
 /// Every block once, blocks of a weight in order, all first blocks first.
 fn check_order(order: &LoadOrder, sizes: &Sizes) -> Result<(), TestCaseError> {
     let mut seen = vec![0; sizes.n_weights()];
-    for (position, (weight, block)) in order.iter().enumerate() {
-        prop_assert_eq!(block, seen[weight]);
-        prop_assert_eq!(block == 0, position < sizes.n_weights());
+    for (position, BlockId { weight, block }) in order.iter().enumerate() {
         seen[weight] += 1;
+        prop_assert_eq!(block, seen[weight]);
+        prop_assert_eq!(block == 1, position < sizes.n_weights());
     }
     let n_blocks: Vec<usize> = sizes.weights().map(<[u64]>::len).collect();
     prop_assert_eq!(seen, n_blocks);
@@ -67,7 +67,7 @@ fn check_plans(order: &LoadOrder, sizes: &Sizes) -> Result<(), TestCaseError> {
     Ok(())
 }
 
-fn check_method(method: &impl Method, sizes: &Sizes) -> Result<LoadOrder, TestCaseError> {
+fn check_method(method: &impl Sorter, sizes: &Sizes) -> Result<LoadOrder, TestCaseError> {
     let order = method.order(sizes).unwrap();
     prop_assert_eq!(&method.order(sizes).unwrap(), &order);
     check_order(&order, sizes)?;
@@ -111,7 +111,7 @@ proptest! {
         let (sizes, scores) = split(&model);
         let order = Balanced { scores: scores.clone() }.order(&sizes).unwrap();
         let keys: Vec<_> = order.iter().skip(sizes.n_weights())
-            .map(|(weight, block)| (block, scores.blocks(weight).unwrap()[block], weight)).collect();
+            .map(|BlockId { weight, block }| (block, scores.blocks(weight).unwrap()[block - 1], weight)).collect();
         prop_assert!(keys.is_sorted(), "{keys:?}");
     }
 
@@ -120,11 +120,11 @@ proptest! {
         let (sizes, scores) = split(&model);
         let order = check_method(&Greedy { scores: scores.clone() }, &sizes)?;
         let mut levels = vec![1; sizes.n_weights()];
-        for (weight, block) in order.iter().skip(sizes.n_weights()) {
+        for BlockId { weight, block } in order.iter().skip(sizes.n_weights()) {
             let best = scores.weights().zip(&levels).enumerate()
                 .filter_map(|(weight, (row, &level))| row.get(level).map(|&score| (score, weight)))
                 .min_by(|a, b| a.partial_cmp(b).unwrap());
-            prop_assert_eq!(best, Some((scores.blocks(weight).unwrap()[block], weight)));
+            prop_assert_eq!(best, Some((scores.blocks(weight).unwrap()[block - 1], weight)));
             levels[weight] += 1;
         }
     }

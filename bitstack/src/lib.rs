@@ -10,6 +10,8 @@ pub use bitstack_cuda as cuda;
 pub use bitstack_decomp as decomp;
 #[cfg(feature = "format")]
 pub use bitstack_format as format;
+#[cfg(feature = "format")]
+pub use bitstack_io as io;
 #[cfg(feature = "llm")]
 pub use bitstack_llm as llm;
 pub use bitstack_pack as pack;

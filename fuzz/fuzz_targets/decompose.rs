@@ -135,7 +135,7 @@ fuzz_target!(|input: Input| {
         if let Some(output) = error.output {
             assert!(output.squared_error >= 0.0 && output.relative_error >= 0.0, "{output:?}");
         }
-        let level = stack.blocks().len();
+        let level = stack.top_level();
         let rebuilt = stack.level(level).expect("it has so many").reconstruct();
         assert!(rebuilt.iter().all(|r| r.is_finite()), "level {level} is not finite");
         let actual = squared_error(weight.view(), &rebuilt, s);

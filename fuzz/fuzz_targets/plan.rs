@@ -3,7 +3,7 @@
 #![no_main]
 
 use arbitrary::Arbitrary;
-use bitstack_sort::{Balanced, GainPerByte, Greedy, LoadOrder, Method, Random, Scores, Sizes};
+use bitstack_sort::{Balanced, BlockId, GainPerByte, Greedy, LoadOrder, Sorter, Random, Scores, Sizes};
 use libfuzzer_sys::fuzz_target;
 
 #[derive(Debug, Arbitrary)]
@@ -22,10 +22,10 @@ struct Input {
 
 fn check(order: &LoadOrder, sizes: &Sizes, budgets: &[u64]) {
     let mut seen: Vec<usize> = vec![0; sizes.n_weights()];
-    for (position, (weight, block)) in order.iter().enumerate() {
-        assert_eq!(block, seen[weight], "blocks of a weight come in their order");
-        assert!(position >= sizes.n_weights() || block == 0, "first blocks come first");
+    for (position, BlockId { weight, block }) in order.iter().enumerate() {
         seen[weight] += 1;
+        assert_eq!(block, seen[weight], "blocks of a weight come in their order");
+        assert!(position >= sizes.n_weights() || block == 1, "first blocks come first");
     }
     for (weight, n) in seen.iter().enumerate() {
         assert_eq!(Some(*n), sizes.blocks(weight).map(<[u64]>::len));
@@ -60,7 +60,7 @@ fuzz_target!(|input: Input| {
     let shaped: Vec<Vec<f64>> = input.sizes.iter().map(|row| next.by_ref().take(row.len()).collect()).collect();
     let finite: Vec<Vec<f64>> =
         shaped.iter().map(|row| row.iter().map(|x| if x.is_finite() { *x } else { 1.0 }).collect()).collect();
-    let methods: [(&str, Box<dyn Method>); 4] = [
+    let methods: [(&str, Box<dyn Sorter>); 4] = [
         ("balanced", Box::new(Balanced { scores: Scores::new(&shaped) })),
         ("greedy", Box::new(Greedy { scores: Scores::new(&shaped) })),
         ("random", Box::new(Random { seed: input.seed })),
@@ -79,7 +79,7 @@ fuzz_target!(|input: Input| {
     // Of any shape, with any numbers.
     let free = Scores::new(input.free_scores.as_deref().unwrap_or(&shaped));
     for method in
-        [&Balanced { scores: free.clone() } as &dyn Method, &Greedy { scores: free.clone() }, &GainPerByte::new(free)]
+        [&Balanced { scores: free.clone() } as &dyn Sorter, &Greedy { scores: free.clone() }, &GainPerByte::new(free)]
     {
         if let Ok(order) = method.order(&sizes) {
             check(&order, &sizes, &input.budgets);

@@ -114,8 +114,8 @@ fuzz_target!(|input: Input| {
     let mut n_base = 0;
     for (name, dtype, data) in input.base.iter().take(4) {
         let dtype = [Dtype::F32, Dtype::F16, Dtype::BF16, Dtype::I8][usize::from(dtype % 4)];
-        let n = data.len() / dtype.bytes() as usize;
-        let data = &data[..n * dtype.bytes() as usize];
+        let n = data.len() / (dtype.bits() / 8) as usize;
+        let data = &data[..n * (dtype.bits() / 8) as usize];
         n_base += usize::from(draft.push_base(name, dtype, &[n], data).is_ok());
     }
     for (key, value) in input.provenance.iter().take(4) {

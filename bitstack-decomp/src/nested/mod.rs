@@ -9,9 +9,10 @@ mod signed;
 mod tile;
 
 use crate::envelope;
+use crate::options::par;
 use crate::report::measured;
 use crate::spikes::{self, Entry, List, Reach};
-use crate::{DecompError, DecomposeOptions, LevelError, Nested, OutputError, Parallelism, Step};
+use crate::{DecompError, DecomposeOptions, LevelReport, Nested, OutputReport, Step, Threads};
 use bitstack_core::{Basis, Block, Coefficients, FactorType, Shape, SignMatrix, Values, ValuesRef, WeightStack};
 use bitstack_pack::{packed_len, row_bytes};
 use choose::LANES;
@@ -116,9 +117,9 @@ pub(crate) fn steps(
     normal &= is_normal(coefficients[0].view().values(), &rows_before);
     plan.spikes = list(&plan.rows, plan.pattern[0][0]);
     let starts: Vec<usize> = (0..rows).step_by(TILE).collect();
-    let tiles: Vec<Done> = match options.parallelism {
-        Parallelism::Seq => starts.iter().map(|&first| plan.tile(weight, first)).collect(),
-        Parallelism::Rayon => starts.par_iter().with_max_len(1).map(|&first| plan.tile(weight, first)).collect(),
+    let tiles: Vec<Done> = match options.threads {
+        Threads::One => starts.iter().map(|&first| plan.tile(weight, first)).collect(),
+        Threads::Pool => starts.par_iter().with_max_len(1).map(|&first| plan.tile(weight, first)).collect(),
     };
 
     let mut spikes = None;
@@ -147,12 +148,12 @@ pub(crate) fn steps(
         let squared = error.scaled * columns.unit;
         // H̃ is positive semidefinite; the rounding of its products is not.
         let output = (error.output * metric.unit).max(0.0);
-        errors.push(LevelError {
+        errors.push(LevelReport {
             squared_error: squared,
             relative_error: ratio(squared, scaled_norm).sqrt(),
             output: options
                 .gram
-                .map(|_| OutputError { squared_error: output, relative_error: ratio(output, output_norm) }),
+                .map(|_| OutputReport { squared_error: output, relative_error: ratio(output, output_norm).sqrt() }),
         });
         stack.push(Block {
             signs: SignMatrix::from_bytes(rows, cols, signs)?,
@@ -163,7 +164,7 @@ pub(crate) fn steps(
     }
     if !normal {
         // What vanishes is not seen in normalised columns, and what nearly vanishes is not what it is taken for.
-        errors = measured(weight, s, options.gram, &stack, options.parallelism.par())?;
+        errors = measured(weight, s, options.gram, &stack, par(options.threads))?;
     }
     Ok(stack.into_blocks().into_iter().zip(errors).map(|(block, error)| Step { block, error }).collect())
 }

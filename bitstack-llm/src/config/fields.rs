@@ -3,7 +3,7 @@
 use super::limit;
 use super::rope::{Llama3Scaling, RopeConfig};
 use crate::LlmError;
-use bitstack_format::hostile::printable;
+use bitstack_io::hostile::printable;
 use serde_json::{Map, Value};
 
 pub(super) fn parse_object(text: &str, file: &str) -> Result<Map<String, Value>, LlmError> {

@@ -5,7 +5,8 @@
 use super::check_state;
 use crate::config::{Activation, Attention, FeedForward, FeedForwardInput, Linear, Mlp, Norm, Projections, VectorId};
 use crate::device::{Columns, Context, Cpu, Device, QUERY_BLOCK, Sequence, Weight};
-use crate::{Decoder, LlmError, Pass, Threads, math};
+use crate::{Decoder, LlmError, Pass, math};
+use bitstack_core::Threads;
 use faer::prelude::ReborrowMut;
 use faer::{MatMut, MatRef};
 use ndarray::{Array2, ArrayView2, ArrayViewMut2, Axis};

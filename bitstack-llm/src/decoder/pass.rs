@@ -2,7 +2,8 @@
 
 use super::KvCache;
 use crate::LlmError;
-use crate::device::{Cpu, Device, Done, Sequence, Threads};
+use crate::device::{Cpu, Device, Done, Sequence};
+use bitstack_core::Threads;
 use ndarray::ArrayView2;
 use std::ops::Range;
 

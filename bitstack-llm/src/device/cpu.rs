@@ -1,8 +1,9 @@
 //! The CPU: vector code for each operation, products by `bitstack-cpu` and faer.
 
-use super::{Columns, Context, Device, Done, Routes, Sequence, Threads, Weight, angle, inverse_frequencies};
+use super::{Columns, Context, Device, Done, Routes, Sequence, Weight, angle, inverse_frequencies};
 use crate::config::{Activation, Attention};
 use crate::{Dense, LlmError, Operator, RopeConfig, math};
+use bitstack_core::Threads;
 use bitstack_cpu::Scratch;
 use faer::prelude::ReborrowMut;
 use faer::{MatMut, MatRef};
@@ -297,7 +298,7 @@ impl Weight<Cpu> for Operator<'_> {
         let [rows, cols] = self.shape();
         let x = &x[..tokens * cols];
         queue.place(rows, tokens, y, place, |queue, y| {
-            let done = kernel.apply(level, x, y, queue.threads.into(), &mut queue.scratch);
+            let done = kernel.apply(level, x, y, queue.threads, &mut queue.scratch);
             done.expect("the decoder gives x of tokens x cols and y of tokens x rows");
         });
         Ok(())

@@ -23,6 +23,7 @@ pub(crate) use cpu::QUERY_BLOCK;
 use crate::config::{Activation, Attention};
 use crate::decoder::KvCache;
 use crate::{LlmError, RopeConfig};
+use bitstack_core::Threads;
 use std::fmt::Debug;
 use std::ops::Range;
 
@@ -187,25 +188,6 @@ pub trait Device: Debug + Clone + Send + Sync + Sized + 'static {
         shares: &[f32],
         out: &mut Self::Buffer,
     ) -> Done;
-}
-
-/// Whether operations may spread over the threads of the current rayon pool. The results are the same bits either way.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum Threads {
-    /// Stay on the calling thread: right when many calls (windows of text) already run side by side.
-    #[default]
-    One,
-    /// Use the pool: right for a single sequence.
-    Pool,
-}
-
-impl From<Threads> for bitstack_cpu::Threads {
-    fn from(threads: Threads) -> Self {
-        match threads {
-            Threads::One => Self::One,
-            Threads::Pool => Self::Pool,
-        }
-    }
 }
 
 /// A weight `W`, rows x cols (output x input features), known by what it does on a device.

@@ -1,8 +1,9 @@
 //! The oracle: every operation as its definition says, in plain loops, sums in f64.
 
-use super::{Columns, Context, Device, Done, Routes, Sequence, Threads, Weight, angle, inverse_frequencies};
+use super::{Columns, Context, Device, Done, Routes, Sequence, Weight, angle, inverse_frequencies};
 use crate::config::{Activation, Attention};
 use crate::{Dense, LlmError, Operator, RopeConfig};
+use bitstack_core::Threads;
 use std::ops::Range;
 
 /// The host's memory and plain loops: slow, and easy to believe.

@@ -3,7 +3,7 @@
 
 pub(crate) mod device;
 
-use bitstack_core::{Basis, Block, Coefficients, Level, Shape, SignMatrix, Spike, Spikes, Values, f16};
+use bitstack_core::{Basis, Block, Coefficients, Shape, SignMatrix, Spike, Spikes, Values, f16};
 use bitstack_format::{BlockSource, Draft, Dtype, ReadAt, StackFile};
 use bitstack_runtime::{Elastic, HostMemory, Memory, Options, Snapshot};
 use rand::rngs::StdRng;
@@ -76,8 +76,8 @@ pub(crate) fn products(file: &[u8], levels: &[u32]) -> Vec<Vec<f64>> {
     let file = StackFile::open(file).unwrap();
     let weights = file.weights();
     let product = |(w, &level): (usize, &u32)| {
-        let blocks: Vec<Block> = (1..=level as usize).map(|b| file.read_block(w, b).unwrap()).collect();
-        let level = Level::new(weights[w].shape, blocks.iter().map(Block::view)).unwrap();
+        let stack = file.read_stack(w, level).unwrap();
+        let level = stack.level(level).unwrap();
         level.matvec(&input(weights[w].shape.cols())).unwrap()
     };
     levels.iter().enumerate().map(product).collect()

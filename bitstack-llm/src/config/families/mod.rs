@@ -11,7 +11,7 @@ use super::fields::{Fields, bad};
 use super::layer::{Activation, Attention, FeedForward, FeedForwardInput, Layer, Mlp, Projections};
 use super::{ModelConfig, WeightRole, limit};
 use crate::LlmError;
-use bitstack_format::hostile::printable;
+use bitstack_io::hostile::printable;
 
 /// A family of decoders with the same arithmetic.
 pub(super) struct Family {

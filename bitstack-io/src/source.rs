@@ -4,10 +4,14 @@ use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
 
+/// What [`ReadAt::best_read_bytes`] says unless a source knows better: large enough for any disk, small enough to be hashed and arranged
+/// while still in the cache.
+pub const BEST_READ_BYTES: usize = 256 << 10;
+
 /// Bytes that can be read at any offset, by several threads at once: a file, a slice, an object store, ...
 ///
 /// ```
-/// use bitstack_format::ReadAt;
+/// use bitstack_io::ReadAt;
 /// let mut two = [0; 2];
 /// b"stack".read_exact_at(&mut two, 3)?;
 /// assert_eq!(&two, b"ck");
@@ -23,6 +27,12 @@ pub trait ReadAt {
     /// # Errors
     /// [`io::ErrorKind::UnexpectedEof`] when there are not that many; `buf` is then unspecified.
     fn read_exact_at(&self, buf: &mut [u8], offset_bytes: u64) -> io::Result<()>;
+
+    /// How many bytes are best read at once; whoever reads much reads it in pieces of about this size. More, when each read has a cost of
+    /// its own, as a request has. By default [`BEST_READ_BYTES`].
+    fn best_read_bytes(&self) -> usize {
+        BEST_READ_BYTES
+    }
 }
 
 impl ReadAt for [u8] {
@@ -87,8 +97,8 @@ impl ReadAt for File {
 /// A file by its path, opened for each read: for programs with more files than they may have open. It has to stay as it is.
 ///
 /// ```
-/// use bitstack_format::{FileAt, ReadAt};
-/// assert!(FileAt::new("no-such.bitstack").size_bytes().is_err());
+/// use bitstack_io::{FileAt, ReadAt};
+/// assert!(FileAt::new("no-such-file").size_bytes().is_err());
 /// ```
 #[derive(Debug, Clone)]
 pub struct FileAt {
@@ -176,6 +186,10 @@ macro_rules! read_at_through_pointer {
 
             fn read_exact_at(&self, buf: &mut [u8], offset_bytes: u64) -> io::Result<()> {
                 (**self).read_exact_at(buf, offset_bytes)
+            }
+
+            fn best_read_bytes(&self) -> usize {
+                (**self).best_read_bytes()
             }
         }
     )*};

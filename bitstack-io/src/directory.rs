@@ -1,4 +1,4 @@
-use crate::{Existing, FormatError};
+use crate::{Existing, FileError};
 use std::fs::{self, File};
 use std::io;
 use std::path::Path;
@@ -10,14 +10,14 @@ use std::path::Path;
 /// is moved aside first and removed last, with all that is in it; a process that is killed in between leaves it as `.<name>.*.old`.
 ///
 /// # Errors
-/// [`FormatError::Exists`]; [`FormatError::File`] with the operation that failed; whatever `write` returns.
-pub fn write_directory_atomically<T, E: From<FormatError>>(
+/// [`FileError::Exists`]; [`FileError::Failed`] with the operation that failed; whatever `write` returns.
+pub fn write_directory_atomically<T, E: From<FileError>>(
     path: impl AsRef<Path>,
     existing: Existing,
     write: impl FnOnce(&Path) -> Result<T, E>,
 ) -> Result<T, E> {
     let path = path.as_ref();
-    let failed = |operation, source| FormatError::File { operation, path: path.to_owned(), source };
+    let failed = |operation, source| FileError::Failed { operation, path: path.to_owned(), source };
     let name = path.file_name().ok_or_else(|| failed("create", io::ErrorKind::InvalidFilename.into()))?;
     let parent = match path.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
@@ -25,7 +25,7 @@ pub fn write_directory_atomically<T, E: From<FormatError>>(
     };
     let is_there = path.symlink_metadata().is_ok();
     if is_there && existing == Existing::Refuse {
-        return Err(FormatError::Exists { path: path.to_owned() }.into());
+        return Err(FileError::Exists { path: path.to_owned() }.into());
     }
     if is_there && !path.is_dir() {
         return Err(failed("replace", io::ErrorKind::NotADirectory.into()).into());
@@ -76,7 +76,7 @@ fn sync(dir: &Path) -> io::Result<()> {
 mod tests {
     use super::*;
 
-    fn put(dir: &Path, text: &str) -> Result<(), FormatError> {
+    fn put(dir: &Path, text: &str) -> Result<(), FileError> {
         Ok(fs::write(dir.join("file"), text)?)
     }
 
@@ -93,17 +93,17 @@ mod tests {
         write_directory_atomically(&out, Existing::Refuse, |dir| put(dir, "first")).unwrap();
         assert_eq!(read(), "first");
         let refused = write_directory_atomically(&out, Existing::Refuse, |dir| put(dir, "second"));
-        assert!(matches!(refused, Err(FormatError::Exists { .. })));
+        assert!(matches!(refused, Err(FileError::Exists { .. })));
         let failed = write_directory_atomically(&out, Existing::Replace, |dir| {
             put(dir, "half")?;
-            Err::<(), _>(FormatError::HeaderDamaged)
+            Err::<(), FileError>(io::Error::other("no more").into())
         });
-        assert!(matches!(failed, Err(FormatError::HeaderDamaged)));
+        assert!(matches!(failed, Err(FileError::Write { .. })));
         assert_eq!((read().as_str(), names(home.path())), ("first", vec!["out".to_owned()]));
         write_directory_atomically(&out, Existing::Replace, |dir| put(dir, "second")).unwrap();
         assert_eq!((read().as_str(), names(home.path())), ("second", vec!["out".to_owned()]));
         fs::write(home.path().join("plain"), "a file").unwrap();
         let onto_file = write_directory_atomically(home.path().join("plain"), Existing::Replace, |dir| put(dir, "x"));
-        assert!(matches!(onto_file, Err(FormatError::File { operation: "replace", .. })), "{onto_file:?}");
+        assert!(matches!(onto_file, Err(FileError::Failed { operation: "replace", .. })), "{onto_file:?}");
     }
 }

@@ -1,6 +1,6 @@
-//! What every reader of safetensors headers from strangers needs; the model runner reads other such files by the same rules.
+//! What every reader of files from strangers needs.
 
-use serde::de::{Deserialize, Deserializer, Error as _, SeqAccess, Visitor};
+use serde::de::{Deserialize, Deserializer, Error as _, MapAccess, SeqAccess, Visitor};
 use std::fmt;
 
 /// The most dimensions of a tensor. Weights have two.
@@ -12,6 +12,22 @@ const MAX_SHOWN: usize = 200;
 /// Text from a file, fit for an error message: short, and without characters that a terminal obeys.
 pub fn printable(text: &str) -> String {
     text.chars().map(|c| if c.is_control() { char::REPLACEMENT_CHARACTER } else { c }).take(MAX_SHOWN).collect()
+}
+
+/// Reads the value of a field of an object into `slot`, unless the field has been there before.
+///
+/// # Errors
+/// A field that stands twice; a value of another type.
+pub fn read_once<'de, T: Deserialize<'de>, A: MapAccess<'de>>(
+    slot: &mut Option<T>,
+    field: &'static str,
+    object: &mut A,
+) -> Result<(), A::Error> {
+    if slot.is_some() {
+        return Err(A::Error::duplicate_field(field));
+    }
+    *slot = Some(object.next_value()?);
+    Ok(())
 }
 
 /// A shape of at most [`MAX_DIMS`] dimensions: a long list of ones would make memory out of little text.

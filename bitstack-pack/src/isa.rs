@@ -3,11 +3,11 @@
 use std::fmt;
 use std::sync::OnceLock;
 
-/// A set of vector instructions that the kernels are written for. A higher level includes the lower ones.
+/// A set of vector instructions that the kernels are written for. A higher set includes the lower ones.
 ///
-/// Everything in this crate uses [`Level::detect`] by itself, and every level gives the same bits.
+/// Everything in this crate uses [`Isa::detect`] by itself, and every set gives the same bits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum Level {
+pub enum Isa {
     /// Portable Rust, on every architecture.
     Scalar,
     /// x86-64 with AVX2: 8 values at a time.
@@ -16,13 +16,13 @@ pub enum Level {
     Avx512,
 }
 
-impl Level {
-    /// Every level there is, lowest first, whether or not this CPU has it.
+impl Isa {
+    /// Every set there is, lowest first, whether or not this CPU has it.
     pub const ALL: [Self; 3] = [Self::Scalar, Self::Avx2, Self::Avx512];
 
-    /// The highest level that the running CPU and operating system support. The CPU is asked once.
+    /// The highest set that the running CPU and operating system support. The CPU is asked once.
     pub fn detect() -> Self {
-        static DETECTED: OnceLock<Level> = OnceLock::new();
+        static DETECTED: OnceLock<Isa> = OnceLock::new();
         *DETECTED.get_or_init(|| {
             #[cfg(target_arch = "x86_64")]
             if is_x86_feature_detected!("avx2") {
@@ -32,18 +32,18 @@ impl Level {
         })
     }
 
-    /// The levels that the running CPU has, lowest first. Never empty: [`Level::Scalar`] is always there.
+    /// The sets that the running CPU has, lowest first. Never empty: [`Isa::Scalar`] is always there.
     pub fn available() -> impl Iterator<Item = Self> {
-        Self::ALL.into_iter().filter(|level| level.is_available())
+        Self::ALL.into_iter().filter(|isa| isa.is_available())
     }
 
-    /// Whether the running CPU has this level.
+    /// Whether the running CPU has this set.
     pub fn is_available(self) -> bool {
         self <= Self::detect()
     }
 }
 
-impl fmt::Display for Level {
+impl fmt::Display for Isa {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.pad(match self {
             Self::Scalar => "scalar",

@@ -1,4 +1,4 @@
-use crate::FormatError;
+use crate::FileError;
 use std::io::{self, BufWriter, Write};
 use std::path::Path;
 use tempfile::NamedTempFile;
@@ -8,7 +8,7 @@ const BUFFER_BYTES: usize = 1 << 20;
 /// What to do when the output exists already.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Existing {
-    /// Leave it alone and report [`FormatError::Exists`].
+    /// Leave it alone and report [`FileError::Exists`].
     Refuse,
     /// Replace it, in one step, once the new contents are complete.
     Replace,
@@ -21,31 +21,32 @@ pub enum Existing {
 /// synced after it, which is an error too, the new file has its name already; it may lose it in a power cut.
 ///
 /// - **Two writers** of the same path, in one process or in several: with [`Existing::Replace`] the last to finish wins, with
-///   [`Existing::Refuse`] the first, and the others get [`FormatError::Exists`]. The file is always one of theirs, never a mixture.
+///   [`Existing::Refuse`] the first, and the others get [`FileError::Exists`]. The file is always one of theirs, never a mixture.
 /// - **A reader** that opens `path` meanwhile gets the old file or the new one, whole; one that has the old file open goes on reading
 ///   the old contents, until it closes it.
 /// - **A writer that is killed** may leave its temporary file, `.<name>.*.tmp`. Nothing reads it, and it can be deleted.
 ///
-/// `write` may use `?` on [`io::Error`]s of the writer: they come back with the path. Its other errors come back as they are.
+/// An error of the writer comes back as [`FileError::Failed`], with the path, whatever `write` makes of it. Other errors of `write` come
+/// back as they are.
 ///
 /// ```
-/// use bitstack_format::{Existing, FormatError, write_atomically};
+/// use bitstack_io::{Existing, FileError, write_atomically};
 /// let dir = tempfile::tempdir()?;
 /// let path = dir.path().join("out.txt");
-/// write_atomically(&path, Existing::Refuse, |out| Ok(out.write_all(b"whole")?))?;
+/// write_atomically(&path, Existing::Refuse, |out| Ok::<_, FileError>(out.write_all(b"whole")?))?;
 /// let again = write_atomically(&path, Existing::Refuse, |out| Ok(out.write_all(b"other")?));
-/// assert!(matches!(again, Err(FormatError::Exists { .. })));
+/// assert!(matches!(again, Err(FileError::Exists { .. })));
 /// assert_eq!(std::fs::read(&path)?, b"whole");
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 ///
 /// # Errors
-/// [`FormatError::Exists`]; [`FormatError::File`] with the operation that failed; whatever `write` returns.
-pub fn write_atomically<T>(
+/// [`FileError::Exists`]; [`FileError::Failed`] with the operation that failed; whatever `write` returns.
+pub fn write_atomically<T, E: From<FileError>>(
     path: impl AsRef<Path>,
     existing: Existing,
-    write: impl FnOnce(&mut dyn Write) -> Result<T, FormatError>,
-) -> Result<T, FormatError> {
+    write: impl FnOnce(&mut dyn Write) -> Result<T, E>,
+) -> Result<T, E> {
     let path = path.as_ref();
     create(&Disk, directory_of(path), path, existing, write)
 }
@@ -55,12 +56,12 @@ pub fn write_atomically<T>(
 ///
 /// # Errors
 /// As [`write_atomically`].
-pub fn write_atomically_through<T>(
+pub fn write_atomically_through<T, E: From<FileError>>(
     dir: impl AsRef<Path>,
     path: impl AsRef<Path>,
     existing: Existing,
-    write: impl FnOnce(&mut dyn Write) -> Result<T, FormatError>,
-) -> Result<T, FormatError> {
+    write: impl FnOnce(&mut dyn Write) -> Result<T, E>,
+) -> Result<T, E> {
     create(&Disk, dir.as_ref(), path.as_ref(), existing, write)
 }
 
@@ -118,41 +119,84 @@ impl FileSystem for Disk {
     }
 }
 
-fn create<T, F: FileSystem>(
+fn create<T, E: From<FileError>, F: FileSystem>(
     files: &F,
     temporary: &Path,
     path: &Path,
     existing: Existing,
-    write: impl FnOnce(&mut dyn Write) -> Result<T, FormatError>,
-) -> Result<T, FormatError> {
-    let failed = |operation, source| FormatError::File { operation, path: path.to_owned(), source };
+    write: impl FnOnce(&mut dyn Write) -> Result<T, E>,
+) -> Result<T, E> {
+    let failed = |operation, source| FileError::Failed { operation, path: path.to_owned(), source };
     let name = path.file_name().ok_or_else(|| failed("create", io::ErrorKind::InvalidFilename.into()))?;
     if existing == Existing::Refuse && path.symlink_metadata().is_ok() {
-        return Err(FormatError::Exists { path: path.to_owned() });
+        return Err(FileError::Exists { path: path.to_owned() }.into());
     }
     if path.is_dir() {
-        return Err(failed("create", io::ErrorKind::IsADirectory.into()));
+        return Err(failed("create", io::ErrorKind::IsADirectory.into()).into());
     }
     let prefix = format!(".{}.", name.to_string_lossy());
     let file = files.create_temporary(temporary, &prefix).map_err(|e| failed("create", e))?;
 
-    let mut out = BufWriter::with_capacity(BUFFER_BYTES, file);
-    let written = write(&mut out).and_then(|value| Ok(out.flush().map(|()| value)?));
+    let mut out = Noting { out: BufWriter::with_capacity(BUFFER_BYTES, file), error: None };
+    let written = write(&mut out);
+    let flushed = if written.is_ok() { out.flush() } else { Ok(()) };
+    let Noting { out, error } = out;
     // Taken apart rather than dropped, which would try to write what is left.
     let (file, _) = out.into_parts();
-    let value = written.map_err(|error| match error {
-        FormatError::Write { source } => failed("write", source),
-        other => other,
-    })?;
+    let value = match (written, error) {
+        (Err(_), Some(error)) => return Err(failed("write", error).into()),
+        (written, _) => written?,
+    };
+    flushed.map_err(|e| failed("write", e))?;
     files.sync(&file).map_err(|e| failed("sync", e))?;
     files.persist(file, path, existing).map_err(|e| match (existing, e.kind()) {
-        (Existing::Refuse, io::ErrorKind::AlreadyExists) => FormatError::Exists { path: path.to_owned() },
+        (Existing::Refuse, io::ErrorKind::AlreadyExists) => FileError::Exists { path: path.to_owned() },
         (Existing::Refuse, _) => failed("create", e),
         (Existing::Replace, _) => failed("replace", e),
     })?;
     // The name is durable only once the directory is.
     files.sync_dir(directory_of(path)).map_err(|e| failed("sync the directory of", e))?;
     Ok(value)
+}
+
+/// A writer that keeps the last error, and gives its caller one that reads the same.
+struct Noting<W> {
+    out: W,
+    error: Option<io::Error>,
+}
+
+impl<W> Noting<W> {
+    fn note<T>(&mut self, result: io::Result<T>) -> io::Result<T> {
+        result.map_err(|error| {
+            if error.kind() == io::ErrorKind::Interrupted {
+                // To be tried again.
+                return error;
+            }
+            let same = match error.raw_os_error() {
+                Some(code) => io::Error::from_raw_os_error(code),
+                None => io::Error::new(error.kind(), error.to_string()),
+            };
+            self.error = Some(error);
+            same
+        })
+    }
+}
+
+impl<W: Write> Write for Noting<W> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let result = self.out.write(bytes);
+        self.note(result)
+    }
+
+    fn write_all(&mut self, bytes: &[u8]) -> io::Result<()> {
+        let result = self.out.write_all(bytes);
+        self.note(result)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        let result = self.out.flush();
+        self.note(result)
+    }
 }
 
 #[cfg(test)]
@@ -255,12 +299,12 @@ mod tests {
             let left = Rc::new(Cell::new(Some(n)));
             let files = Faulty { fault, left: Rc::clone(&left) };
             let result = create(&files, dir.path(), &path, existing, |out| {
-                contents.chunks(100_000).try_for_each(|part| out.write_all(part)).map_err(FormatError::from)
+                contents.chunks(100_000).try_for_each(|part| out.write_all(part)).map_err(FileError::from)
             });
             let names: Vec<_> = dir.path().read_dir().unwrap().map(|entry| entry.unwrap().file_name()).collect();
             match result {
                 Ok(()) => assert_eq!(std::fs::read(&path).unwrap(), contents, "operation {n}"),
-                Err(FormatError::File { operation, path: named, .. }) => {
+                Err(FileError::Failed { operation, path: named, .. }) => {
                     assert_eq!(named, path, "operation {n}");
                     operations.push(operation);
                     match (operation, existing) {
