@@ -4,7 +4,6 @@
 mod elastic;
 mod error;
 mod load;
-pub mod measure;
 mod policy;
 mod resident;
 mod snapshot;
@@ -18,5 +17,5 @@ pub use elastic::{Elastic, Options, Start, Status, load_order};
 pub use error::RuntimeError;
 pub use policy::Policy;
 pub use snapshot::Snapshot;
-pub use system::{Reading, Sensors, process_resident_bytes};
+pub use system::{Reading, Sensors, process_peak_bytes, process_resident_bytes};
 pub use watch::Watcher;
