@@ -6,9 +6,9 @@
 //! `cargo run --release -p bitstack-examples --example 04-elastic` prints a line per budget. The model is made of random planes, 430
 //! million weights of 6 bits: large enough to see in the process's size, and quickly made; its text is noise.
 
+use bitstack_bench::synthetic::{self, ModelShape};
 use bitstack_format::StackFile;
 use bitstack_io::Existing;
-use bitstack_llm::synthetic::{self, ModelShape};
 use bitstack_llm::{ElasticModel, KvCache, Pass, Threads};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 

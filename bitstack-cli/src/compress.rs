@@ -8,6 +8,7 @@ use super::{print, quality, size, usage};
 use anyhow::{Context, Result};
 use bitstack_io::Existing;
 use bitstack_llm::{BlockMethod, Checkpoint, CompressOptions, Journal, LlmError, OrderBy, Part, Progress, Scaling};
+use bitstack_runtime::process_peak_bytes;
 use serde_json::json;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -103,7 +104,7 @@ fn write(args: &Compress, reporter: &Reporter) -> Result<()> {
         size::show(most),
         size::show(checkpoint.stored_bytes()),
         started.elapsed().as_secs_f64(),
-        peak_memory().map(|b| format!(", peak memory {}", size::show(b))).unwrap_or_default()
+        process_peak_bytes().map(|b| format!(", peak memory {}", size::show(b))).unwrap_or_default()
     ));
     if args.timings {
         to_stderr(&table(&timings.so_far()));
@@ -220,12 +221,4 @@ pub(crate) fn refuse_existing(path: &Path, force: bool) -> Result<()> {
 pub(crate) fn read_text(path: &Path) -> Result<String> {
     let bytes = std::fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
     String::from_utf8(bytes).with_context(|| format!("{} is not UTF-8 text", path.display()))
-}
-
-/// The most memory this process has had, where the system says it.
-pub(crate) fn peak_memory() -> Option<u64> {
-    let status = std::fs::read_to_string("/proc/self/status").ok()?;
-    let line = status.lines().find_map(|l| l.strip_prefix("VmHWM:"))?;
-    let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
-    Some(kib * 1024)
 }

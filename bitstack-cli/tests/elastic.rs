@@ -2,7 +2,7 @@
 #![cfg(target_os = "linux")]
 #![expect(clippy::print_stdout, reason = "a test that is skipped says so")]
 
-use bitstack_llm::synthetic::{self, ModelShape};
+use bitstack_bench::synthetic::{self, ModelShape};
 use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};

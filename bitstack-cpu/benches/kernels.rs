@@ -2,7 +2,7 @@
 //!
 //! `cargo bench -p bitstack-cpu`. 4096 x 4096, one thread and the pool, every instruction set this CPU has; elements per second are weights
 //! times tokens. The weight is the same in every round, so one token reads it from the last cache where that is large enough;
-//! `bitstack_cpu::measure` streams weights from memory and compares with a plain read.
+//! `bitstack bench kernels` streams weights from memory and compares with a plain read.
 
 use std::hint::black_box;
 use std::time::Duration;

@@ -9,7 +9,6 @@ mod isa;
 #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code, reason = "the portable loops need less"))]
 #[allow(unsafe_code, reason = "vector loads and stores, and calls that need instructions found at run time")]
 mod kernel;
-pub mod measure;
 
 pub use apply::{Kernel, Scratch};
 pub use bitstack_core::Threads;

@@ -5,6 +5,11 @@ use half::{bf16, f16};
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 
+type Product = fn(&Kernel, DenseValues<'_>, usize, &[f32], &mut [f32], Threads) -> Result<(), CpuError>;
+
+/// For a few tokens, and for many: both are right for any number.
+const PRODUCTS: [Product; 2] = [Kernel::apply_dense, Kernel::apply_dense_to_many];
+
 /// Calls `check` with `w` stored in each type, and with what was stored, in f64.
 fn in_each_type(w: &[f32], check: impl Fn(&str, DenseValues<'_>, &[f64])) {
     let wide = |values: &mut dyn Iterator<Item = f32>| values.map(f64::from).collect::<Vec<_>>();
@@ -20,15 +25,16 @@ fn dense_products_equal_the_definition_on_any_number_of_threads() {
     let mut rng = StdRng::seed_from_u64(1);
     // The last is more than one task.
     for (rows, cols) in [(1, 1), (3, 15), (5, 16), (2, 63), (7, 64), (4, 129), (1, 1031), (301, 577)] {
-        for tokens in 0..=9 {
+        for tokens in (0..=9).chain([40]) {
             // Down to f16's subnormals.
             let w: Vec<f32> =
                 (0..rows * cols).map(|i| rng.random_range(-1.0f32..1.0) * 10f32.powi(-(i as i32 % 7))).collect();
             let x: Vec<f32> = (0..tokens * cols).map(|_| rng.random_range(-1.0..1.0)).collect();
             in_each_type(&w, |name, values, exact| {
-                for kernel in Isa::available().filter_map(Kernel::with_isa) {
+                let kernels = || Isa::available().filter_map(Kernel::with_isa);
+                for (kernel, product) in kernels().flat_map(|kernel| PRODUCTS.map(|product| (kernel, product))) {
                     let mut y = vec![f32::NAN; tokens * rows];
-                    kernel.apply_dense(values, cols, &x, &mut y, Threads::One).unwrap();
+                    product(&kernel, values, cols, &x, &mut y, Threads::One).unwrap();
                     for (y, x) in y.chunks(rows).zip(x.chunks(cols)) {
                         for (y, w) in y.iter().zip(exact.chunks(cols)) {
                             let products = || w.iter().zip(x).map(|(w, x)| w * f64::from(*x));
@@ -39,7 +45,7 @@ fn dense_products_equal_the_definition_on_any_number_of_threads() {
                         }
                     }
                     let mut pooled = vec![f32::NAN; tokens * rows];
-                    kernel.apply_dense(values, cols, &x, &mut pooled, Threads::Pool).unwrap();
+                    product(&kernel, values, cols, &x, &mut pooled, Threads::Pool).unwrap();
                     assert!(y.iter().zip(&pooled).all(|(a, b)| a.to_bits() == b.to_bits()), "{name}: pool");
                 }
             });
@@ -54,9 +60,10 @@ fn what_is_not_finite_stays_so_and_in_its_row() {
             let mut w = vec![0.5; 3 * 71];
             w[71 + at] = bad;
             in_each_type(&w, |name, values, _| {
-                for kernel in Isa::available().filter_map(Kernel::with_isa) {
+                let kernels = || Isa::available().filter_map(Kernel::with_isa);
+                for (kernel, product) in kernels().flat_map(|kernel| PRODUCTS.map(|product| (kernel, product))) {
                     let mut y = [0.0; 3];
-                    kernel.apply_dense(values, 71, &[1.0; 71], &mut y, Threads::One).unwrap();
+                    product(&kernel, values, 71, &[1.0; 71], &mut y, Threads::One).unwrap();
                     assert!(y[0] == 35.5 && y[2] == 35.5, "{name}, {}: {y:?}", kernel.isa());
                     assert!(y[1] == bad || (y[1].is_nan() && bad.is_nan()), "{name}, {}: {y:?}", kernel.isa());
                 }
@@ -69,10 +76,14 @@ fn what_is_not_finite_stays_so_and_in_its_row() {
 fn lengths_that_do_not_fit_are_refused_and_nothing_is_written() {
     let apply = |w: usize, cols: usize, x: usize, y: usize| {
         let (w, x) = (vec![1.0; w], vec![1.0; x]);
-        let mut y = vec![7.0; y];
-        let result = Kernel::detect().apply_dense(DenseValues::F32(&w), cols, &x, &mut y, Threads::One);
-        assert!(result.is_ok() || y.iter().all(|y| *y == 7.0));
-        result
+        let [few, many] = PRODUCTS.map(|product| {
+            let mut y = vec![7.0; y];
+            let result = product(&Kernel::detect(), DenseValues::F32(&w), cols, &x, &mut y, Threads::One);
+            assert!(result.is_ok() || y.iter().all(|y| *y == 7.0));
+            result
+        });
+        assert_eq!(few, many);
+        few
     };
     assert_eq!(apply(6, 3, 3, 2), Ok(()));
     assert_eq!(apply(0, 3, 3, 0), Ok(()));

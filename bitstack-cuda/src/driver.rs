@@ -12,6 +12,7 @@ use crate::plan::{
 };
 use crate::stack::DeviceStack;
 use bytemuck::Pod;
+#[cfg(feature = "cublas")]
 use cudarc::cublas::{CudaBlas, sys as cublas};
 use cudarc::driver::sys::CUresult;
 use cudarc::driver::{
@@ -72,11 +73,6 @@ pub(crate) fn driver_is_present() -> bool {
 pub(crate) fn nvrtc_is_present() -> bool {
     // SAFETY: loading NVRTC runs its initialisers, which have no preconditions.
     unsafe { cudarc::nvrtc::sys::is_culib_present() }
-}
-
-pub(crate) fn cublas_is_present() -> bool {
-    // SAFETY: loading cuBLAS runs its initialisers, which have no preconditions.
-    unsafe { cublas::is_culib_present() }
 }
 
 /// The values in a new buffer, in stream order.
@@ -391,47 +387,77 @@ fn let_wait(stream: &Arc<CudaStream>, stacks: &[&DeviceStack]) -> Result<(), Cud
     Ok(())
 }
 
-/// y = x Wᵀ by cuBLAS in f16 with f32 sums, to measure against. W: rows x cols · x: tokens x cols · y: tokens x rows.
-pub(crate) fn cublas_product(
-    blas: &CudaBlas,
-    stream: &Arc<CudaStream>,
-    (rows, cols, tokens): (usize, usize, usize),
-    w: &CudaSlice<f16>,
-    x: &CudaSlice<f16>,
-    y: &mut CudaSlice<f16>,
-) -> Result<(), CudaError> {
-    equal("W", rows * cols, w.len())?;
-    equal("x", tokens * cols, x.len())?;
-    equal("y", tokens * rows, y.len())?;
-    at_most("a side of a product", i32::MAX as usize, rows.max(cols).max(tokens))?;
-    let [m, k, n] = [rows, cols, tokens].map(|side| side as i32);
-    let (one, zero) = (1.0f32, 0.0f32);
-    let ((w, _w), (x, _x), (y, _y)) = (w.device_ptr(stream), x.device_ptr(stream), y.device_ptr_mut(stream));
-    let half = cublas::cudaDataType_t::CUDA_R_16F;
-    // SAFETY: the handle lives as long as `blas`; column-major, W is a k x m matrix to be transposed, x a k x n and y an m x n one, of the
-    // sizes checked above; alpha and beta are f32 as the compute type says, and are read before the call returns.
-    unsafe {
-        cudarc::cublas::result::gemm_ex(
-            *blas.handle(),
-            cublas::cublasOperation_t::CUBLAS_OP_T,
-            cublas::cublasOperation_t::CUBLAS_OP_N,
-            m,
-            n,
-            k,
-            (&raw const one).cast(),
-            w as *const _,
-            half,
-            k,
-            x as *const _,
-            half,
-            k,
-            (&raw const zero).cast(),
-            y as *mut _,
-            half,
-            m,
-            cublas::cublasComputeType_t::CUBLAS_COMPUTE_32F,
-            cublas::cublasGemmAlgo_t::CUBLAS_GEMM_DEFAULT_TENSOR_OP,
-        )
+/// y = x Wᵀ with an ordinary matrix by NVIDIA's library, to compare with: f16, sums in f32.
+#[cfg(feature = "cublas")]
+#[derive(Debug)]
+pub struct CublasProduct {
+    blas: CudaBlas,
+    stream: Arc<CudaStream>,
+}
+
+#[cfg(feature = "cublas")]
+impl CublasProduct {
+    /// Products on this stream; `None` where there is no cuBLAS.
+    ///
+    /// # Errors
+    /// [`CudaError::Cublas`] when the library does not start.
+    pub fn new(stream: &Arc<CudaStream>) -> Result<Option<Self>, CudaError> {
+        // SAFETY: loading cuBLAS runs its initialisers, which have no preconditions.
+        if !unsafe { cublas::is_culib_present() } {
+            return Ok(None);
+        }
+        let blas = CudaBlas::new(stream.clone()).map_err(|error| CudaError::Cublas { error })?;
+        Ok(Some(Self { blas, stream: stream.clone() }))
     }
-    .map_err(|error| CudaError::Cublas { error })
+
+    /// y = x Wᵀ, in stream order. The first call sets the library up, and cannot be captured in a graph.
+    ///
+    /// # Shapes
+    /// `w`: rows x cols; `x`: tokens x cols; `y`: tokens x rows, overwritten; all row-major.
+    ///
+    /// # Errors
+    /// [`CudaError::Mismatch`] and [`CudaError::TooLarge`] when the sides do not fit; [`CudaError::Cublas`].
+    pub fn apply(
+        &self,
+        (rows, cols, tokens): (usize, usize, usize),
+        w: &CudaSlice<f16>,
+        x: &CudaSlice<f16>,
+        y: &mut CudaSlice<f16>,
+    ) -> Result<(), CudaError> {
+        equal("W", rows * cols, w.len())?;
+        equal("x", tokens * cols, x.len())?;
+        equal("y", tokens * rows, y.len())?;
+        at_most("a side of a product", i32::MAX as usize, rows.max(cols).max(tokens))?;
+        let [m, k, n] = [rows, cols, tokens].map(|side| side as i32);
+        let (one, zero) = (1.0f32, 0.0f32);
+        let stream = &self.stream;
+        let ((w, _w), (x, _x), (y, _y)) = (w.device_ptr(stream), x.device_ptr(stream), y.device_ptr_mut(stream));
+        let half = cublas::cudaDataType_t::CUDA_R_16F;
+        // SAFETY: the handle lives as long as `blas`; column-major, W is a k x m matrix to be transposed, x a k x n and y an m x n one, of
+        // the sizes checked above; alpha and beta are f32 as the compute type says, and are read before the call returns.
+        unsafe {
+            cudarc::cublas::result::gemm_ex(
+                *self.blas.handle(),
+                cublas::cublasOperation_t::CUBLAS_OP_T,
+                cublas::cublasOperation_t::CUBLAS_OP_N,
+                m,
+                n,
+                k,
+                (&raw const one).cast(),
+                w as *const _,
+                half,
+                k,
+                x as *const _,
+                half,
+                k,
+                (&raw const zero).cast(),
+                y as *mut _,
+                half,
+                m,
+                cublas::cublasComputeType_t::CUBLAS_COMPUTE_32F,
+                cublas::cublasGemmAlgo_t::CUBLAS_GEMM_DEFAULT_TENSOR_OP,
+            )
+        }
+        .map_err(|error| CudaError::Cublas { error })
+    }
 }

@@ -54,7 +54,8 @@ pub enum CudaError {
         /// The driver's answer.
         source: DriverError,
     },
-    /// A call of cuBLAS, used for comparison only, fails.
+    /// A call of cuBLAS fails.
+    #[cfg(feature = "cublas")]
     #[error("cuBLAS fails: {error:?}")]
     Cublas {
         /// Its answer.

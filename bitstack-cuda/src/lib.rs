@@ -6,7 +6,6 @@
 mod driver;
 mod error;
 mod layout;
-pub mod measure;
 mod module;
 mod plan;
 #[cfg(test)]
@@ -14,6 +13,8 @@ mod shim;
 mod stack;
 
 pub use cudarc;
+#[cfg(feature = "cublas")]
+pub use driver::CublasProduct;
 pub use driver::{Element, Half, Workspace, download, upload, zeros};
 pub use error::CudaError;
 pub use module::{Kernels, Origin, context};

@@ -112,19 +112,6 @@ wide! {
         black_box(black_box([0.0_f32; LANES]).map(|v| v + 1.0));
     }
 
-    /// A sum over all bytes, in words of eight: what it takes to have read them.
-    pub(crate) fn checksum(bytes: &[u8]) -> u64 {
-        let mut sums = [0_u64; LANES];
-        let (chunks, _) = bytes.as_chunks::<{ 8 * LANES }>();
-        for chunk in chunks {
-            let (words, _) = chunk.as_chunks::<8>();
-            for (sum, word) in sums.iter_mut().zip(words) {
-                *sum = sum.wrapping_add(u64::from_le_bytes(*word));
-            }
-        }
-        sums.iter().fold(0, |a, b| a.wrapping_add(*b))
-    }
-
     /// Replaces scores by their softmax.
     pub(crate) fn softmax(x: &mut [f32]) {
         let top = max(x);

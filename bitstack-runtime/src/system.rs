@@ -171,6 +171,12 @@ pub fn process_resident_bytes() -> Option<u64> {
     pages.checked_mul(page_bytes() as u64)
 }
 
+/// The most bytes of this process that were ever in memory, as the system counts them; `None` where it does not tell (it does on Linux).
+pub fn process_peak_bytes() -> Option<u64> {
+    let status = fs::read_to_string("/proc/self/status").ok()?;
+    field(&status, "VmHWM:")?.checked_mul(1024)
+}
+
 /// Bytes of a page of memory.
 pub(crate) fn page_bytes() -> usize {
     #[cfg(unix)]
@@ -293,6 +299,8 @@ mod tests {
         let reading = Sensors::detect().read();
         let (available, limit) = (reading.available_bytes.unwrap(), reading.limit_bytes.unwrap());
         assert!(0 < available && available <= limit && limit < 1 << 50, "{reading:?}");
-        assert!(process_resident_bytes().unwrap() > 1 << 20);
+        let resident = process_resident_bytes().unwrap();
+        // The system counts in batches.
+        assert!(resident > 1 << 20 && process_peak_bytes().unwrap() + (1 << 20) > resident);
     }
 }

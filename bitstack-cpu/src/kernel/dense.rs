@@ -1,71 +1,60 @@
-//! Dense products: of a few tokens, and of many to measure against, as quick as this crate knows to make them.
+//! Dense products: of one token or two row by row, of many from tiles of W widened in the cache.
 
+use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
-use rayon::prelude::*;
 
 use super::{factors, tile};
-use crate::{DenseValues, Isa, Threads};
+use crate::{DenseValues, Isa};
 
-/// Rows of a task.
-const BLOCK_ROWS: usize = 4 * tile::ROWS;
+/// Rows of a task of a product from tiles.
+pub(crate) const TASK_ROWS: usize = 4 * tile::ROWS;
 
-/// x, laid out for dense products.
-pub(crate) struct Product {
-    rows: usize,
-    cols: usize,
-    tokens: usize,
-    isa: Isa,
-    x: Vec<f32>,
-    /// `panels of tokens x columns`.
-    panels: Vec<[f32; tile::PANEL]>,
+/// Tokens (tokens x cols, row-major) side by side in panels: `panels x columns`, the last one filled up with zeros.
+pub(crate) fn panels(x: &[f32], cols: usize) -> Vec<[f32; tile::PANEL]> {
+    let tokens = x.len() / cols;
+    let mut panels = vec![[0.0; tile::PANEL]; tokens.div_ceil(tile::PANEL) * cols];
+    for (t, x) in x.chunks_exact(cols).enumerate() {
+        for (panel, &x) in panels[t / tile::PANEL * cols..].iter_mut().zip(x) {
+            panel[t % tile::PANEL] = x;
+        }
+    }
+    panels
 }
 
-impl Product {
-    pub(crate) fn new(rows: usize, cols: usize, x: &[f32], isa: Isa) -> Self {
-        assert!(isa.is_available() && cols > 0 && x.len().is_multiple_of(cols));
-        let tokens = x.len() / cols;
-        let mut panels = vec![[0.0; tile::PANEL]; tokens.div_ceil(tile::PANEL) * cols];
-        for (t, x) in x.chunks_exact(cols).enumerate() {
-            for (panel, &x) in panels[t / tile::PANEL * cols..].iter_mut().zip(x) {
-                panel[t % tile::PANEL] = x;
+/// y = x Wᵀ, a tile of W at a time. `w` is rows of `cols` values, `panels` as [`panels`] makes them; `y` has a slice for each token.
+pub(crate) fn tiles(isa: Isa, w: DenseValues<'_>, cols: usize, panels: &[[f32; tile::PANEL]], y: &mut [&mut [f32]]) {
+    let rows = w.len() / cols;
+    let mut tile: tile::Tile = [[0.0; tile::COLS]; tile::ROWS];
+    for first_row in (0..rows).step_by(tile::ROWS) {
+        let n_rows = tile::ROWS.min(rows - first_row);
+        let mut sums = vec![[[0.0; tile::PANEL]; tile::ROWS]; panels.len() / cols];
+        for first_col in (0..cols).step_by(tile::COLS) {
+            let n = tile::COLS.min(cols - first_col);
+            for (r, tile) in tile[..n_rows].iter_mut().enumerate() {
+                w.widen((first_row + r) * cols + first_col, &mut tile[..n]);
+            }
+            for (panel, sums) in panels.chunks_exact(cols).zip(&mut sums) {
+                tile::multiply(isa, &tile, &panel[first_col..][..n], sums);
             }
         }
-        Self { rows, cols, tokens, isa, x: x.to_vec(), panels }
-    }
-
-    /// y = W x, with W in bf16, `rows x cols`; `y` is `blocks of BLOCK_ROWS rows x tokens x rows of the block`.
-    pub(crate) fn run(&self, w: &[u16], y: &mut [f32], threads: Threads) {
-        assert!(w.len() == self.rows * self.cols && y.len() == self.rows * self.tokens);
-        let task = |(y, w): (&mut [f32], &[u16])| match self.tokens {
-            1 => rows(self.isa, DenseValues::Bf16(bytemuck::cast_slice(w)), [&self.x], [y]),
-            _ => self.block(w, y),
-        };
-        let (y_len, w_len) = (BLOCK_ROWS * self.tokens, BLOCK_ROWS * self.cols);
-        match threads {
-            Threads::One => y.chunks_mut(y_len).zip(w.chunks(w_len)).for_each(task),
-            Threads::Pool => y.par_chunks_mut(y_len).zip(w.par_chunks(w_len)).for_each(task),
+        for (t, y) in y.iter_mut().enumerate() {
+            for (y, sums) in y[first_row..].iter_mut().zip(&sums[t / tile::PANEL]) {
+                *y = sums[t % tile::PANEL];
+            }
         }
     }
+}
 
-    fn block(&self, w: &[u16], y: &mut [f32]) {
-        let rows = w.len() / self.cols;
-        let mut tile: tile::Tile = [[0.0; tile::COLS]; tile::ROWS];
-        for (first_row, w) in (0..).step_by(tile::ROWS).zip(w.chunks(tile::ROWS * self.cols)) {
-            let mut sums = vec![[[0.0; tile::PANEL]; tile::ROWS]; self.tokens.div_ceil(tile::PANEL)];
-            for first_col in (0..self.cols).step_by(tile::COLS) {
-                let n = tile::COLS.min(self.cols - first_col);
-                for (tile, w) in tile.iter_mut().zip(w.chunks_exact(self.cols)) {
-                    for (tile, &w) in tile.iter_mut().zip(&w[first_col..][..n]) {
-                        *tile = f32::from_bits(u32::from(w) << 16);
-                    }
-                }
-                for (panel, sums) in self.panels.chunks_exact(self.cols).zip(&mut sums) {
-                    tile::multiply(self.isa, &tile, &panel[first_col..][..n], sums);
-                }
-            }
-            for (t, y) in y.chunks_exact_mut(rows).enumerate() {
-                for (y, sums) in y[first_row..].iter_mut().zip(&sums[t / tile::PANEL]) {
-                    *y = sums[t % tile::PANEL];
+impl DenseValues<'_> {
+    /// The values from `start` on, as many as `out` has, as f32.
+    fn widen(self, start: usize, out: &mut [f32]) {
+        let range = start..start + out.len();
+        match self {
+            Self::F32(w) => out.copy_from_slice(&w[range]),
+            Self::F16(w) => w[range].convert_to_f32_slice(out),
+            Self::Bf16(w) => {
+                for (out, w) in out.iter_mut().zip(&w[range]) {
+                    *out = f32::from_bits(u32::from(w.to_bits()) << 16);
                 }
             }
         }
@@ -271,37 +260,4 @@ fn total<const L: usize>(mut sums: [f32; L]) -> f32 {
         half /= 2;
     }
     sums[0]
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn dense_products_equal_the_definition() {
-        let (rows, cols) = (BLOCK_ROWS + 5, 300);
-        for tokens in [1, 2, 40] {
-            // Small whole numbers: exact in bf16 and in every order of f32 sums.
-            let number = |i: usize| ((i * i + 3 * i) % 7) as f32 - 3.0;
-            let x: Vec<f32> = (0..tokens * cols).map(number).collect();
-            let w: Vec<f32> = (0..rows * cols).map(|i| number(i + 5)).collect();
-            let bf16: Vec<u16> = w.iter().map(|w| (w.to_bits() >> 16) as u16).collect();
-            for isa in Isa::available() {
-                for threads in [Threads::One, Threads::Pool] {
-                    let mut y = vec![f32::NAN; tokens * rows];
-                    Product::new(rows, cols, &x, isa).run(&bf16, &mut y, threads);
-                    for (first_row, y) in (0..rows).step_by(BLOCK_ROWS).zip(y.chunks(BLOCK_ROWS * tokens)) {
-                        let n = y.len() / tokens;
-                        for (t, y) in y.chunks_exact(n).enumerate() {
-                            for (r, &y) in (first_row..).zip(y) {
-                                let expected: f32 =
-                                    w[r * cols..][..cols].iter().zip(&x[t * cols..]).map(|(w, x)| w * x).sum();
-                                assert_eq!(y, expected, "{isa}, {tokens} tokens, row {r}, token {t}");
-                            }
-                        }
-                    }
-                }
-            }
-        }
-    }
 }

@@ -3,15 +3,15 @@
 //! Each time is the mean over a CUDA graph of launches on different copies of the weight, more of them than the second-level cache holds,
 //! median of five. Weights are random: gaussian factors, random signs. Nothing is printed here.
 
-use crate::driver::{cublas_is_present, cublas_product, download, upload, zeros};
-use crate::error::{CudaError, Doing};
-use crate::module::{Kernels, Origin};
-use crate::{DeviceStack, Workspace};
-use bitstack_core::{Basis, Block, BlockRef, Coefficients, Level, Shape, SignMatrix, Values};
-use cudarc::cublas::CudaBlas;
-use cudarc::driver::sys::{CUevent_flags, CUgraphInstantiate_flags, CUstreamCaptureMode};
-use cudarc::driver::{CudaSlice, CudaStream};
-use half::f16;
+use crate::random::SplitMix;
+use crate::statistics::median;
+use bitstack_core::{Basis, Block, BlockRef, Coefficients, Level, Shape, SignMatrix, Values, f16};
+use bitstack_cuda::cudarc::driver::sys::{CUevent_flags, CUgraphInstantiate_flags, CUstreamCaptureMode};
+use bitstack_cuda::cudarc::driver::{CudaSlice, CudaStream, DriverError};
+use bitstack_cuda::{
+    CublasProduct, CudaError, DeviceStack, Kernels, Origin, Workspace, context, download, upload, zeros,
+};
+use bitstack_pack::row_bytes;
 use std::fmt;
 use std::sync::Arc;
 
@@ -44,6 +44,18 @@ impl Default for Cases {
             ranks: vec![1, 16],
             batches: vec![1, 4, 16, 256],
         }
+    }
+}
+
+impl Cases {
+    /// The number of products: every shape at every level, rank and number of tokens.
+    pub fn len(&self) -> usize {
+        self.shapes.len() * self.levels.len() * self.ranks.len() * self.batches.len()
+    }
+
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
     }
 }
 
@@ -138,12 +150,12 @@ impl fmt::Display for Report {
 /// # Errors
 /// Those of the device. Cases whose weights do not fit in its memory end the run with [`CudaError::OutOfMemory`].
 pub fn run(ordinal: usize, cases: &Cases, mut on_row: impl FnMut(&Row)) -> Result<Report, CudaError> {
-    let context = crate::context(ordinal)?;
+    let context = context(ordinal)?;
     let kernels = Kernels::new(&context)?;
     // A stream that graphs can be captured from. The context makes no other, so its buffers wait for no events, which would end a capture.
     let stream = context.per_thread_stream();
     let mut report = Report {
-        device: context.name().doing("say the device's name")?,
+        device: context.name().map_err(cannot("say the device's name"))?,
         origin: kernels.origin(),
         copy_gigabytes_per_second: copy_bandwidth(&stream)?,
         rows: Vec::new(),
@@ -152,7 +164,7 @@ pub fn run(ordinal: usize, cases: &Cases, mut on_row: impl FnMut(&Row)) -> Resul
         let shape = Shape::new(rows, cols).map_err(|source| CudaError::Shape { source })?;
         let mut dense = Vec::new();
         for &tokens in &cases.batches {
-            dense.push(if cublas_is_present() { Some(cublas_time(&stream, shape, tokens)?) } else { None });
+            dense.push(cublas_time(&stream, shape, tokens)?);
         }
         for &rank in &cases.ranks {
             let most = cases.levels.iter().copied().max().unwrap_or(0);
@@ -181,6 +193,11 @@ pub fn run(ordinal: usize, cases: &Cases, mut on_row: impl FnMut(&Row)) -> Resul
     Ok(report)
 }
 
+/// What the driver cannot do, as an error.
+fn cannot(doing: &'static str) -> impl FnOnce(DriverError) -> CudaError {
+    move |source| CudaError::Driver { doing, source }
+}
+
 /// Copies of one weight on the device.
 struct Weights {
     shape: Shape,
@@ -196,7 +213,7 @@ impl Weights {
         tokens: usize,
     ) -> Result<Row, CudaError> {
         let (rows, cols) = (self.shape.rows(), self.shape.cols());
-        let mut numbers = Numbers(tokens as u64);
+        let mut numbers = SplitMix(tokens as u64);
         let x: Vec<f16> = (0..tokens * cols).map(|_| f16::from_f32(numbers.gauss())).collect();
         let x_device = upload(stream, "x", &x)?;
         let mut y = zeros::<f32>(stream, "y", tokens * rows)?;
@@ -252,43 +269,42 @@ fn time(
     mut work: impl FnMut(usize) -> Result<(), CudaError>,
 ) -> Result<f64, CudaError> {
     let launches = copies.max(24);
-    stream.synchronize().doing("finish its work")?;
-    stream.begin_capture(CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL).doing("begin a graph")?;
+    stream.synchronize().map_err(cannot("finish its work"))?;
+    stream.begin_capture(CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL).map_err(cannot("begin a graph"))?;
     let captured = (0..launches).try_for_each(|i| work(i % copies));
-    let graph = stream.end_capture(CUgraphInstantiate_flags(0)).doing("end a graph")?;
+    let graph = stream.end_capture(CUgraphInstantiate_flags(0)).map_err(cannot("end a graph"))?;
     captured?;
     let Some(graph) = graph else {
         return Err(CudaError::Mismatch { what: "launches in a graph", expected: launches, actual: 0 });
     };
-    graph.launch().doing("launch a graph")?;
+    graph.launch().map_err(cannot("launch a graph"))?;
     let mut times = Vec::new();
     for _ in 0..5 {
         let flags = Some(CUevent_flags::CU_EVENT_DEFAULT);
-        let begin = stream.record_event(flags).doing("record an event")?;
-        graph.launch().doing("launch a graph")?;
-        let end = stream.record_event(flags).doing("record an event")?;
-        let milliseconds = begin.elapsed_ms(&end).doing("say the time between events")?;
+        let begin = stream.record_event(flags).map_err(cannot("record an event"))?;
+        graph.launch().map_err(cannot("launch a graph"))?;
+        let end = stream.record_event(flags).map_err(cannot("record an event"))?;
+        let milliseconds = begin.elapsed_ms(&end).map_err(cannot("say the time between events"))?;
         times.push(f64::from(milliseconds) * 1e3 / launches as f64);
     }
-    times.sort_by(f64::total_cmp);
-    Ok(times[times.len() / 2])
+    Ok(median(&times))
 }
 
 /// GB/s read and written by a copy of 1 GiB (or what fits).
 fn copy_bandwidth(stream: &Arc<CudaStream>) -> Result<f64, CudaError> {
-    let (free, _) = stream.context().mem_get_info().doing("say how much memory is free")?;
+    let (free, _) = stream.context().mem_get_info().map_err(cannot("say how much memory is free"))?;
     let bytes = (1 << 30).min(free / 4);
     let from = zeros::<u8>(stream, "a copy", bytes)?;
     let mut to = zeros::<u8>(stream, "a copy", bytes)?;
-    let microseconds = time(stream, 1, |_| stream.memcpy_dtod(&from, &mut to).doing("copy"))?;
+    let microseconds = time(stream, 1, |_| stream.memcpy_dtod(&from, &mut to).map_err(cannot("copy")))?;
     Ok(2.0 * bytes as f64 / microseconds / 1e3)
 }
 
-/// Microseconds of cuBLAS's product with f16 weights.
-fn cublas_time(stream: &Arc<CudaStream>, shape: Shape, tokens: usize) -> Result<f64, CudaError> {
+/// Microseconds of cuBLAS's product with f16 weights, where there is cuBLAS.
+fn cublas_time(stream: &Arc<CudaStream>, shape: Shape, tokens: usize) -> Result<Option<f64>, CudaError> {
     let (rows, cols) = (shape.rows(), shape.cols());
-    let blas = CudaBlas::new(stream.clone()).map_err(|error| CudaError::Cublas { error })?;
-    let mut numbers = Numbers(0);
+    let Some(blas) = CublasProduct::new(stream)? else { return Ok(None) };
+    let mut numbers = SplitMix(0);
     let mut random = |n: usize| -> Vec<f16> { (0..n).map(|_| f16::from_f32(numbers.gauss() * 0.02)).collect() };
     let copies = (SPREAD_BYTES / (2 * shape.n_elems())).clamp(1, MAX_COPIES);
     // A power-hungry product of random values; copies may hold the same.
@@ -298,8 +314,8 @@ fn cublas_time(stream: &Arc<CudaStream>, shape: Shape, tokens: usize) -> Result<
     let x = upload(stream, "x", &random(tokens * cols))?;
     let mut y = zeros::<f16>(stream, "y", tokens * rows)?;
     // Once outside a graph: the library sets itself up at its first call.
-    cublas_product(&blas, stream, (rows, cols, tokens), &weights[0], &x, &mut y)?;
-    time(stream, copies, |copy| cublas_product(&blas, stream, (rows, cols, tokens), &weights[copy], &x, &mut y))
+    blas.apply((rows, cols, tokens), &weights[0], &x, &mut y)?;
+    time(stream, copies, |copy| blas.apply((rows, cols, tokens), &weights[copy], &x, &mut y)).map(Some)
 }
 
 /// Over some rows, spread over the weight, by the reference arithmetic on a weight of those rows alone.
@@ -336,15 +352,9 @@ fn rows_of(block: BlockRef<'_>, rows: &[usize]) -> Block {
 /// Block `index` of a random weight: refitted with one basis for rank 1, additive with its own basis above.
 fn random_block(shape: Shape, rank: usize, index: usize) -> Block {
     let (rows, cols) = (shape.rows(), shape.cols());
-    let mut numbers = Numbers((rows + cols + rank * 1000 + index) as u64);
-    let mut bytes: Vec<u8> = std::iter::repeat_with(|| numbers.next().to_le_bytes())
-        .take((rows * cols.div_ceil(8)).div_ceil(8))
-        .flatten()
-        .collect();
-    bytes.truncate(rows * cols.div_ceil(8));
-    if !cols.is_multiple_of(8) {
-        bytes.chunks_exact_mut(cols.div_ceil(8)).for_each(|r| r[cols / 8] &= !(!0 << (cols % 8)));
-    }
+    let mut numbers = SplitMix((rows + cols + rank * 1000 + index) as u64);
+    let mut bytes = vec![0; rows * row_bytes(cols)];
+    numbers.signs(&mut bytes, cols);
     let mut values = |n: usize, size: f32| Values::F16((0..n).map(|_| f16::from_f32(numbers.gauss() * size)).collect());
     let planes = if rank == 1 { index + 1 } else { 1 };
     let size = 0.5f32.powi(index as i32) / (rank as f32).sqrt();
@@ -354,24 +364,6 @@ fn random_block(shape: Shape, rank: usize, index: usize) -> Block {
             .then(|| Basis::new(rank, cols, values(rank * cols, 1.0)).expect("finite values")),
         coefficients: Coefficients::new(rows, planes, rank, values(rows * planes * rank, size)).expect("finite values"),
         spikes: None,
-    }
-}
-
-/// Random numbers: splitmix64.
-struct Numbers(u64);
-
-impl Numbers {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let z = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-
-    /// Nearly gaussian, variance 1: the sum of twelve uniform numbers of 16 bits, less its mean.
-    fn gauss(&mut self) -> f32 {
-        let sum = |bits: u64| (0..4).map(|i| (bits >> (16 * i) & 0xffff) as f32).sum::<f32>();
-        (sum(self.next()) + sum(self.next()) + sum(self.next())) / 65536.0 - 6.0
     }
 }
 
@@ -385,7 +377,7 @@ mod tests {
             let shape = Shape::new(37, 133).unwrap();
             let blocks: Vec<Block> = (0..3).map(|i| random_block(shape, rank, i)).collect();
             let level = Level::new(shape, blocks.iter().map(Block::view)).unwrap();
-            let mut numbers = Numbers(3);
+            let mut numbers = SplitMix(3);
             let x: Vec<f16> = (0..133).map(|_| f16::from_f32(numbers.gauss())).collect();
             let x32: Vec<f32> = x.iter().map(|x| x.to_f32()).collect();
             let y: Vec<f32> = level.matvec(&x32).unwrap().into_iter().map(|y| y as f32).collect();

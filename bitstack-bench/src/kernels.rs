@@ -1,4 +1,4 @@
-//! Speed of the kernels on this machine, as ratios within one run.
+//! Speed of the CPU's kernels, as ratios within one run.
 //!
 //! Times depend on the machine and on who else uses it, so every measurement of a product is taken in turn with a plain read of the same
 //! memory and a dense product of the same shape, round after round, and what is reported are medians over the rounds.
@@ -10,11 +10,12 @@ use bitstack_core::{
     Basis, BasisRef, BlockRef, Coefficients, CoefficientsRef, CoreError, Level, SPIKE_SIZES, Shape, SignLayout,
     SignView, Spike, Spikes, Values, f16,
 };
+use bitstack_cpu::{DenseValues, Isa, Kernel, Scratch, Threads};
 use memmap2::MmapMut;
-use rayon::prelude::*;
 
-use crate::kernel::dense;
-use crate::{Isa, Kernel, Scratch, Threads};
+use crate::machine::{self, PIECE_BYTES};
+use crate::random::SplitMix;
+use crate::statistics::median;
 
 /// What to measure: one product.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -36,6 +37,30 @@ pub struct Case {
     pub isa: Isa,
     /// On one thread or on the pool.
     pub threads: Threads,
+}
+
+impl Case {
+    /// What `bitstack bench kernels` measures of a weight of this shape: levels, spikes, instructions, ranks and numbers of tokens that say most.
+    pub fn table(rows: usize, cols: usize) -> Vec<Self> {
+        let best = Isa::detect();
+        let case = Self { rows, cols, level: 1, rank: 1, spikes: 0, tokens: 1, isa: best, threads: Threads::One };
+        let mut cases = Vec::new();
+        for threads in [Threads::One, Threads::Pool] {
+            cases.extend([1, 2, 4, 8].map(|level| Self { level, threads, ..case }));
+            cases.push(Self { level: 4, spikes: 4, threads, ..case });
+        }
+        cases.extend(Isa::available().filter(|isa| *isa != best).map(|isa| Self { level: 4, isa, ..case }));
+        cases.extend([1, 4].map(|level| Self { level, rank: 16, ..case }));
+        for threads in [Threads::One, Threads::Pool] {
+            cases.extend([4, 16, 64, 256].map(|tokens| Self { level: 4, tokens, threads, ..case }));
+        }
+        cases
+    }
+
+    /// Threads that the product runs on: one, or those of the current pool.
+    pub fn n_threads(&self) -> usize {
+        if self.threads == Threads::One { 1 } else { rayon::current_num_threads() }
+    }
 }
 
 /// A case measured.
@@ -81,7 +106,7 @@ impl Pool {
     /// # Errors
     /// When the system has not as much memory.
     pub fn new(bytes: usize) -> std::io::Result<Self> {
-        let mut random = Random(0x9e37_79b9_7f4a_7c15);
+        let mut random = SplitMix(0);
         let mut filled = |mask: u64, bits: u64| {
             let mut memory = MmapMut::map_anon(bytes.next_multiple_of(8).max(8))?;
             #[cfg(target_os = "linux")]
@@ -135,7 +160,6 @@ impl Pool {
         let x: Vec<f32> = (0..case.tokens * case.cols).map(|i| ((i * i + 3 * i) % 251) as f32 / 125.0 - 1.0).collect();
         let mut y = vec![0.0; case.tokens * case.rows];
         let mut scratch = Scratch::default();
-        let dense = dense::Product::new(case.rows, case.cols, &x, case.isa);
 
         let mut rounds: [Vec<f64>; 3] = Default::default();
         let mut next = 0;
@@ -157,7 +181,8 @@ impl Pool {
             let start = (used[0] * plane_bytes * case.level).next_multiple_of(64);
             let bytes = &self.signs[start.min(self.signs.len() - 64)..];
             let bytes = &bytes[..bytes.len().min(64 << 20)];
-            read(bytes, case.threads);
+            let pieces: Vec<&[u8]> = bytes.chunks(PIECE_BYTES).collect();
+            machine::read(&pieces, case.threads);
             rounds[1].push(bytes.len() as f64 / timer.elapsed().as_secs_f64());
 
             let n = if case.tokens == 1 { 2 } else { 1 };
@@ -166,12 +191,17 @@ impl Pool {
                 let weights = self.dense.len() / (2 * shape.n_elems());
                 let at = (next + i) % weights * 2 * shape.n_elems();
                 let weight = &self.dense[at..][..2 * shape.n_elems()];
-                dense.run(bytemuck::cast_slice(weight), &mut y, case.threads);
+                let weight = DenseValues::Bf16(bytemuck::cast_slice(weight));
+                let done = match case.tokens {
+                    1 => kernel.apply_dense(weight, case.cols, &x, &mut y, case.threads),
+                    _ => kernel.apply_dense_to_many(weight, case.cols, &x, &mut y, case.threads),
+                };
+                debug_assert_eq!(done, Ok(()));
                 black_box(&y);
             }
             rounds[2].push(timer.elapsed().as_secs_f64() / n as f64);
         }
-        let [seconds, plain_read_bytes_per_second, dense_seconds] = rounds.map(median);
+        let [seconds, plain_read_bytes_per_second, dense_seconds] = rounds.map(|times| median(&times));
         let list_bytes = lists.first().map_or(0, |list| 2 * list.view().words().len());
         let compressed_bytes = (plane_bytes * case.level + list_bytes) as u64 + factors.bytes();
         let bytes_per_second = compressed_bytes as f64 / seconds;
@@ -247,7 +277,7 @@ impl Factors {
 
 /// A list of `per_thousand` spikes for every thousand weights.
 fn spikes(shape: Shape, per_thousand: usize, seed: u64) -> Result<Spikes, CoreError> {
-    let mut random = Random((seed + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15)); // not zero
+    let mut random = SplitMix(seed);
     let mut below = |n: usize| (random.next() >> 32) as usize % n;
     let entries: Vec<Spike> = (0..shape.n_elems() * per_thousand / 1000)
         .map(|_| {
@@ -258,36 +288,22 @@ fn spikes(shape: Shape, per_thousand: usize, seed: u64) -> Result<Spikes, CoreEr
     Spikes::encode(shape, std::array::from_fn(|i| f16::from_f32(1.0 + i as f32)), &entries)
 }
 
-/// Numbers that look random (xorshift).
-struct Random(u64);
+#[cfg(test)]
+mod tests {
+    use super::*;
 
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0
-    }
-}
-
-/// Reads all bytes, and does as little with them as the compiler lets.
-fn read(bytes: &[u8], threads: Threads) {
-    let read = |bytes: &[u8]| {
-        let mut sums = [0u64; 16];
-        for words in bytes.as_chunks::<8>().0.as_chunks::<16>().0 {
-            for (sum, word) in sums.iter_mut().zip(words) {
-                *sum ^= u64::from_ne_bytes(*word);
-            }
+    #[test]
+    fn every_case_of_the_table_is_measured_against_both_yardsticks() {
+        let pool = Pool::new(1 << 20).unwrap();
+        for case in Case::table(64, 128) {
+            let measured = pool.measure(case, Duration::ZERO).unwrap().unwrap();
+            assert!(
+                measured.seconds > 0.0 && measured.of_plain_read() > 0.0 && measured.of_dense() > 0.0,
+                "{measured:?}"
+            );
+            assert!(measured.compressed_bytes > (64 * 128 / 8 * case.level) as u64, "{measured:?}");
         }
-        black_box(sums);
-    };
-    match threads {
-        Threads::One => read(bytes),
-        Threads::Pool => bytes.par_chunks(1 << 20).for_each(read),
+        let too_large = Case::table(4096, 4096)[0];
+        assert_eq!(pool.measure(too_large, Duration::ZERO).unwrap(), None);
     }
-}
-
-fn median(mut values: Vec<f64>) -> f64 {
-    values.sort_by(f64::total_cmp);
-    values[values.len() / 2]
 }

@@ -7,10 +7,11 @@ use std::path::Path;
 use bitstack_core::{BasisRef, BlockRef, CoefficientsRef, Shape, SignView, ValuesRef, f16};
 use bitstack_format::{BlockSource, Draft, Dtype};
 use bitstack_io::{Existing, write_atomically};
+use bitstack_llm::{LlmError, ModelConfig, Progress};
 use bitstack_pack::row_bytes;
 use serde_json::json;
 
-use crate::{LlmError, ModelConfig, Progress};
+use crate::random::SplitMix;
 
 /// The shape of a Llama model.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -150,28 +151,4 @@ pub fn write(
         progress.advance(done - before);
     };
     Ok(write_atomically(path, existing, |out| draft.finish(&order, out, &mut report))?)
-}
-
-/// The generator of Steele, Lea and Flood (2014): eight random bytes in a few instructions.
-struct SplitMix(u64);
-
-impl SplitMix {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let z = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-
-    /// Random signs in packed rows of `cols`; the bits that pad a row stay 0.
-    fn signs(&mut self, bytes: &mut [u8], cols: usize) {
-        for chunk in bytes.chunks_mut(8) {
-            chunk.copy_from_slice(&self.next().to_le_bytes()[..chunk.len()]);
-        }
-        if !cols.is_multiple_of(8) {
-            for row in bytes.chunks_exact_mut(row_bytes(cols)) {
-                *row.last_mut().expect("rows are not empty") &= (1 << (cols % 8)) - 1;
-            }
-        }
-    }
 }

@@ -3,11 +3,13 @@
 use std::time::{Duration, Instant};
 
 use bitstack_format::ReadAt;
+use bitstack_llm::sample::Sampler;
+use bitstack_llm::{ElasticModel, KvCache, LlmError, Pass, SamplingOptions, Threads};
 use bitstack_runtime::Snapshot;
-use rayon::prelude::*;
+use bitstack_sort::LoadOrder;
 
-use crate::{ElasticModel, KvCache, LlmError, Pass, math};
-use bitstack_core::Threads;
+use crate::machine::{self, PIECE_BYTES};
+use crate::statistics::{median, quantile};
 
 /// One measured size.
 #[derive(Debug, Clone)]
@@ -29,6 +31,11 @@ impl Decoding {
         median(&self.token_seconds)
     }
 
+    /// The time of the slowest token, in seconds.
+    pub fn slowest_seconds(&self) -> f64 {
+        quantile(&self.token_seconds, 1.0)
+    }
+
     /// Resident bytes over the median time of a token.
     pub fn bytes_per_second(&self) -> f64 {
         self.resident_bytes as f64 / self.median_seconds()
@@ -40,14 +47,17 @@ impl Decoding {
     }
 }
 
-/// Decodes `tokens` tokens one by one, the likeliest each time, on the current rayon pool.
+/// Decodes `tokens` tokens one by one, the likeliest each time, on the current rayon pool, at the largest size within `budget_bytes`.
 ///
 /// # Errors
-/// More tokens than the model's limit; logits that are not finite.
+/// A budget below the smallest size; a file that cannot be read; more tokens than the model's limit; logits that are not finite.
 pub fn decoding<S: ReadAt + Send + Sync + 'static>(
     model: &ElasticModel<S>,
+    budget_bytes: u64,
     tokens: usize,
 ) -> Result<Decoding, LlmError> {
+    model.elastic().set_budget(budget_bytes)?;
+    model.elastic().wait()?;
     let snapshot = model.elastic().snapshot();
     let mut text = Text::new(model, tokens)?;
     let token_seconds = (0..tokens).map(|_| Ok(text.token()?.seconds)).collect::<Result<Vec<f64>, LlmError>>()?;
@@ -58,6 +68,13 @@ pub fn decoding<S: ReadAt + Send + Sync + 'static>(
         token_seconds: token_seconds[1.min(tokens)..].to_vec(),
         read_bytes_per_second: read_speed(&snapshot)?,
     })
+}
+
+/// Resident bytes with the first blocks of the load order, as many as `level` blocks of every weight: the model's size at that level where
+/// the order goes level by level.
+pub fn bytes_at_level(order: &LoadOrder, level: usize) -> u64 {
+    let bytes = order.cumulative_bytes();
+    bytes[(order.n_weights() * level).min(bytes.len() - 1)]
 }
 
 /// A token decoded.
@@ -83,6 +100,20 @@ pub struct Resizing {
     pub shrinking: Vec<Token>,
     /// Those that follow.
     pub shrunk: Vec<Token>,
+    /// How often the model grew and shrank.
+    pub rounds: usize,
+}
+
+/// What tokens took in a part of [`Resizing`].
+#[derive(Debug, Clone, Copy, PartialEq)]
+#[non_exhaustive]
+pub struct Phase {
+    /// The median of their seconds.
+    pub median_seconds: f64,
+    /// The seconds of the slowest.
+    pub slowest_seconds: f64,
+    /// Times what each would have taken at rest at its size ([`Resizing::of_rest`]): the median, 90 and 99 in a hundred, the slowest.
+    pub of_rest: [f64; 4],
 }
 
 impl Resizing {
@@ -99,29 +130,58 @@ impl Resizing {
         seconds_small + (resident_bytes as f64 - small) / (large - small) * (seconds_large - seconds_small)
     }
 
-    /// The seconds of each token over those that it would have taken at rest at its size, rising.
+    /// The seconds of each token over those that it would have taken at rest at its size.
     pub fn of_rest(&self, tokens: &[Token]) -> Vec<f64> {
-        let mut ratios: Vec<f64> = tokens.iter().map(|t| t.seconds / self.rest_seconds(t.resident_bytes)).collect();
-        ratios.sort_unstable_by(f64::total_cmp);
-        ratios
+        tokens.iter().map(|token| token.seconds / self.rest_seconds(token.resident_bytes)).collect()
+    }
+
+    /// What these tokens, some of `self`, took.
+    pub fn phase(&self, tokens: &[Token]) -> Phase {
+        let seconds: Vec<f64> = tokens.iter().map(|token| token.seconds).collect();
+        let of_rest = self.of_rest(tokens);
+        Phase {
+            median_seconds: median(&seconds),
+            slowest_seconds: quantile(&seconds, 1.0),
+            of_rest: [0.5, 0.9, 0.99, 1.0].map(|share| quantile(&of_rest, share)),
+        }
+    }
+
+    /// Seconds that growing takes while tokens are decoded, mean over the rounds.
+    pub fn growing_seconds(&self) -> f64 {
+        self.growing.iter().map(|token| token.seconds).sum::<f64>() / self.rounds as f64
     }
 }
 
-/// Decodes while the budget goes from `low` to `high` bytes and back, `rounds` times, `tokens` tokens (one at least) at each size. Each
-/// time it grows after a `pause`: what was freed before goes back to the host of a virtual machine some two seconds later, and that holds
-/// up everything that runs.
+/// How a model grows and shrinks while it decodes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Schedule {
+    /// Tokens at each size; one at least.
+    pub tokens: usize,
+    /// How often it grows and shrinks.
+    pub rounds: usize,
+    /// The time before it grows: what was freed before goes back to the host of a virtual machine some two seconds later, and that holds up
+    /// everything that runs.
+    pub pause: Duration,
+}
+
+impl Default for Schedule {
+    /// Three rounds of 64 tokens at each size, five seconds apart.
+    fn default() -> Self {
+        Self { tokens: 64, rounds: 3, pause: Duration::from_secs(5) }
+    }
+}
+
+/// Decodes while the model goes from its smallest size to its largest and back.
 ///
 /// # Errors
-/// Budgets below the smallest size; a file that cannot be read.
+/// A file that cannot be read.
 pub fn resizing<S: ReadAt + Send + Sync + 'static>(
     model: &ElasticModel<S>,
-    low: u64,
-    high: u64,
-    tokens: usize,
-    rounds: usize,
-    pause: Duration,
+    schedule: Schedule,
 ) -> Result<Resizing, LlmError> {
+    let Schedule { tokens, rounds, pause } = schedule;
     let elastic = model.elastic();
+    let (low, high) = (elastic.order().minimum_bytes(), elastic.order().total_bytes());
     // The same positions again and again, so that tokens differ by what is resident only.
     let mut text = Text::new(model, tokens)?;
     let at_rest = |text: &mut Text<'_, S>| -> Result<Vec<Token>, LlmError> {
@@ -152,13 +212,14 @@ pub fn resizing<S: ReadAt + Send + Sync + 'static>(
             shrunk.push(text.token()?);
         }
     }
-    Ok(Resizing { small, growing, large, shrinking, shrunk })
+    Ok(Resizing { small, growing, large, shrinking, shrunk, rounds })
 }
 
 /// A text that goes on at whatever size is resident.
 struct Text<'m, S> {
     model: &'m ElasticModel<S>,
     cache: KvCache,
+    sampler: Sampler,
     token: u32,
 }
 
@@ -166,7 +227,8 @@ impl<'m, S: ReadAt + Send + Sync + 'static> Text<'m, S> {
     fn new(model: &'m ElasticModel<S>, capacity: usize) -> Result<Self, LlmError> {
         let capacity = capacity.clamp(1, model.config().max_positions);
         let token = 1 % model.config().vocab_size as u32;
-        Ok(Self { model, cache: KvCache::new(model.config(), capacity)?, token })
+        let sampler = Sampler::new(SamplingOptions::greedy())?;
+        Ok(Self { model, cache: KvCache::new(model.config(), capacity)?, sampler, token })
     }
 
     /// Decodes one token.
@@ -177,36 +239,28 @@ impl<'m, S: ReadAt + Send + Sync + 'static> Text<'m, S> {
         let start = Instant::now();
         let snapshot = self.model.elastic().snapshot();
         let model = self.model.at(&snapshot)?;
-        // As [`crate::Generation::step`] does it.
+        // As a generation does it.
         let logits = rayon::scope(|_| {
             let mut pass = Pass::new().with_cache(&mut self.cache).with_threads(Threads::Pool);
             model.forward(&[self.token], &mut pass)
         })?;
-        self.token = math::argmax(logits.as_slice().expect("a fresh array")) as u32;
+        self.token = self.sampler.choose(logits.as_slice().expect("a fresh array"))?;
         Ok(Token { seconds: start.elapsed().as_secs_f64(), resident_bytes: snapshot.resident_bytes() })
     }
-}
-
-fn median(seconds: &[f64]) -> f64 {
-    let mut sorted = seconds.to_vec();
-    sorted.sort_unstable_by(f64::total_cmp);
-    sorted.get(sorted.len() / 2).copied().unwrap_or(f64::NAN)
 }
 
 /// Bytes per second at which all signs of a snapshot are read.
 fn read_speed(snapshot: &Snapshot) -> Result<f64, LlmError> {
     let levels = (0..snapshot.levels().len()).map(|weight| snapshot.level(weight)).collect::<Result<Vec<_>, _>>()?;
-    // Pieces small enough that threads end together.
     let pieces: Vec<&[u8]> = levels
         .iter()
         .flat_map(|level| level.planes())
-        .flat_map(|plane| plane.signs.as_bytes().chunks(1 << 20))
+        .flat_map(|plane| plane.signs.as_bytes().chunks(PIECE_BYTES))
         .collect();
     let bytes: usize = pieces.iter().map(|p| p.len()).sum();
     let pass = || {
         let start = Instant::now();
-        let sum = pieces.par_iter().map(|piece| math::checksum(piece)).reduce(|| 0, u64::wrapping_add);
-        std::hint::black_box(sum);
+        machine::read(&pieces, Threads::Pool);
         bytes as f64 / start.elapsed().as_secs_f64()
     };
     Ok((0..3).map(|_| pass()).fold(0.0, f64::max))
@@ -227,12 +281,17 @@ mod tests {
             large: tokens(300, &[3.0, 3.0, 9.0]),
             shrinking: tokens(100, &[1.0, 4.0]),
             shrunk: tokens(100, &[1.0]),
+            rounds: 2,
         };
         assert_eq!([100, 200, 300].map(|bytes| all.rest_seconds(bytes)), [1.0, 2.0, 3.0]);
-        assert_eq!(all.of_rest(&all.growing), [1.0, 1.0, 1.5]);
+        assert_eq!(all.of_rest(&all.growing), [1.5, 1.0, 1.0]);
         assert_eq!(all.of_rest(&all.shrinking), [1.0, 4.0]);
+        assert_eq!(all.growing_seconds(), 6.5 / 2.0);
+        let growing = all.phase(&all.growing);
+        assert_eq!((growing.median_seconds, growing.slowest_seconds), (2.0, 3.0));
+        assert_eq!(growing.of_rest, [1.0, 1.5, 1.5, 1.5]);
         // A model of one size only.
         all.large = all.small.clone();
-        assert_eq!(all.of_rest(&all.small), [1.0, 1.0, 2.0]);
+        assert_eq!(all.of_rest(&all.small), [2.0, 1.0, 1.0]);
     }
 }

@@ -1,7 +1,7 @@
 //! Memory while compressing is that of a layer, not of the model.
 #![expect(clippy::print_stdout, reason = "the measurement is worth seeing")]
 
-use bitstack_llm::synthetic::{self, ModelShape};
+use bitstack_bench::synthetic::{self, ModelShape};
 use bitstack_llm::{BlockMethod, Checkpoint, CompressOptions, ExportOptions, OrderBy, compress, export_dense};
 use peak_alloc::PeakAlloc;
 use std::path::Path;
@@ -22,7 +22,7 @@ fn peaks(n_layers: usize, orderings: [OrderBy; 2]) -> ([u64; 2], u64) {
         tied: false,
     };
     let mut draft = synthetic::draft(&shape, 2, 3, dir.path(), &()).unwrap();
-    let data = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/reference/tokenizer.json");
+    let data = Path::new(env!("CARGO_MANIFEST_DIR")).join("../bitstack-cli/demo/tiny-llama/tokenizer.json");
     draft.push_file("tokenizer.json", &std::fs::read(data).unwrap()).unwrap();
     let model = dir.path().join("model");
     let levels = vec![2; 2 + 7 * n_layers];

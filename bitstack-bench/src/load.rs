@@ -6,9 +6,9 @@
 //! timed: the host of a virtual machine then has supplied the memory, which it may do ten times slower than memory is cleared, and has not
 //! yet taken it back.
 
-use crate::{Elastic, Options, RuntimeError, Verify, load_order, process_resident_bytes};
 use bitstack_core::SignLayout;
-use bitstack_format::{FormatError, StackFile};
+use bitstack_format::{FormatError, StackFile, Verify};
+use bitstack_runtime::{Elastic, Options, RuntimeError, load_order, process_resident_bytes};
 use std::fs::File;
 use std::io::{self, Read};
 use std::path::Path;
@@ -77,6 +77,13 @@ pub fn load(path: impl AsRef<Path>, signs: SignLayout, rounds: usize) -> Result<
         }
     }
     Ok(rows)
+}
+
+/// The row of an operation that took the median time of all of that operation; `None` when there is none.
+pub fn median(rows: &[Row], operation: Operation) -> Option<Row> {
+    let mut rows: Vec<_> = rows.iter().filter(|row| row.operation == operation).collect();
+    rows.sort_by_key(|row| row.time);
+    rows.get(rows.len() / 2).map(|row| **row)
 }
 
 fn grow_and_shrink(model: &Elastic<File>, verify: Verify) -> Result<[Row; 2], RuntimeError> {
