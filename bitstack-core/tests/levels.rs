@@ -150,6 +150,9 @@ proptest! {
             let mut last_row = vec![f32::NAN; cols];
             at.reconstruct_rows(rows - 1, &mut last_row).unwrap();
             prop_assert_eq!(&last_row[..], &at.reconstruct()[(rows - 1) * cols..]);
+            last_row.fill(f32::NAN);
+            at.reconstruct_row(rows - 1, &mut vec![f32::NAN; cols], &mut last_row).unwrap();
+            prop_assert_eq!(&last_row[..], &at.reconstruct()[(rows - 1) * cols..]);
             let y: Vec<f64> = expected.chunks(cols).map(|w| w.iter().zip(&x).map(|(w, &x)| w * f64::from(x)).sum()).collect();
             for (a, e) in at.matvec(&x).unwrap().into_iter().zip(y) {
                 // The sums run in another order: a few units of f64 rounding on values below 20 · 6 · 4.
@@ -208,5 +211,6 @@ fn levels_that_do_not_exist_are_errors() {
     assert!(Level::new(shape, []).is_err());
     let level = stack.level(1).unwrap();
     assert!(level.reconstruct_rows(1, &mut [0.0]).is_err());
+    assert!(level.reconstruct_row(1, &mut [0.0], &mut [0.0]).is_err());
     assert!(level.matvec(&[]).is_err());
 }

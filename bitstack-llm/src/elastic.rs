@@ -167,14 +167,17 @@ impl Operator<'_> {
         }
     }
 
-    /// Copies row `row` into `out`, which has as many elements as there are columns.
+    /// Copies row `row` into `out`, which has as many elements as there are columns; `work` grows to that length where a row is rebuilt.
     ///
     /// # Panics
     /// When there is no such row, or `out` is not as long.
-    pub fn row_into(&self, row: usize, out: &mut [f32]) {
+    pub fn row_into(&self, row: usize, work: &mut Vec<f32>, out: &mut [f32]) {
         match self {
             Self::Kept(dense) => dense.row_into(row, out),
-            Self::Planes { level, .. } => level.reconstruct_rows(row, out).expect("a row of the weight's own length"),
+            Self::Planes { level, .. } => {
+                work.resize(out.len(), 0.0);
+                level.reconstruct_row(row, work, out).expect("a row of the weight's own length");
+            }
         }
     }
 }

@@ -96,7 +96,7 @@ fn a_row_of_a_weight_is_what_multiplying_by_it_gives() {
     });
     assert_eq!(products[0], products[1]);
     let mut row = vec![0.0; cols];
-    operator.row_into(3, &mut row);
+    operator.row_into(3, &mut Vec::new(), &mut row);
     let product: f64 = row.iter().zip(&x[5 * cols..]).map(|(w, x)| f64::from(*w) * f64::from(*x)).sum();
     let found = products[0][5 * (rows + 2) + 1 + 3];
     assert!((product - f64::from(found)).abs() < 1e-3 * product.abs().max(1.0), "{product}, {found}");

@@ -383,7 +383,7 @@ impl<'a> SignView<'a> {
     #[doc(hidden)]
     pub fn unpack_row_into_at(self, isa: Isa, row: usize, out: &mut [f32]) {
         assert_eq!(out.len(), self.cols, "output length of an unpacked row");
-        kernel::unpack(isa, &self.row(row), out);
+        self.with_row(row, out, |bytes, out| kernel::unpack(isa, bytes, out));
     }
 
     /// Multiplies `values` (`cols` of them) by the signs of row `row`, in place.
@@ -400,7 +400,18 @@ impl<'a> SignView<'a> {
     #[doc(hidden)]
     pub fn apply_row_at(self, isa: Isa, row: usize, values: &mut [f32]) {
         assert_eq!(values.len(), self.cols, "number of values that a row of signs is applied to");
-        kernel::apply(isa, &self.row(row), values);
+        self.with_row(row, values, |bytes, values| kernel::apply(isa, bytes, values));
+    }
+
+    /// Calls `work` for the bytes of row `row` with the values of the same columns, a piece at a time: the row may not lie together.
+    fn with_row(self, row: usize, values: &mut [f32], mut work: impl FnMut(&[u8], &mut [f32])) {
+        const PIECE: usize = 512;
+        let mut piece = [0; PIECE];
+        for (i, values) in values.chunks_mut(8 * PIECE).enumerate() {
+            let bytes = &mut piece[..row_bytes(values.len())];
+            self.copy_row(row, i * PIECE, bytes);
+            work(bytes, values);
+        }
     }
 
     /// Copies the matrix into an owned one.

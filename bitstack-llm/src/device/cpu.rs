@@ -21,6 +21,8 @@ pub struct CpuQueue {
     pub(crate) threads: Threads,
     /// Of the products with packed blocks.
     pub(crate) scratch: Scratch,
+    /// Where a row is rebuilt.
+    row: Vec<f32>,
     /// Where a product is made that is then spread over columns.
     spread: Vec<f32>,
     /// Scores of the attention, for each thread of the pool, and the one outside it.
@@ -34,7 +36,7 @@ impl CpuQueue {
             Threads::Pool => rayon::current_num_threads(),
         };
         let scores = (0..=n).map(|_| Mutex::default()).collect();
-        Self { threads, scratch: Scratch::default(), spread: Vec::new(), scores }
+        Self { threads, scratch: Scratch::default(), row: Vec::new(), spread: Vec::new(), scores }
     }
 
     /// A product of `rows` columns, made by `work` in rows without a gap, in the columns of `y` that `place` says.
@@ -304,9 +306,9 @@ impl Weight<Cpu> for Operator<'_> {
         Ok(())
     }
 
-    fn look_up(&self, _: &mut CpuQueue, row: usize, out: &mut Vec<f32>, at: usize) -> Done {
+    fn look_up(&self, queue: &mut CpuQueue, row: usize, out: &mut Vec<f32>, at: usize) -> Done {
         let cols = self.shape()[1];
-        self.row_into(row, &mut out[at * cols..(at + 1) * cols]);
+        self.row_into(row, &mut queue.row, &mut out[at * cols..(at + 1) * cols]);
         Ok(())
     }
 }

@@ -260,7 +260,7 @@ fn multiply(
 }
 
 macro_rules! plain_weight {
-    ($type:ty) => {
+    ($type:ty, $row:expr) => {
         impl Weight<Plain> for $type {
             fn rows(&self) -> usize {
                 self.shape()[0]
@@ -271,18 +271,20 @@ macro_rules! plain_weight {
             }
 
             fn multiply(&self, (): &mut (), x: &Vec<f32>, tokens: usize, y: &mut Vec<f32>, place: Columns) -> Done {
-                multiply(self.shape(), |row, out| self.row_into(row, out), x, tokens, y, place);
+                let row: fn(&Self, usize, &mut [f32]) = $row;
+                multiply(self.shape(), |r, out| row(self, r, out), x, tokens, y, place);
                 Ok(())
             }
 
             fn look_up(&self, (): &mut (), row: usize, out: &mut Vec<f32>, at: usize) -> Done {
                 let cols = self.shape()[1];
-                self.row_into(row, &mut out[at * cols..(at + 1) * cols]);
+                let copy: fn(&Self, usize, &mut [f32]) = $row;
+                copy(self, row, &mut out[at * cols..(at + 1) * cols]);
                 Ok(())
             }
         }
     };
 }
 
-plain_weight!(Dense);
-plain_weight!(Operator<'_>);
+plain_weight!(Dense, |weight, row, out| weight.row_into(row, out));
+plain_weight!(Operator<'_>, |weight, row, out| weight.row_into(row, &mut Vec::new(), out));
