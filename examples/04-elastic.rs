@@ -9,7 +9,7 @@
 use bitstack_bench::synthetic::{self, ModelShape};
 use bitstack_format::StackFile;
 use bitstack_io::Existing;
-use bitstack_llm::{ElasticModel, KvCache, Pass, Threads};
+use bitstack_llm::{ElasticModel, KvCache, Pass, Threads, Workspace};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -37,15 +37,18 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         let writer = scope.spawn(|| -> Result<(), bitstack_llm::LlmError> {
             let mut cache = KvCache::new(model.config(), 4096)?;
             let mut token = 1;
+            let mut workspace = Workspace::default();
             while !finished.load(Ordering::Relaxed) {
                 if cache.len() == cache.capacity() {
                     cache.truncate(0);
                 }
                 let snapshot = model.elastic().snapshot();
-                let mut pass = Pass::new().with_cache(&mut cache).with_threads(Threads::Pool);
-                let logits = model.at(&snapshot)?.forward(&[token], &mut pass)?;
+                let mut pass = Pass::new().in_workspace(workspace).with_cache(&mut cache).with_threads(Threads::Pool);
+                let decoder = model.at(&snapshot)?;
+                let logits = decoder.last_logits(&[token], &mut pass)?;
                 let best = logits.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1));
                 token = best.map_or(0, |(token, _)| token as u32);
+                workspace = pass.into_workspace();
                 tokens.fetch_add(1, Ordering::Relaxed);
             }
             Ok(())

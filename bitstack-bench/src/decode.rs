@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use bitstack_format::ReadAt;
 use bitstack_llm::sample::Sampler;
-use bitstack_llm::{ElasticModel, KvCache, LlmError, Pass, SamplingOptions, Threads};
+use bitstack_llm::{ElasticModel, KvCache, LlmError, Pass, SamplingOptions, Threads, Workspace};
 use bitstack_runtime::Snapshot;
 use bitstack_sort::LoadOrder;
 
@@ -219,6 +219,7 @@ pub fn resizing<S: ReadAt + Send + Sync + 'static>(
 struct Text<'m, S> {
     model: &'m ElasticModel<S>,
     cache: KvCache,
+    workspace: Workspace,
     sampler: Sampler,
     token: u32,
 }
@@ -228,7 +229,13 @@ impl<'m, S: ReadAt + Send + Sync + 'static> Text<'m, S> {
         let capacity = capacity.clamp(1, model.config().max_positions);
         let token = 1 % model.config().vocab_size as u32;
         let sampler = Sampler::new(SamplingOptions::greedy())?;
-        Ok(Self { model, cache: KvCache::new(model.config(), capacity)?, sampler, token })
+        Ok(Self {
+            model,
+            cache: KvCache::new(model.config(), capacity)?,
+            workspace: Workspace::default(),
+            sampler,
+            token,
+        })
     }
 
     /// Decodes one token.
@@ -240,11 +247,14 @@ impl<'m, S: ReadAt + Send + Sync + 'static> Text<'m, S> {
         let snapshot = self.model.elastic().snapshot();
         let model = self.model.at(&snapshot)?;
         // As a generation does it.
-        let logits = rayon::scope(|_| {
-            let mut pass = Pass::new().with_cache(&mut self.cache).with_threads(Threads::Pool);
-            model.forward(&[self.token], &mut pass)
+        self.token = rayon::scope(|_| {
+            let workspace = std::mem::take(&mut self.workspace);
+            let pass = Pass::new().in_workspace(workspace).with_cache(&mut self.cache);
+            let mut pass = pass.with_threads(Threads::Pool);
+            let token = self.sampler.choose(model.last_logits(&[self.token], &mut pass)?);
+            self.workspace = pass.into_workspace();
+            token
         })?;
-        self.token = self.sampler.choose(logits.as_slice().expect("a fresh array"))?;
         Ok(Token { seconds: start.elapsed().as_secs_f64(), resident_bytes: snapshot.resident_bytes() })
     }
 }

@@ -37,7 +37,7 @@ pub use bitstack_core::Threads;
 pub use checkpoint::{Checkpoint, CheckpointLimits};
 pub use compress::{Compressed, Making, compress};
 pub use config::{Llama3Scaling, ModelConfig, RopeConfig, VectorSpec, WeightRole, WeightSpec};
-pub use decoder::{Decoder, Frame, KvCache, Observer, Pass};
+pub use decoder::{Decoder, Frame, KvCache, Observer, Pass, Workspace};
 pub use device::Weight;
 pub use elastic::{ElasticModel, Operator};
 pub use error::LlmError;

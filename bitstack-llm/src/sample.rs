@@ -2,13 +2,12 @@
 
 use std::ops::ControlFlow;
 
-use ndarray::{Axis, Slice};
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 use rayon::prelude::*;
 
 use crate::device::{Cpu, Device, Weight};
-use crate::{Decoder, KvCache, LlmError, ModelConfig, Pass, Progress, TextStream, Tokenizer, math};
+use crate::{Decoder, KvCache, LlmError, ModelConfig, Pass, Progress, TextStream, Tokenizer, Workspace, math};
 use bitstack_core::Threads;
 
 /// How a token is chosen from its logits. The default takes the most likely one.
@@ -180,6 +179,7 @@ pub fn generate<L: Weight<D>, D: Device>(
 /// Every step may run another decoder over the same model's shape, such as the same stack at another level.
 pub struct Continuation<'t, D: Device = Cpu> {
     cache: KvCache<D>,
+    workspace: Workspace<D>,
     sampler: Sampler,
     stream: TextStream<'t>,
     max_tokens: usize,
@@ -211,6 +211,7 @@ impl<'t, D: Device> Continuation<'t, D> {
         }
         Ok(Self {
             cache: KvCache::new(config, positions)?,
+            workspace: Workspace::default(),
             sampler,
             stream: tokenizer.stream(&pending),
             max_tokens,
@@ -237,12 +238,14 @@ impl<'t, D: Device> Continuation<'t, D> {
             return Ok(None);
         }
         // In a thread of the pool: from another, each product would wait to be taken over.
-        let logits = rayon::scope(|_| {
-            let mut pass = Pass::new().with_cache(&mut self.cache).with_threads(Threads::Pool);
-            let hidden = model.hidden(&self.pending, &mut pass)?;
-            model.logits(hidden.slice_axis(Axis(0), Slice::from(-1..)), &mut pass)
+        let token = rayon::scope(|_| {
+            let workspace = std::mem::take(&mut self.workspace);
+            let pass = Pass::new().in_workspace(workspace).with_cache(&mut self.cache);
+            let mut pass = pass.with_threads(Threads::Pool);
+            let token = self.sampler.choose(model.last_logits(&self.pending, &mut pass)?);
+            self.workspace = pass.into_workspace();
+            token
         })?;
-        let token = self.sampler.choose(logits.as_slice().expect("a fresh array"))?;
         let text = if self.eos_tokens.contains(&token) {
             self.result.stop = StopReason::EndToken;
             self.ended = true;
@@ -308,8 +311,7 @@ pub(crate) fn windows<L: Weight<D>, D: Device>(
         let mut pass = Pass::new().with_caches(&mut caches).with_threads(Threads::Pool);
         let mut last = starts.to_vec();
         for _ in 1..len {
-            let logits = model.forward(&last, &mut pass)?;
-            let rows = logits.as_slice().expect("a fresh array").par_chunks_exact(model.config().vocab_size);
+            let rows = model.last_logits(&last, &mut pass)?.par_chunks_exact(model.config().vocab_size);
             let chosen = samplers.par_iter_mut().zip(rows).with_max_len(1).map(|(sampler, row)| sampler.choose(row));
             last = chosen.collect::<Result<Vec<_>, _>>()?;
             windows.iter_mut().zip(&last).for_each(|(window, token)| window.push(*token));

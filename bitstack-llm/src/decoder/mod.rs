@@ -17,7 +17,7 @@ mod layer;
 mod pass;
 
 pub use cache::KvCache;
-pub use pass::{Observer, Pass};
+pub use pass::{Observer, Pass, Workspace};
 
 pub(crate) use backward::Transposed;
 
@@ -290,7 +290,7 @@ impl<W: Weight<D>, D: Device> Decoder<W, D> {
         std::mem::swap(&mut parts.scratch.state, &mut parts.scratch.routed);
         self.run_head(n, &mut parts)?;
         pass.take_logits(&self.frame.device, n * self.frame.config.vocab_size)?;
-        Ok(&pass.host)
+        Ok(&pass.work.host)
     }
 
     /// Embedding and all layers, in the pass.

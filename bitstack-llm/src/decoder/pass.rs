@@ -17,7 +17,7 @@ pub trait Observer {
 }
 
 /// How a pass is run: with or without caches and an observer, on one thread or many. It also holds the buffers that the
-/// layers share, so keep one for all calls on a sequence.
+/// layers share ([`Workspace`]), so keep one for all calls on a sequence.
 #[derive(Debug)]
 pub struct Pass<'a, D: Device = Cpu> {
     /// One per sequence; none: the rows are one sequence from its start.
@@ -26,11 +26,24 @@ pub struct Pass<'a, D: Device = Cpu> {
     rows: &'a [usize],
     pub(super) observer: Watch<'a>,
     threads: Threads,
-    queue: Option<D::Queue>,
-    pub(super) scratch: Scratch<D>,
+    pub(super) work: Workspace<D>,
+}
+
+/// The memory that passes work in: a queue of the device, and the buffers that the layers share. A pass makes its own; where another comes for
+/// every token, they hand it on ([`Pass::in_workspace`], [`Pass::into_workspace`]).
+#[derive(Debug)]
+pub struct Workspace<D: Device = Cpu> {
+    queue: Option<(Threads, D::Queue)>,
+    scratch: Scratch<D>,
     pub(super) sequences: Vec<Sequence>,
     /// What the host sees of a buffer.
     pub(super) host: Vec<f32>,
+}
+
+impl<D: Device> Default for Workspace<D> {
+    fn default() -> Self {
+        Self { queue: None, scratch: Scratch::default(), sequences: Vec::new(), host: Vec::new() }
+    }
 }
 
 /// The observer of a pass, or none.
@@ -100,16 +113,7 @@ impl<D: Device> Scratch<D> {
 
 impl<D: Device> Default for Pass<'_, D> {
     fn default() -> Self {
-        Self {
-            caches: &mut [],
-            rows: &[],
-            observer: Watch(None),
-            threads: Threads::One,
-            queue: None,
-            scratch: Scratch::default(),
-            sequences: Vec::new(),
-            host: Vec::new(),
-        }
+        Self { caches: &mut [], rows: &[], observer: Watch(None), threads: Threads::One, work: Workspace::default() }
     }
 }
 
@@ -148,8 +152,19 @@ impl<'a, D: Device> Pass<'a, D> {
 
     /// Spreads every product over `threads`. The results stay the same.
     pub fn with_threads(mut self, threads: Threads) -> Self {
-        (self.threads, self.queue) = (threads, None);
+        self.threads = threads;
         self
+    }
+
+    /// Works in memory that another pass has used.
+    pub fn in_workspace(mut self, workspace: Workspace<D>) -> Self {
+        self.work = workspace;
+        self
+    }
+
+    /// Gives the memory on to another pass.
+    pub fn into_workspace(self) -> Workspace<D> {
+        self.work
     }
 
     /// Finds out where `rows` rows go in layer `layer`: the sequences of this call.
@@ -160,7 +175,7 @@ impl<'a, D: Device> Pass<'a, D> {
         if !listed && !even {
             return Err(LlmError::UnevenRows { rows, sequences: n });
         }
-        self.sequences.clear();
+        self.work.sequences.clear();
         for i in 0..n {
             let rows = if listed { self.rows[i] } else { rows / n };
             let past = self.caches.get(i).map_or(0, |cache| cache.positions(layer));
@@ -168,7 +183,7 @@ impl<'a, D: Device> Pass<'a, D> {
             if past + rows > limit {
                 return Err(LlmError::ContextFull { needed: past + rows, limit });
             }
-            self.sequences.push(Sequence { past, rows });
+            self.work.sequences.push(Sequence { past, rows });
         }
         Ok(())
     }
@@ -182,18 +197,12 @@ impl<'a, D: Device> Pass<'a, D> {
 
     /// The parts of the pass, with a queue of the device.
     pub(super) fn parts(&mut self, device: &D) -> Result<Parts<'_, 'a, D>, LlmError> {
-        let queue = match &mut self.queue {
-            Some(queue) => queue,
-            none => none.insert(device.queue(self.threads)?),
-        };
-        Ok(Parts {
-            queue,
-            scratch: &mut self.scratch,
-            caches: self.caches,
-            sequences: &self.sequences,
-            observer: &mut self.observer,
-            host: &mut self.host,
-        })
+        let Workspace { queue, scratch, sequences, host } = &mut self.work;
+        if queue.as_ref().is_none_or(|(threads, _)| *threads != self.threads) {
+            *queue = Some((self.threads, device.queue(self.threads)?));
+        }
+        let (_, queue) = queue.as_mut().expect("made above");
+        Ok(Parts { queue, scratch, caches: self.caches, sequences, observer: &mut self.observer, host })
     }
 }
 
