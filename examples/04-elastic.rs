@@ -6,9 +6,9 @@
 //! `cargo run --release -p bitstack-examples --example 04-elastic` prints a line per budget. The model is made of random planes, 430
 //! million weights of 6 bits: large enough to see in the process's size, and quickly made; its text is noise.
 
+use bitstack_engine::synthetic::{self, ModelShape};
+use bitstack_engine::{ElasticModel, KvCache, Pass, Threads};
 use bitstack_format::{Existing, StackFile};
-use bitstack_llm::synthetic::{self, ModelShape};
-use bitstack_llm::{ElasticModel, KvCache, Pass, Threads};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -33,7 +33,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
 
     std::thread::scope(|scope| -> Result<(), Box<dyn std::error::Error>> {
         // The writer: every token runs on the blocks that are resident when it begins.
-        let writer = scope.spawn(|| -> Result<(), bitstack_llm::LlmError> {
+        let writer = scope.spawn(|| -> Result<(), bitstack_engine::EngineError> {
             let mut cache = KvCache::new(model.config(), 4096)?;
             let mut token = 1;
             while !finished.load(Ordering::Relaxed) {

@@ -7,15 +7,14 @@
 //! `cargo run --release -p bitstack-examples --example ablations -- MODEL_DIR --calibration FILE.txt --text FILE.txt -o DIR`
 //! writes DIR/ablations.md and DIR/ablations.svg, anew after each group.
 
+use bitstack_compress::{BlockMethod, CompressOptions, Compressed, Ordering, Scaling, block_perplexities, compress};
 use bitstack_core::{ActivationStats, Collect, Scales};
+use bitstack_engine::eval::{self, Metrics, WithReference};
+use bitstack_engine::stack::StackModel;
+use bitstack_engine::{Decoder, EngineError, LinearOp, Observer, Pass};
 use bitstack_format::BlockSource;
-use bitstack_llm::eval::{self, Metrics, WithReference};
-use bitstack_llm::stack::StackModel;
-use bitstack_llm::text::Windows;
-use bitstack_llm::{
-    BlockMethod, Checkpoint, CompressOptions, Compressed, Decoder, Dense, Elements, LinearOp, LlmError, Observer,
-    Ordering, Pass, Scaling, Tokenizer, block_perplexities, compress,
-};
+use bitstack_model::text::Windows;
+use bitstack_model::{Checkpoint, Dense, Elements, Tokenizer};
 use bitstack_sort::{Balanced, Greedy, LoadOrder, Method, Random, Scores, Sizes};
 use clap::Parser;
 use half::f16;
@@ -228,7 +227,7 @@ impl<'a> Bench<'a> {
             .zip(&self.truth)
             .zip(&self.test)
             .map(|((found, truth), window)| eval::Scores::of(found.view(), Some(truth.view()), &window[1..]));
-        Ok(Metrics::of(&scores.collect::<Result<Vec<_>, LlmError>>()?, WithReference::Yes)?)
+        Ok(Metrics::of(&scores.collect::<Result<Vec<_>, EngineError>>()?, WithReference::Yes)?)
     }
 
     /// A plain SVD of the same size at the same levels as a stack: blocks without signs, of rank k + rows·cols / (16 (rows + cols)), whose sum is
@@ -291,7 +290,7 @@ impl Observer for Seen {
 
 fn logits<L: LinearOp>(model: &Decoder<L>, windows: &[&[u32]]) -> Result<Vec<Array2<f32>>> {
     let run = |window: &&[u32]| model.forward(&window[..window.len() - 1], &mut Pass::new());
-    Ok(windows.par_iter().with_max_len(1).map(run).collect::<Result<Vec<_>, LlmError>>()?)
+    Ok(windows.par_iter().with_max_len(1).map(run).collect::<Result<Vec<_>, EngineError>>()?)
 }
 
 /// All of the SVD of W·diag(s), singular values split as square roots, V divided by s: as f16 holds them.

@@ -6,8 +6,9 @@ use super::progress::{Reporter, to_stderr};
 use super::timings::{Timings, table};
 use super::{print, quality, size, usage};
 use anyhow::{Context, Result};
+use bitstack_compress::{BlockMethod, CompressError, CompressOptions, Journal, Ordering, Scaling};
 use bitstack_format::Existing;
-use bitstack_llm::{BlockMethod, Checkpoint, CompressOptions, Journal, LlmError, Ordering, Part, Progress, Scaling};
+use bitstack_model::{Checkpoint, Part, Progress};
 use serde_json::json;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -64,7 +65,7 @@ fn write(args: &Compress, reporter: &Reporter) -> Result<()> {
         Journal::discard(&directory)?;
     }
     let journal = Journal::open(&directory, &checkpoint, text.as_deref(), &options, &timings).map_err(|e| match e {
-        e @ LlmError::JournalDiffers { .. } => {
+        e @ CompressError::JournalDiffers { .. } => {
             usage(format!("{e}; --restart throws it away, another --output leaves it alone"))
         }
         e => e.into(),

@@ -2,7 +2,7 @@
 #![cfg(target_os = "linux")]
 #![expect(clippy::print_stdout, reason = "a test that is skipped says so")]
 
-use bitstack_llm::synthetic::{self, ModelShape};
+use bitstack_engine::synthetic::{self, ModelShape};
 use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -82,7 +82,9 @@ fn plus_and_minus_change_the_size_while_text_is_written() {
     // Each key is pressed when the one before is answered, and the first when there is text, however slow the machine.
     for (answered, key) in ["-", "-", "+"].iter().enumerate() {
         while !(shown.windows(3).any(|w| w == b"The") && answers(&shown) == answered) {
-            shown.extend(seen.recv_timeout(Duration::from_secs(120)).expect("the text goes on until the keys are answered"));
+            shown.extend(
+                seen.recv_timeout(Duration::from_secs(120)).expect("the text goes on until the keys are answered"),
+            );
         }
         keyboard.write_all(key.as_bytes()).unwrap();
     }
