@@ -7,9 +7,9 @@
 //! million weights of 6 bits: large enough to see in the process's size, and quickly made; its text is noise.
 
 use bitstack_bench::synthetic::{self, ModelShape};
+use bitstack_engine::{ElasticModel, KvCache, Pass, Threads, Workspace};
 use bitstack_format::StackFile;
 use bitstack_io::Existing;
-use bitstack_llm::{ElasticModel, KvCache, Pass, Threads, Workspace};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -34,7 +34,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
 
     std::thread::scope(|scope| -> Result<(), Box<dyn std::error::Error>> {
         // The writer: every token runs on the blocks that are resident when it begins.
-        let writer = scope.spawn(|| -> Result<(), bitstack_llm::LlmError> {
+        let writer = scope.spawn(|| -> Result<(), bitstack_engine::EngineError> {
             let mut cache = KvCache::new(model.config(), 4096)?;
             let mut token = 1;
             let mut workspace = Workspace::default();

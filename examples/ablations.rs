@@ -7,16 +7,15 @@
 //! `cargo run --release -p bitstack-examples --example ablations -- MODEL_DIR --calibration FILE.txt --text FILE.txt -o DIR`
 //! writes DIR/ablations.md and DIR/ablations.svg, anew after each group.
 
+use bitstack_compress::{BlockMethod, CompressOptions, Compressed, OrderBy, Scaling, block_perplexities, compress};
 use bitstack_core::{ActivationStats, Collect, Scales};
+use bitstack_engine::device::Cpu;
+use bitstack_engine::eval::{self, Metrics, WithReference};
+use bitstack_engine::stack::StackModel;
+use bitstack_engine::{Decoder, EngineError, Observer, Pass, Weight};
 use bitstack_format::BlockSource;
-use bitstack_llm::device::Cpu;
-use bitstack_llm::eval::{self, Metrics, WithReference};
-use bitstack_llm::stack::StackModel;
-use bitstack_llm::text::Windows;
-use bitstack_llm::{
-    BlockMethod, Checkpoint, CompressOptions, Compressed, Decoder, Dense, Elements, LlmError, Observer, OrderBy, Pass,
-    Scaling, Tokenizer, Weight, block_perplexities, compress,
-};
+use bitstack_model::text::Windows;
+use bitstack_model::{Checkpoint, Dense, Elements, Tokenizer};
 use bitstack_sort::{Balanced, Greedy, LoadOrder, Random, Scores, Sizes, Sorter};
 use clap::Parser;
 use half::f16;
@@ -229,7 +228,7 @@ impl<'a> Bench<'a> {
             .zip(&self.truth)
             .zip(&self.test)
             .map(|((found, truth), window)| eval::Tally::of(found.view(), Some(truth.view()), &window[1..]));
-        Ok(Metrics::of(&scores.collect::<Result<Vec<_>, LlmError>>()?, WithReference::Yes)?)
+        Ok(Metrics::of(&scores.collect::<Result<Vec<_>, EngineError>>()?, WithReference::Yes)?)
     }
 
     /// A plain SVD of the same size at the same levels as a stack: blocks without signs, of rank k + rows·cols / (16 (rows + cols)), whose sum is
@@ -292,7 +291,7 @@ impl Observer for Seen {
 
 fn logits<L: Weight<Cpu>>(model: &Decoder<L>, windows: &[&[u32]]) -> Result<Vec<Array2<f32>>> {
     let run = |window: &&[u32]| model.forward(&window[..window.len() - 1], &mut Pass::new());
-    Ok(windows.par_iter().with_max_len(1).map(run).collect::<Result<Vec<_>, LlmError>>()?)
+    Ok(windows.par_iter().with_max_len(1).map(run).collect::<Result<Vec<_>, EngineError>>()?)
 }
 
 /// All of the SVD of W·diag(s), singular values split as square roots, V divided by s: as f16 holds them.

@@ -2,9 +2,9 @@
 
 use std::time::{Duration, Instant};
 
+use bitstack_engine::sample::Sampler;
+use bitstack_engine::{ElasticModel, EngineError, KvCache, Pass, SamplingOptions, Threads, Workspace};
 use bitstack_format::ReadAt;
-use bitstack_llm::sample::Sampler;
-use bitstack_llm::{ElasticModel, KvCache, LlmError, Pass, SamplingOptions, Threads, Workspace};
 use bitstack_runtime::Snapshot;
 use bitstack_sort::LoadOrder;
 
@@ -55,12 +55,12 @@ pub fn decoding<S: ReadAt + Send + Sync + 'static>(
     model: &ElasticModel<S>,
     budget_bytes: u64,
     tokens: usize,
-) -> Result<Decoding, LlmError> {
+) -> Result<Decoding, EngineError> {
     model.elastic().set_budget(budget_bytes)?;
     model.elastic().wait()?;
     let snapshot = model.elastic().snapshot();
     let mut text = Text::new(model, tokens)?;
-    let token_seconds = (0..tokens).map(|_| Ok(text.token()?.seconds)).collect::<Result<Vec<f64>, LlmError>>()?;
+    let token_seconds = (0..tokens).map(|_| Ok(text.token()?.seconds)).collect::<Result<Vec<f64>, EngineError>>()?;
     Ok(Decoding {
         resident_bytes: snapshot.resident_bytes(),
         cache_bytes: text.cache.len_bytes(),
@@ -178,13 +178,13 @@ impl Default for Schedule {
 pub fn resizing<S: ReadAt + Send + Sync + 'static>(
     model: &ElasticModel<S>,
     schedule: Schedule,
-) -> Result<Resizing, LlmError> {
+) -> Result<Resizing, EngineError> {
     let Schedule { tokens, rounds, pause } = schedule;
     let elastic = model.elastic();
     let (low, high) = (elastic.order().minimum_bytes(), elastic.order().total_bytes());
     // The same positions again and again, so that tokens differ by what is resident only.
     let mut text = Text::new(model, tokens)?;
-    let at_rest = |text: &mut Text<'_, S>| -> Result<Vec<Token>, LlmError> {
+    let at_rest = |text: &mut Text<'_, S>| -> Result<Vec<Token>, EngineError> {
         elastic.wait()?;
         text.token()?;
         (0..tokens).map(|_| text.token()).collect()
@@ -225,7 +225,7 @@ struct Text<'m, S> {
 }
 
 impl<'m, S: ReadAt + Send + Sync + 'static> Text<'m, S> {
-    fn new(model: &'m ElasticModel<S>, capacity: usize) -> Result<Self, LlmError> {
+    fn new(model: &'m ElasticModel<S>, capacity: usize) -> Result<Self, EngineError> {
         let capacity = capacity.clamp(1, model.config().max_positions);
         let token = 1 % model.config().vocab_size as u32;
         let sampler = Sampler::new(SamplingOptions::greedy())?;
@@ -239,7 +239,7 @@ impl<'m, S: ReadAt + Send + Sync + 'static> Text<'m, S> {
     }
 
     /// Decodes one token.
-    fn token(&mut self) -> Result<Token, LlmError> {
+    fn token(&mut self) -> Result<Token, EngineError> {
         if self.cache.len() == self.cache.capacity() {
             self.cache.truncate(0);
         }
@@ -260,7 +260,7 @@ impl<'m, S: ReadAt + Send + Sync + 'static> Text<'m, S> {
 }
 
 /// Bytes per second at which all signs of a snapshot are read.
-fn read_speed(snapshot: &Snapshot) -> Result<f64, LlmError> {
+fn read_speed(snapshot: &Snapshot) -> Result<f64, EngineError> {
     let levels = (0..snapshot.levels().len()).map(|weight| snapshot.level(weight)).collect::<Result<Vec<_>, _>>()?;
     let pieces: Vec<&[u8]> = levels
         .iter()

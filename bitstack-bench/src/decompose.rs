@@ -2,7 +2,7 @@
 
 use crate::synthetic::ModelShape;
 use bitstack_decomp::{DecompError, DecomposeOptions, Nested, Svd, blocks, decompose, feedback_gain};
-use bitstack_llm::Progress;
+use bitstack_model::Progress;
 use ndarray::{Array2, Axis};
 use rand::{RngExt, SeedableRng, rngs::StdRng};
 use std::time::Instant;

@@ -5,9 +5,10 @@
 use std::path::Path;
 
 use bitstack_core::{BasisRef, BlockRef, CoefficientsRef, Shape, SignView, ValuesRef, f16};
+use bitstack_engine::EngineError;
 use bitstack_format::{BlockSource, Draft, Dtype};
 use bitstack_io::{Existing, write_atomically};
-use bitstack_llm::{LlmError, ModelConfig, Progress};
+use bitstack_model::{ModelConfig, Progress};
 use bitstack_pack::row_bytes;
 use serde_json::json;
 
@@ -87,7 +88,7 @@ pub fn draft(
     seed: u64,
     scratch: &Path,
     progress: &dyn Progress,
-) -> Result<Draft, LlmError> {
+) -> Result<Draft, EngineError> {
     let json = shape.config_json();
     let config = ModelConfig::from_json(&json)?.cut_vocabulary();
     let mut draft = Draft::create_in(scratch)?;
@@ -100,7 +101,7 @@ pub fn draft(
     progress.stage("random planes (blocks)", (specs.len() * n_blocks) as u64);
     let mut random = SplitMix(seed);
     for spec in &specs {
-        let in_weight = |source| LlmError::Weight { name: spec.name.clone(), source };
+        let in_weight = |source| EngineError::Weight { name: spec.name.clone(), source };
         let shape = Shape::new(spec.rows, spec.cols).map_err(in_weight)?;
         let weight = draft.add_weight(&spec.name, shape, 1, "nested")?;
         let basis_scale = [f16::from_f32(1.0 / (127.0 * (spec.cols as f32).sqrt()))];
@@ -137,7 +138,7 @@ pub fn write(
     n_blocks: usize,
     seed: u64,
     progress: &dyn Progress,
-) -> Result<u64, LlmError> {
+) -> Result<u64, EngineError> {
     let directory = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let draft = draft(shape, n_blocks, seed, directory, progress)?;
     let n_weights = draft.weights().len() as u32;

@@ -2,7 +2,9 @@
 #![expect(clippy::print_stdout, reason = "the measurement is worth seeing")]
 
 use bitstack_bench::synthetic::{self, ModelShape};
-use bitstack_llm::{BlockMethod, Checkpoint, CompressOptions, ExportOptions, OrderBy, compress, export_dense};
+use bitstack_compress::{BlockMethod, CompressOptions, OrderBy, compress};
+use bitstack_exchange::{ExportOptions, export_dense};
+use bitstack_model::Checkpoint;
 use peak_alloc::PeakAlloc;
 use std::path::Path;
 

@@ -6,8 +6,9 @@ use super::progress::{Reporter, to_stderr};
 use super::timings::{Timings, table};
 use super::{print, quality, size, usage};
 use anyhow::{Context, Result};
+use bitstack_compress::{BlockMethod, CompressError, CompressOptions, Journal, OrderBy, Scaling};
 use bitstack_io::Existing;
-use bitstack_llm::{BlockMethod, Checkpoint, CompressOptions, Journal, LlmError, OrderBy, Part, Progress, Scaling};
+use bitstack_model::{Checkpoint, Part, Progress};
 use bitstack_runtime::process_peak_bytes;
 use serde_json::json;
 use std::path::{Path, PathBuf};
@@ -65,7 +66,7 @@ fn write(args: &Compress, reporter: &Reporter) -> Result<()> {
         Journal::discard(&directory)?;
     }
     let journal = Journal::open(&directory, &checkpoint, text.as_deref(), &options, &timings).map_err(|e| match e {
-        e @ LlmError::JournalDiffers { .. } => {
+        e @ CompressError::JournalDiffers { .. } => {
             usage(format!("{e}; --restart throws it away, another --output leaves it alone"))
         }
         e => e.into(),

@@ -6,8 +6,8 @@ use super::open::Stack;
 use super::progress::Reporter;
 use super::{size, usage};
 use anyhow::Result;
+use bitstack_exchange::{ExportOptions, FloatType, export_dense, export_reference};
 use bitstack_io::Existing;
-use bitstack_llm::{ExportOptions, FloatType, export_dense, export_reference};
 
 /// Writes a file, at a memory size, as a model directory.
 pub(crate) fn run(args: &Export, reporter: &Reporter) -> Result<()> {

@@ -16,7 +16,7 @@ pub(crate) fn run(args: &Import, reporter: &Reporter) -> Result<()> {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
         _ => Path::new("."),
     };
-    let mut imported = bitstack_llm::import(&args.directory, directory, reporter)?;
+    let mut imported = bitstack_exchange::import(&args.directory, directory, reporter)?;
     let name = std::path::absolute(&args.directory)?.file_name().map(|n| n.to_string_lossy().into_owned());
     imported.draft.set_provenance("model", &name.unwrap_or_default())?;
     let made_by =

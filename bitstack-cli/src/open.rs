@@ -3,8 +3,8 @@
 use super::progress::Reporter;
 use super::usage;
 use anyhow::{Context, Result};
+use bitstack_engine::quality::Quality;
 use bitstack_format::{BlockSource, StackFile};
-use bitstack_llm::quality::Quality;
 use bitstack_sort::{LoadOrder, Plan, Sizes, SortError};
 use std::fs::File;
 use std::path::Path;

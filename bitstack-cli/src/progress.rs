@@ -1,6 +1,6 @@
 //! Progress on stderr: bars with rate and time left on a terminal, a line now and then otherwise, nothing when quiet.
 
-use bitstack_llm::Progress;
+use bitstack_model::Progress;
 use indicatif::{ProgressBar, ProgressStyle};
 use std::io::{IsTerminal, Write};
 use std::sync::Mutex;

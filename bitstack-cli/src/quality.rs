@@ -2,8 +2,8 @@
 
 use super::open::{Bits, Stack};
 use super::size;
+use bitstack_engine::quality::{Expected, FAR_KL, NOISE_KL, Quality};
 use bitstack_format::BlockSource;
-use bitstack_llm::quality::{Expected, FAR_KL, NOISE_KL, Quality};
 use serde_json::{Value, json};
 use std::fmt::Write;
 

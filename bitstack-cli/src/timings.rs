@@ -1,7 +1,7 @@
 //! Where the time of a command goes.
 
 use super::progress::Reporter;
-use bitstack_llm::{Part, Progress};
+use bitstack_model::{Part, Progress};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 

@@ -141,7 +141,7 @@ fn peak(pid: u32) -> Option<u64> {
     Some(line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()? * 1024)
 }
 
-/// What decomposing the largest weight takes, as the README of `bitstack-llm` states it: the Gram matrix of its inputs, 8 bytes per element,
+/// What decomposing the largest weight takes, as the README of `bitstack-compress` states it: the Gram matrix of its inputs, 8 bytes per element,
 /// and 12 more while it is in use; 4 bytes per element of the weight and `n_blocks` / 2 for its planes; and the tiles of rows in work, per
 /// thread.
 fn stated(shape: &Model, n_blocks: u64) -> u64 {

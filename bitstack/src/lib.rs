@@ -1,6 +1,8 @@
 #![doc = include_str!("../README.md")]
 #![forbid(unsafe_code)]
 
+#[cfg(feature = "compress")]
+pub use bitstack_compress as compress;
 pub use bitstack_core as core;
 #[cfg(feature = "cpu")]
 pub use bitstack_cpu as cpu;
@@ -8,12 +10,16 @@ pub use bitstack_cpu as cpu;
 pub use bitstack_cuda as cuda;
 #[cfg(feature = "decomp")]
 pub use bitstack_decomp as decomp;
+#[cfg(feature = "engine")]
+pub use bitstack_engine as engine;
+#[cfg(feature = "exchange")]
+pub use bitstack_exchange as exchange;
 #[cfg(feature = "format")]
 pub use bitstack_format as format;
 #[cfg(feature = "format")]
 pub use bitstack_io as io;
-#[cfg(feature = "llm")]
-pub use bitstack_llm as llm;
+#[cfg(feature = "model")]
+pub use bitstack_model as model;
 pub use bitstack_pack as pack;
 #[cfg(feature = "runtime")]
 pub use bitstack_runtime as runtime;

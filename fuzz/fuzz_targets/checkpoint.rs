@@ -6,8 +6,9 @@
 //! its data set right.
 #![no_main]
 
+use bitstack_engine::{Decoder, Pass};
 use bitstack_fuzz::repaired;
-use bitstack_llm::{Checkpoint, Decoder, Pass};
+use bitstack_model::Checkpoint;
 use libfuzzer_sys::fuzz_target;
 use std::fs;
 use std::path::Path;

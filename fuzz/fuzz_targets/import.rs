@@ -5,10 +5,11 @@
 //! and with the length of its header and that of its data set right. An order that begins with `{` is `reduced_ppl_average.json`.
 #![no_main]
 
+use bitstack_engine::Pass;
+use bitstack_engine::stack::StackModel;
+use bitstack_exchange::import;
 use bitstack_format::{BlockSource, StackFile};
 use bitstack_fuzz::repaired;
-use bitstack_llm::stack::StackModel;
-use bitstack_llm::{Pass, import};
 use libfuzzer_sys::fuzz_target;
 use std::fs;
 use std::sync::LazyLock;

@@ -3,7 +3,7 @@
 //! The input is a text up to the first zero byte, then the file.
 #![no_main]
 
-use bitstack_llm::Tokenizer;
+use bitstack_model::Tokenizer;
 use libfuzzer_sys::fuzz_target;
 
 // Some files make the library behind it panic, which is caught and an error. The fuzzer's own hook would end the process before; a panic that

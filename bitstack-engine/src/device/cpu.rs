@@ -1,0 +1,487 @@
+//! The CPU: vector code for each operation, products by `bitstack-cpu` and faer.
+
+use super::{Columns, Context, Device, Done, Routes, Sequence, Weight, angle, inverse_frequencies};
+use crate::{EngineError, Operator, linear, math};
+use bitstack_core::Threads;
+use bitstack_cpu::Scratch;
+use bitstack_model::config::{Activation, Attention};
+use bitstack_model::{Dense, RopeConfig};
+use faer::prelude::ReborrowMut;
+use faer::{MatMut, MatRef};
+use rayon::prelude::*;
+use std::ops::Range;
+use std::sync::{Mutex, PoisonError};
+
+/// The host's memory and the best instructions that its CPU has.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Cpu;
+
+/// What operations work in on the CPU.
+#[derive(Debug)]
+pub struct CpuQueue {
+    pub(crate) threads: Threads,
+    /// Of the products with packed blocks.
+    pub(crate) scratch: Scratch,
+    /// Where a row is rebuilt.
+    row: Vec<f32>,
+    /// Where a product is made that is then spread over columns.
+    spread: Vec<f32>,
+    /// Scores of the attention, for each thread of the pool, and the one outside it.
+    scores: Vec<Mutex<Vec<f32>>>,
+}
+
+impl CpuQueue {
+    fn new(threads: Threads) -> Self {
+        let n = match threads {
+            Threads::One => 0,
+            Threads::Pool => rayon::current_num_threads(),
+        };
+        let scores = (0..=n).map(|_| Mutex::default()).collect();
+        Self { threads, scratch: Scratch::default(), row: Vec::new(), spread: Vec::new(), scores }
+    }
+
+    /// A product of `rows` columns, made by `work` in rows without a gap, in the columns of `y` that `place` says.
+    fn place(
+        &mut self,
+        rows: usize,
+        tokens: usize,
+        y: &mut [f32],
+        place: Columns,
+        work: impl FnOnce(&mut Self, &mut [f32]),
+    ) {
+        if tokens == 1 || place == Columns::all(rows) {
+            return work(self, &mut y[place.first..place.first + tokens * rows]);
+        }
+        let mut spread = std::mem::take(&mut self.spread);
+        work(self, take(&mut spread, tokens * rows));
+        for (row, y) in spread.chunks_exact(rows).zip(y.chunks_exact_mut(place.stride)).take(tokens) {
+            y[place.first..place.first + rows].copy_from_slice(row);
+        }
+        self.spread = spread;
+    }
+}
+
+/// The first `len` elements of a buffer that only ever grows; their values are left over from earlier uses.
+fn take(buffer: &mut Vec<f32>, len: usize) -> &mut [f32] {
+    if buffer.len() < len {
+        buffer.resize(len, 0.0);
+    }
+    &mut buffer[..len]
+}
+
+impl Device for Cpu {
+    type Buffer = Vec<f32>;
+    type Queue = CpuQueue;
+    type Rope = Rope;
+
+    fn queue(&self, threads: Threads) -> Result<CpuQueue, EngineError> {
+        Ok(CpuQueue::new(threads))
+    }
+
+    fn rope(&self, config: &RopeConfig, head_dim: usize, max_positions: usize) -> Result<Rope, EngineError> {
+        Ok(Rope::new(inverse_frequencies(config, head_dim), max_positions))
+    }
+
+    fn reserve(_: &mut CpuQueue, buffer: &mut Vec<f32>, len: usize) -> Done {
+        take(buffer, len);
+        Ok(())
+    }
+
+    fn bytes(buffer: &Vec<f32>) -> u64 {
+        4 * buffer.capacity() as u64
+    }
+
+    fn write(_: &mut CpuQueue, values: &[f32], buffer: &mut Vec<f32>) -> Done {
+        take(buffer, values.len()).copy_from_slice(values);
+        Ok(())
+    }
+
+    fn read(_: &mut CpuQueue, buffer: &Vec<f32>, values: &mut [f32]) -> Done {
+        values.copy_from_slice(&buffer[..values.len()]);
+        Ok(())
+    }
+
+    fn take(_: &mut CpuQueue, buffer: &mut Vec<f32>, len: usize) -> Result<Vec<f32>, EngineError> {
+        let mut values = std::mem::take(buffer);
+        values.truncate(len);
+        Ok(values)
+    }
+
+    fn look<'b>(
+        _: &mut CpuQueue,
+        buffer: &'b Vec<f32>,
+        len: usize,
+        _: &'b mut Vec<f32>,
+    ) -> Result<&'b [f32], EngineError> {
+        Ok(&buffer[..len])
+    }
+
+    fn copy(_: &mut CpuQueue, from: &Vec<f32>, range: Range<usize>, to: &mut Vec<f32>, at: usize) -> Done {
+        to[at..at + range.len()].copy_from_slice(&from[range]);
+        Ok(())
+    }
+
+    fn columns(
+        _: &mut CpuQueue,
+        x: &Vec<f32>,
+        rows: usize,
+        width: usize,
+        columns: Range<usize>,
+        out: &mut Vec<f32>,
+    ) -> Done {
+        let to = out.chunks_exact_mut(columns.len());
+        for (x, out) in x.chunks_exact(width).zip(to).take(rows) {
+            out.copy_from_slice(&x[columns.clone()]);
+        }
+        Ok(())
+    }
+
+    fn norm(
+        _: &mut CpuQueue,
+        x: &Vec<f32>,
+        rows: usize,
+        weight: &Vec<f32>,
+        len: usize,
+        eps: f32,
+        out: &mut Vec<f32>,
+    ) -> Done {
+        math::rms_norm(&x[..rows * len], &weight[..len], eps, &mut out[..rows * len]);
+        Ok(())
+    }
+
+    fn norm_in_place(_: &mut CpuQueue, x: &mut Vec<f32>, rows: usize, weight: &Vec<f32>, len: usize, eps: f32) -> Done {
+        math::rms_norm_in_place(&mut x[..rows * len], &weight[..len], eps);
+        Ok(())
+    }
+
+    fn clear(_: &mut CpuQueue, x: &mut Vec<f32>, len: usize) -> Done {
+        x[..len].fill(0.0);
+        Ok(())
+    }
+
+    fn add(_: &mut CpuQueue, x: &mut Vec<f32>, y: &Vec<f32>, len: usize) -> Done {
+        math::add(&mut x[..len], &y[..len]);
+        Ok(())
+    }
+
+    fn add_bias(_: &mut CpuQueue, x: &mut Vec<f32>, rows: usize, bias: &Vec<f32>, len: usize) -> Done {
+        math::add_bias(&mut x[..rows * len], &bias[..len]);
+        Ok(())
+    }
+
+    fn scale(_: &mut CpuQueue, x: &mut Vec<f32>, len: usize, factor: f32) -> Done {
+        math::scale(&mut x[..len], factor);
+        Ok(())
+    }
+
+    fn cap(_: &mut CpuQueue, x: &mut Vec<f32>, len: usize, cap: f32) -> Done {
+        math::cap(&mut x[..len], cap);
+        Ok(())
+    }
+
+    fn activate(_: &mut CpuQueue, activation: Activation, x: &mut Vec<f32>, up: Option<&Vec<f32>>, len: usize) -> Done {
+        let x = &mut x[..len];
+        match (activation, up) {
+            (Activation::Silu, Some(up)) => math::swiglu(x, &up[..len]),
+            (Activation::Silu, None) => math::silu(x),
+            (Activation::GeluTanh, up) => {
+                math::gelu(x);
+                if let Some(up) = up {
+                    math::multiply(x, &up[..len]);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn rotate(
+        _: &mut CpuQueue,
+        x: &mut Vec<f32>,
+        heads: usize,
+        head_dim: usize,
+        rope: &Rope,
+        sequences: &[Sequence],
+    ) -> Done {
+        let mut rest = &mut x[..];
+        for sequence in sequences {
+            let (own, behind) = rest.split_at_mut(sequence.rows * heads * head_dim);
+            rope.rotate(own, heads, sequence.past);
+            rest = behind;
+        }
+        Ok(())
+    }
+
+    fn attend(
+        queue: &mut CpuQueue,
+        attention: &Attention,
+        q: &Vec<f32>,
+        sequences: &[Sequence],
+        context: Context<'_, Self>,
+        out: &mut Vec<f32>,
+    ) -> Done {
+        let rows: usize = sequences.iter().map(|s| s.rows).sum();
+        let len = rows * attention.query_size();
+        let work = Attend { attention, context: &context, scores: &queue.scores };
+        let longest = sequences.iter().map(|s| s.past + s.rows).max().unwrap_or(0);
+        let wide = queue.threads == Threads::Pool && attention.query_size() * rows * longest >= SMALL;
+        match sequences {
+            [one] => work.sequence(0, *one, &q[..len], &mut out[..len], wide),
+            _ => work.sequences(0, sequences, &q[..len], &mut out[..len], wide),
+        }
+        Ok(())
+    }
+
+    fn choose(
+        _: &mut CpuQueue,
+        scores: &Vec<f32>,
+        rows: usize,
+        n_experts: usize,
+        n_active: usize,
+        normalised: bool,
+        routes: &mut Routes,
+    ) -> Done {
+        let mut probabilities = scores[..rows * n_experts].to_vec();
+        probabilities.chunks_exact_mut(n_experts).for_each(math::softmax);
+        routes.fill(&probabilities, n_experts, n_active, normalised);
+        Ok(())
+    }
+
+    fn gather(_: &mut CpuQueue, x: &Vec<f32>, len: usize, rows: &[usize], out: &mut Vec<f32>) -> Done {
+        for (row, out) in rows.iter().zip(out.chunks_exact_mut(len)) {
+            out.copy_from_slice(&x[row * len..(row + 1) * len]);
+        }
+        Ok(())
+    }
+
+    fn scatter(_: &mut CpuQueue, x: &Vec<f32>, len: usize, rows: &[usize], shares: &[f32], out: &mut Vec<f32>) -> Done {
+        for ((row, share), x) in rows.iter().zip(shares).zip(x.chunks_exact(len)) {
+            math::add_scaled(&mut out[row * len..(row + 1) * len], x, *share);
+        }
+        Ok(())
+    }
+}
+
+impl Weight<Cpu> for Dense {
+    fn rows(&self) -> usize {
+        self.shape()[0]
+    }
+
+    fn cols(&self) -> usize {
+        self.shape()[1]
+    }
+
+    fn multiply(&self, queue: &mut CpuQueue, x: &Vec<f32>, tokens: usize, y: &mut Vec<f32>, place: Columns) -> Done {
+        let [rows, cols] = self.shape();
+        let x = &x[..tokens * cols];
+        queue.place(rows, tokens, y, place, |queue, y| linear::dense_product(self, x, y, queue.threads));
+        Ok(())
+    }
+
+    fn look_up(&self, _: &mut CpuQueue, row: usize, out: &mut Vec<f32>, at: usize) -> Done {
+        let cols = self.shape()[1];
+        self.row_into(row, &mut out[at * cols..(at + 1) * cols]);
+        Ok(())
+    }
+}
+
+impl Weight<Cpu> for Operator<'_> {
+    fn rows(&self) -> usize {
+        self.shape()[0]
+    }
+
+    fn cols(&self) -> usize {
+        self.shape()[1]
+    }
+
+    fn multiply(&self, queue: &mut CpuQueue, x: &Vec<f32>, tokens: usize, y: &mut Vec<f32>, place: Columns) -> Done {
+        let (level, kernel) = match self {
+            Self::Kept(dense) => return Weight::<Cpu>::multiply(*dense, queue, x, tokens, y, place),
+            Self::Planes { level, kernel } => (level, kernel),
+        };
+        let [rows, cols] = self.shape();
+        let x = &x[..tokens * cols];
+        queue.place(rows, tokens, y, place, |queue, y| {
+            let done = kernel.apply(level, x, y, queue.threads, &mut queue.scratch);
+            done.expect("the decoder gives x of tokens x cols and y of tokens x rows");
+        });
+        Ok(())
+    }
+
+    fn look_up(&self, queue: &mut CpuQueue, row: usize, out: &mut Vec<f32>, at: usize) -> Done {
+        let cols = self.shape()[1];
+        self.row_into(row, &mut queue.row, &mut out[at * cols..(at + 1) * cols]);
+        Ok(())
+    }
+}
+
+/// Rotary position embedding.
+#[derive(Debug, Clone)]
+pub struct Rope {
+    inverse_frequencies: Vec<f32>,
+    /// Cosines, then sines, of the first positions; further ones are computed when they come.
+    table: Vec<f32>,
+}
+
+impl Rope {
+    /// Positions whose angles are kept; 4 MB at a head size of 128.
+    const KEPT: usize = 8192;
+
+    pub(crate) fn new(inverse_frequencies: Vec<f32>, max_positions: usize) -> Self {
+        let head_dim = 2 * inverse_frequencies.len();
+        let mut table = vec![0.0; max_positions.min(Self::KEPT) * head_dim];
+        for (position, row) in table.chunks_exact_mut(head_dim).enumerate() {
+            let (cos, sin) = row.split_at_mut(head_dim / 2);
+            for ((f, cos), sin) in inverse_frequencies.iter().zip(cos).zip(sin) {
+                (*cos, *sin) = angle(position, *f);
+            }
+        }
+        Self { inverse_frequencies, table }
+    }
+
+    /// Rotates every head of every row of `x`, which has `heads` of them; the first row is at position `past`.
+    pub(crate) fn rotate(&self, x: &mut [f32], heads: usize, past: usize) {
+        let half = self.inverse_frequencies.len();
+        for (token, row) in x.chunks_exact_mut(2 * half * heads).enumerate() {
+            let position = past + token;
+            let Some(angles) = self.table.get(position * 2 * half..(position + 1) * 2 * half) else {
+                for head in row.chunks_exact_mut(2 * half) {
+                    let (a, b) = head.split_at_mut(half);
+                    for ((a, b), f) in a.iter_mut().zip(b).zip(&self.inverse_frequencies) {
+                        let (cos, sin) = angle(position, *f);
+                        (*a, *b) = (*a * cos - *b * sin, *b * cos + *a * sin);
+                    }
+                }
+                continue;
+            };
+            let (cos, sin) = angles.split_at(half);
+            for head in row.chunks_exact_mut(2 * half) {
+                let (a, b) = head.split_at_mut(half);
+                for (((a, b), &cos), &sin) in a.iter_mut().zip(b).zip(cos).zip(sin) {
+                    (*a, *b) = (*a * cos - *b * sin, *b * cos + *a * sin);
+                }
+            }
+        }
+    }
+
+    /// The rotation the other way, of a whole sequence: that of the mirror image, mirrored.
+    pub(crate) fn rotate_back(&self, x: &mut [f32], heads: usize) {
+        let half = self.inverse_frequencies.len();
+        let mirror = |x: &mut [f32]| {
+            for head in x.chunks_exact_mut(2 * half) {
+                head[half..].iter_mut().for_each(|v| *v = -*v);
+            }
+        };
+        mirror(x);
+        self.rotate(x, heads, 0);
+        mirror(x);
+    }
+}
+
+/// Queries per block of the attention: the scores of a block stay in cache, and little is computed above the diagonal.
+pub(crate) const QUERY_BLOCK: usize = 64;
+
+/// Products of queries' elements and positions below which an attention does not earn back the cost of waking other threads.
+const SMALL: usize = 1 << 18;
+
+/// An attention at work.
+#[derive(Clone, Copy)]
+struct Attend<'a> {
+    attention: &'a Attention,
+    context: &'a Context<'a, Cpu>,
+    scores: &'a [Mutex<Vec<f32>>],
+}
+
+impl Attend<'_> {
+    /// Several sequences, the first of them number `first`: shared out by sequence.
+    fn sequences(self, first: usize, sequences: &[Sequence], q: &[f32], out: &mut [f32], wide: bool) {
+        match sequences {
+            [] => {}
+            [one] => self.sequence(first, *one, q, out, false),
+            _ => {
+                let half = sequences.len() / 2;
+                let (front, back) = sequences.split_at(half);
+                let at = front.iter().map(|s| s.rows).sum::<usize>() * self.attention.query_size();
+                let ((q_front, q_back), (out_front, out_back)) = (q.split_at(at), out.split_at_mut(at));
+                let mut do_front = || self.sequences(first, front, q_front, out_front, wide);
+                let mut do_back = || self.sequences(first + half, back, q_back, out_back, wide);
+                if wide {
+                    rayon::join(do_front, do_back);
+                } else {
+                    do_front();
+                    do_back();
+                }
+            }
+        }
+    }
+
+    /// One sequence, number `index`; where `wide`, shared out by head.
+    fn sequence(self, index: usize, sequence: Sequence, q: &[f32], out: &mut [f32], wide: bool) {
+        let (keys, values) = self.context.of(index);
+        let (head_dim, total) = (self.attention.head_dim, sequence.past + sequence.rows);
+        let (q_size, kv_size) = (self.attention.query_size(), self.attention.kv_size());
+        let q = MatRef::from_row_major_slice(q, sequence.rows, q_size);
+        let keys = MatRef::from_row_major_slice(&keys[..total * kv_size], total, kv_size);
+        let values = MatRef::from_row_major_slice(&values[..total * kv_size], total, kv_size);
+        let mut out = MatMut::from_row_major_slice_mut(out, sequence.rows, q_size);
+        let group = self.attention.n_heads / self.attention.n_kv_heads;
+        let one_head = |head: usize, out: MatMut<'_, f32>| {
+            let q = q.subcols(head * head_dim, head_dim);
+            let [keys, values] = [keys, values].map(|x| x.subcols(head / group * head_dim, head_dim));
+            self.head(sequence, [q, keys, values], out);
+        };
+        if wide {
+            out.par_col_chunks_mut(head_dim).enumerate().for_each(|(head, out)| one_head(head, out));
+        } else {
+            for head in 0..self.attention.n_heads {
+                one_head(head, out.rb_mut().subcols_mut(head * head_dim, head_dim));
+            }
+        }
+    }
+
+    fn head(self, sequence: Sequence, [q, keys, values]: [MatRef<'_, f32>; 3], mut out: MatMut<'_, f32>) {
+        let Attention { window, scale, score_cap, .. } = *self.attention;
+        // A thread outside the pool, or of another, takes turns with others like it.
+        let own = rayon::current_thread_index().map_or(0, |i| i + 1) % self.scores.len();
+        let mut scores = self.scores[own].lock().unwrap_or_else(PoisonError::into_inner);
+        for start in (0..sequence.rows).step_by(QUERY_BLOCK) {
+            let rows = QUERY_BLOCK.min(sequence.rows - start);
+            // Keys from the first one the block's first query sees to the block's own last one.
+            let first = window.map_or(0, |w| (sequence.past + start + 1).saturating_sub(w));
+            let span = sequence.past + start + rows - first;
+            let scores = take(&mut scores, rows * span);
+            let products = MatMut::from_row_major_slice_mut(scores, rows, span);
+            math::product(products, q.subrows(start, rows), keys.subrows(first, span).transpose(), scale);
+            if let Some(cap) = score_cap {
+                math::cap(scores, cap);
+            }
+            for (r, row) in scores.chunks_exact_mut(span).enumerate() {
+                let end = sequence.past + start + r + 1 - first;
+                let begin = window.map_or(0, |w| end.saturating_sub(w));
+                row[..begin].fill(0.0);
+                math::softmax(&mut row[begin..end]);
+                row[end..].fill(0.0);
+            }
+            let weights = MatRef::from_row_major_slice(scores, rows, span);
+            math::product(out.rb_mut().subrows_mut(start, rows), weights, values.subrows(first, span), 1.0);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn positions_beyond_the_table_rotate_like_those_in_it() {
+        let frequencies = vec![1.0, 0.1];
+        let (kept, fresh) = (Rope::new(frequencies.clone(), 8), Rope::new(frequencies, 2));
+        let x: Vec<f32> = (0..5 * 8).map(|i| i as f32).collect();
+        let (mut a, mut b) = (x.clone(), x);
+        kept.rotate(&mut a, 2, 0);
+        fresh.rotate(&mut b, 2, 0);
+        assert_eq!(a, b);
+        // By hand, token 1, first pair of its second head: (12, 14) turned by 1 radian.
+        let (sin, cos) = 1.0_f32.sin_cos();
+        assert!((a[12] - (12.0 * cos - 14.0 * sin)).abs() < 1e-5 && (a[14] - (14.0 * cos + 12.0 * sin)).abs() < 1e-5);
+    }
+}

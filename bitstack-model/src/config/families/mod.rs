@@ -1,0 +1,146 @@
+//! The families of models. To add one: write a file here that makes a [`ModelConfig`] from the fields of its `config.json`, list it in
+//! [`FAMILIES`], and add a small checkpoint with expected logits to the test data (its README says how).
+
+mod llama;
+mod mistral;
+mod qwen2;
+mod qwen3;
+
+use super::builder::Builder;
+use super::fields::{Fields, bad};
+use super::layer::{Activation, Attention, FeedForward, FeedForwardInput, Layer, Mlp, Projections};
+use super::{ModelConfig, WeightRole, limit};
+use crate::ModelError;
+use bitstack_io::hostile::printable;
+
+/// A family of decoders with the same arithmetic.
+pub(super) struct Family {
+    /// `architectures[0]` in its configs.
+    class: &'static str,
+    /// `model_type`, for configs without a class.
+    model_type: &'static str,
+    describe: fn(&Fields<'_>) -> Result<ModelConfig, ModelError>,
+}
+
+const FAMILIES: [Family; 4] = [llama::FAMILY, mistral::FAMILY, qwen2::FAMILY, qwen3::FAMILY];
+
+/// The model that a config describes.
+pub(super) fn describe(fields: &Fields<'_>) -> Result<ModelConfig, ModelError> {
+    let found = fields.architecture()?;
+    let family = FAMILIES.iter().find(|family| [family.class, family.model_type].contains(&found));
+    let family = family.ok_or_else(|| ModelError::UnknownArchitecture {
+        found: printable(found),
+        supported: FAMILIES.map(|family| family.class).join(", "),
+    })?;
+    if fields.get("quantization_config").is_some() {
+        return Err(bad("quantization_config", "present", "a checkpoint of f32, f16 or bf16 weights"));
+    }
+    (family.describe)(fields)
+}
+
+/// By what families of pre-norm decoders with a gated feed-forward part differ.
+struct Gated {
+    /// Key and value heads, where the config may leave them out: `None` where it may not.
+    default_kv_heads: Option<usize>,
+    /// The size of a head where the config leaves it out: `None` for an equal share of `hidden_size`.
+    default_head_dim: Option<usize>,
+    /// Biases of query, key and value projections.
+    qkv_bias: bool,
+    /// Bias of the attention's output projection.
+    output_bias: bool,
+    /// Biases of gate, up and down projections.
+    mlp_bias: bool,
+    /// Whether every query and key head goes through an RMS norm.
+    qk_norm: bool,
+    /// The attention window of each layer.
+    windows: Vec<Option<usize>>,
+}
+
+impl Gated {
+    /// The model. Its tensors have the names that Llama's have.
+    fn describe(self, fields: &Fields<'_>) -> Result<ModelConfig, ModelError> {
+        let hidden_size = fields.dimension("hidden_size", limit::HIDDEN)?;
+        let size = fields.dimension("intermediate_size", limit::INTERMEDIATE)?;
+        let n_heads = fields.dimension("num_attention_heads", limit::HEADS)?;
+        let n_kv_heads = match (fields.get("num_key_value_heads"), self.default_kv_heads) {
+            (None, Some(n)) => n,
+            _ => fields.dimension("num_key_value_heads", limit::HEADS)?,
+        };
+        if n_heads % n_kv_heads != 0 {
+            let expected = format!("a divisor of num_attention_heads ({n_heads})");
+            return Err(bad("num_key_value_heads", n_kv_heads, expected));
+        }
+        let head_dim = match (fields.get("head_dim"), self.default_head_dim) {
+            (Some(_), _) => fields.dimension("head_dim", limit::HEAD_DIM)?,
+            (None, Some(size)) => size,
+            (None, None) if hidden_size % n_heads == 0 => hidden_size / n_heads,
+            (None, None) => {
+                let expected = format!("a divisor of hidden_size ({hidden_size}) where head_dim is not given");
+                return Err(bad("num_attention_heads", n_heads, expected));
+            }
+        };
+        if head_dim % 2 != 0 {
+            return Err(bad("head_dim", head_dim, "an even number, for rotary positions"));
+        }
+        match fields.get("hidden_act").map(|v| v.as_str()) {
+            None | Some(Some("silu")) => {}
+            Some(_) => return Err(fields.bad("hidden_act", "\"silu\"")),
+        }
+        if fields.number("partial_rotary_factor", 1.0, 0.0, 1.0)? != 1.0 {
+            return Err(fields.bad("partial_rotary_factor", "1"));
+        }
+        let eps = fields.number("rms_norm_eps", 1e-6, 0.0, 1.0)? as f32;
+
+        let (query_size, kv_size) = (n_heads * head_dim, n_kv_heads * head_dim);
+        let mut model = Builder::default();
+        for window in self.windows {
+            let mut layer = model.layer();
+            let attention_norm = layer.norm("input_layernorm", hidden_size, eps, 0.0);
+            let mut attended = |part: &str, role, rows| layer.linear(part, role, [rows, hidden_size], self.qkv_bias);
+            let projections = Projections::Separate {
+                query: attended("self_attn.q_proj", WeightRole::Query, query_size),
+                key: attended("self_attn.k_proj", WeightRole::Key, kv_size),
+                value: attended("self_attn.v_proj", WeightRole::Value, kv_size),
+            };
+            let mut head_norm = |part| self.qk_norm.then(|| layer.norm(part, head_dim, eps, 0.0));
+            let (query_norm, key_norm) = (head_norm("self_attn.q_norm"), head_norm("self_attn.k_norm"));
+            let shape = [hidden_size, query_size];
+            let output = layer.linear("self_attn.o_proj", WeightRole::AttentionOutput, shape, self.output_bias);
+            let mlp_norm = layer.norm("post_attention_layernorm", hidden_size, eps, 0.0);
+            let mut inner = |part: &str, role, shape| layer.linear(part, role, shape, self.mlp_bias);
+            let input = FeedForwardInput::Gated {
+                gate: inner("mlp.gate_proj", WeightRole::Gate, [size, hidden_size]),
+                up: inner("mlp.up_proj", WeightRole::Up, [size, hidden_size]),
+            };
+            let down = inner("mlp.down_proj", WeightRole::Down, [hidden_size, size]);
+            layer.finish(|weights| Layer {
+                attention_norm,
+                attention: Attention {
+                    n_heads,
+                    n_kv_heads,
+                    head_dim,
+                    projections,
+                    query_norm,
+                    key_norm,
+                    rope: 0,
+                    scale: 1.0 / (head_dim as f32).sqrt(),
+                    window,
+                    score_cap: None,
+                    output,
+                },
+                attention_post_norm: None,
+                mlp_norm,
+                mlp: Mlp::Dense(FeedForward { size, input, activation: Activation::Silu, down }),
+                mlp_post_norm: None,
+                weights,
+            });
+        }
+        let norm = model.norm("model.norm.weight", hidden_size, eps, 0.0);
+        let vocab_size = fields.dimension("vocab_size", limit::VOCAB)?;
+        let max_positions = fields.dimension("max_position_embeddings", limit::POSITIONS)?;
+        let mut model = model.finish(hidden_size, vocab_size, max_positions, vec![fields.rope()?], norm);
+        model.tied = fields.flag("tie_word_embeddings")?;
+        model.eos_tokens = fields.eos_tokens()?;
+        Ok(model)
+    }
+}

@@ -1,0 +1,308 @@
+//! Configs and checkpoints: what is accepted, and that everything else is one error naming the thing.
+
+#[path = "fixtures/mod.rs"]
+mod fixtures;
+
+use std::fs;
+
+use bitstack_model::config::{FeedForwardInput, Mlp, Projections};
+use bitstack_model::{Checkpoint, ModelConfig, ModelError, WeightRole};
+use fixtures::{checkpoint, data, told, with_large_vocabulary};
+use proptest::prelude::*;
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+/// The config of a test model with some fields set, `null` meaning removed.
+fn config(name: &str, changes: Value) -> Result<ModelConfig, ModelError> {
+    let mut config: Value = serde_json::from_slice(&fs::read(data(name).join("config.json")).unwrap()).unwrap();
+    for (field, value) in changes.as_object().unwrap() {
+        config[field] = value.clone();
+    }
+    ModelConfig::from_json(&config.to_string())
+}
+
+fn config_error(name: &str, changes: Value) -> String {
+    config(name, changes).unwrap_err().to_string()
+}
+
+#[test]
+fn configs_of_all_families_are_read() {
+    let llama = config("llama31", json!({})).unwrap();
+    let rope = llama.ropes[0];
+    assert!(llama.tied && rope.theta == 500_000.0 && rope.scaling.unwrap().original_positions == 64.0);
+    assert_eq!(llama.eos_tokens, [1]);
+    assert_eq!(windows(&config("mistral_window", json!({})).unwrap()), [Some(16); 2]);
+    assert_eq!(config("mistral", json!({})).unwrap().layers[0].attention.query_size(), 128);
+    let qwen2 = config("qwen2", json!({})).unwrap();
+    let Projections::Separate { query, key, value } = qwen2.layers[1].attention.projections else { unreachable!() };
+    assert!([query, key, value].iter().all(|projection| projection.bias.is_some()));
+    assert!(qwen2.layers[1].attention.output.bias.is_none() && windows(&qwen2) == [None; 2]);
+    let attention = &config("qwen3", json!({})).unwrap().layers[0].attention;
+    assert!(attention.query_norm.is_some() && attention.key_norm.is_some());
+}
+
+#[test]
+fn biases_of_llama_are_those_that_the_config_names() {
+    for (attention, mlp) in [(false, true), (true, false)] {
+        let layer = config("llama", json!({"attention_bias": attention, "mlp_bias": mlp})).unwrap().layers.remove(0);
+        assert_eq!(layer.attention.output.bias.is_some(), attention);
+        let Mlp::Dense(feed_forward) = layer.mlp else { unreachable!() };
+        let FeedForwardInput::Gated { gate, up } = feed_forward.input else { unreachable!() };
+        assert!([gate, up, feed_forward.down].iter().all(|projection| projection.bias.is_some() == mlp));
+    }
+}
+
+fn windows(config: &ModelConfig) -> Vec<Option<usize>> {
+    config.layers.iter().map(|layer| layer.attention.window).collect()
+}
+
+#[test]
+fn rope_parameters_stand_for_theta_and_scaling() {
+    let scaling = json!({"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "high_freq_factor": 4.0,
+        "low_freq_factor": 1.0, "original_max_position_embeddings": 64});
+    let new = config("llama31", json!({"rope_theta": null, "rope_scaling": null, "rope_parameters": scaling})).unwrap();
+    assert_eq!(new, config("llama31", json!({})).unwrap());
+    let plain =
+        config("llama", json!({"rope_theta": null, "rope_parameters": {"rope_theta": 7.0, "rope_type": "default"}}));
+    assert_eq!(plain.unwrap().ropes[0].theta, 7.0);
+}
+
+#[test]
+fn qwen_windows_apply_from_the_layer_the_config_names() {
+    let sliding = |first: u64| json!({"use_sliding_window": true, "sliding_window": 8, "max_window_layers": first, "layer_types": null});
+    assert_eq!(windows(&config("qwen2", sliding(1)).unwrap()), [None, Some(8)]);
+    assert_eq!(windows(&config("qwen2", sliding(28)).unwrap()), [None, None]);
+    let types = json!({"use_sliding_window": true, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]});
+    assert_eq!(windows(&config("qwen3", types).unwrap()), [Some(8), None]);
+    assert!(config_error("qwen3", json!({"layer_types": ["full_attention"]})).contains("layer_types"));
+    assert!(config_error("qwen3", json!({"layer_types": ["full_attention", "chunked"]})).contains("chunked"));
+}
+
+#[test]
+fn end_tokens_of_both_configs_are_joined() {
+    let mut config = config("llama", json!({"eos_token_id": [3, 4]})).unwrap();
+    config.add_generation_config(r#"{"eos_token_id": [4, 5]}"#).unwrap();
+    config.add_generation_config(r#"{"eos_token_id": 6}"#).unwrap();
+    assert_eq!(config.eos_tokens, [3, 4, 5, 6]);
+    assert!(config.add_generation_config(r#"{"eos_token_id": "x"}"#).unwrap_err().to_string().contains("eos_token_id"));
+}
+
+#[test]
+fn unusable_configs_name_the_field_and_its_value() {
+    let error = config_error("llama", json!({"architectures": ["GPT2LMHeadModel"]}));
+    assert!(
+        error.contains("GPT2LMHeadModel") && error.contains("LlamaForCausalLM") && error.contains("Qwen3ForCausalLM")
+    );
+    for (field, value) in [
+        ("hidden_size", json!(0)),
+        ("hidden_size", json!(-3)),
+        ("hidden_size", json!(1_u64 << 62)),
+        ("intermediate_size", json!("160")),
+        ("num_hidden_layers", json!(1_000_000)),
+        ("num_attention_heads", json!(2.5)),
+        ("num_key_value_heads", json!(3)),
+        ("head_dim", json!(15)),
+        ("vocab_size", json!(0)),
+        ("max_position_embeddings", json!(0)),
+        ("rms_norm_eps", json!(-1e-5)),
+        ("rope_theta", json!(0)),
+        ("rope_scaling", json!("yes")),
+        ("hidden_act", json!("gelu")),
+        ("tie_word_embeddings", json!("no")),
+        ("partial_rotary_factor", json!(0.5)),
+        ("eos_token_id", json!(-1)),
+    ] {
+        let error = config_error("llama", json!({ field: value.clone() }));
+        assert!(error.contains(field) && error.contains(&value.to_string()), "{field} = {value}: {error}");
+    }
+    for field in ["hidden_size", "num_hidden_layers", "vocab_size", "max_position_embeddings"] {
+        assert_eq!(config_error("llama", json!({ field: null })), format!("config.json has no {field}"));
+    }
+    assert!(config_error("mistral", json!({"num_key_value_heads": null})).contains("num_key_value_heads"));
+    assert!(config_error("llama", json!({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}})).contains("yarn"));
+    assert!(
+        config_error("llama", json!({"rope_scaling": {"type": "llama3", "factor": 2.0}})).contains("low_freq_factor")
+    );
+    assert!(
+        config_error("llama", json!({"quantization_config": {"quant_method": "gptq"}})).contains("quantization_config")
+    );
+    assert!(ModelConfig::from_json("{").unwrap_err().to_string().contains("config.json"));
+    assert!(ModelConfig::from_json("[]").is_err());
+}
+
+/// A copy of a test model whose files may be changed.
+fn copy(name: &str) -> TempDir {
+    let dir = tempfile::tempdir().unwrap();
+    for file in fs::read_dir(data(name)).unwrap() {
+        let file = file.unwrap();
+        fs::write(dir.path().join(file.file_name()), fs::read(file.path()).unwrap()).unwrap();
+    }
+    dir
+}
+
+fn edit(dir: &TempDir, file: &str, change: impl FnOnce(&mut Vec<u8>)) {
+    let path = dir.path().join(file);
+    let mut bytes = fs::read(&path).unwrap();
+    change(&mut bytes);
+    fs::write(path, bytes).unwrap();
+}
+
+/// Replaces the first occurrence of a text in a file by one of the same length.
+fn replace(dir: &TempDir, file: &str, from: &str, to: &str) {
+    assert_eq!(from.len(), to.len());
+    edit(dir, file, |bytes| {
+        let at = bytes.windows(from.len()).position(|w| w == from.as_bytes()).unwrap();
+        bytes[at..at + to.len()].copy_from_slice(to.as_bytes());
+    });
+}
+
+fn open_error(dir: &TempDir) -> String {
+    told(&Checkpoint::open(dir.path()).unwrap_err())
+}
+
+const MODEL: &str = "model.safetensors";
+
+#[test]
+fn missing_files_are_named() {
+    let dir = copy("llama");
+    fs::remove_file(dir.path().join(MODEL)).unwrap();
+    assert!(open_error(&dir).contains("neither model.safetensors nor model.safetensors.index.json"));
+    fs::remove_file(dir.path().join("config.json")).unwrap();
+    assert!(open_error(&dir).contains("config.json"));
+    let dir = copy("qwen2");
+    fs::remove_file(dir.path().join("model-00002-of-00002.safetensors")).unwrap();
+    assert!(open_error(&dir).contains("model-00002-of-00002.safetensors"));
+}
+
+#[test]
+fn damaged_headers_are_rejected() {
+    for (damage, says) in [
+        (&(|b: &mut Vec<u8>| b.truncate(5)) as &dyn Fn(&mut Vec<u8>), "5 bytes are too few"),
+        (&|b| b[..8].copy_from_slice(&u64::MAX.to_le_bytes()), "18446744073709551615"),
+        (&|b| b[8] = b'!', "damaged"),
+        (&|b| b.truncate(b.len() - 1), "the header says"),
+        (&|b| b.push(0), "the header says"),
+    ] {
+        let dir = copy("llama");
+        edit(&dir, MODEL, damage);
+        let error = open_error(&dir);
+        assert!(error.contains(says) && error.contains(MODEL), "{error}");
+    }
+}
+
+#[test]
+fn tensors_that_do_not_fit_the_config_are_named() {
+    let dir = copy("llama");
+    replace(&dir, MODEL, "layers.1.mlp.up_proj", "layers.1.mlp.xx_proj");
+    let error = open_error(&dir);
+    assert!(error.contains("model.layers.1.mlp.up_proj.weight is missing"), "{error}");
+
+    let dir = copy("llama");
+    replace(&dir, "config.json", "\"vocab_size\": 96", "\"vocab_size\": 97");
+    let error = open_error(&dir);
+    assert!(error.contains("embed_tokens") && error.contains("[96, 64]") && error.contains("[97, 64]"), "{error}");
+
+    let dir = copy("llama");
+    replace(&dir, MODEL, "\"BF16\"", "\"I16\" ");
+    let error = open_error(&dir);
+    assert!(error.contains("dtype I16") && error.contains(".weight"), "{error}");
+}
+
+#[test]
+fn weights_that_are_not_finite_are_named() {
+    for (bits, value) in [(0x7fc0_u16, "NaN"), (0x7f80, "inf"), (0xff80, "-inf")] {
+        let dir = copy("llama");
+        edit(&dir, MODEL, |bytes| {
+            let len = bytes.len();
+            bytes[len - 2..].copy_from_slice(&bits.to_le_bytes());
+        });
+        let checkpoint = Checkpoint::open(dir.path()).unwrap();
+        let weights = checkpoint.config().weights().into_iter().map(|weight| checkpoint.weight(&weight).err());
+        let vectors = checkpoint.config().other_tensors().into_iter().map(|vector| checkpoint.vector(&vector).err());
+        let error = weights.chain(vectors).flatten().next().unwrap().to_string();
+        assert!(error.contains("tensor model.") && error.contains(&format!("holds {value} at element")), "{error}");
+    }
+}
+
+#[test]
+fn an_index_must_be_true_and_stay_in_its_directory() {
+    let index = "model.safetensors.index.json";
+    let dir = copy("qwen2");
+    replace(&dir, index, "\"model-00001-of-00002.safetensors\"", "\"../../../../../../../etc/passwdx\"");
+    assert!(open_error(&dir).contains("not a plain file name"));
+
+    let dir = copy("qwen2");
+    edit(&dir, index, |bytes| {
+        let mut index: Value = serde_json::from_slice(bytes).unwrap();
+        index["weight_map"]["model.norm.weight"] = json!("model-00001-of-00002.safetensors");
+        *bytes = index.to_string().into_bytes();
+    });
+    assert!(open_error(&dir).contains("tensor model.norm.weight is not in model-00001-of-00002.safetensors"));
+}
+
+#[test]
+fn companions_are_the_files_that_are_there() {
+    let dir = copy("llama");
+    fs::write(dir.path().join("tokenizer.json"), "{}").unwrap();
+    let checkpoint = Checkpoint::open(dir.path()).unwrap();
+    let companions = checkpoint.companions().unwrap();
+    let names: Vec<&str> = companions.iter().map(|(name, _)| &name[..]).collect();
+    assert_eq!(names, ["config.json", "generation_config.json", "tokenizer.json"]);
+    assert_eq!(companions[0].1, checkpoint.config_text().as_bytes());
+    let parameters: usize = checkpoint.config().weights().iter().map(|w| w.rows * w.cols).sum::<usize>()
+        + checkpoint.config().other_tensors().iter().map(|v| v.len).sum::<usize>();
+    assert_eq!(checkpoint.stored_bytes(), 2 * parameters as u64);
+}
+
+#[test]
+fn a_vocabulary_is_cut_into_16_parts_at_most_and_a_small_one_not() {
+    let config = checkpoint("llama").config().clone();
+    for (tokens, rows, parts) in
+        [(96, 96, 1), (2048, 2048, 1), (2049, 2048, 2), (49152, 3072, 16), (151_936, 9536, 16), (128_256, 8064, 16)]
+    {
+        let mut config = config.clone();
+        (config.vocab_size, config.vocab_part_rows) = (tokens, tokens);
+        let cut = config.clone().cut_vocabulary();
+        assert_eq!((cut.vocab_part_rows, cut.vocab_parts()), (rows, parts), "{tokens}");
+        let names: Vec<String> = cut.weights().into_iter().map(|spec| spec.name).collect();
+        assert_eq!(config.clone().cut_as(names.iter().map(|name| &name[..])), cut);
+        let of_role = |role| {
+            let weights = cut.weights().into_iter().filter(move |spec| spec.role == role);
+            weights.map(|spec| (spec.tensor_rows, spec.rows)).reduce(|a, b| (a.0, a.1 + b.1))
+        };
+        assert_eq!([WeightRole::Embedding, WeightRole::Head].map(of_role), [Some((tokens, tokens)); 2]);
+    }
+    // Names that lie about the parts are names of nothing.
+    for name in
+        ["model.embed_tokens.rows.1", "model.embed_tokens.rows.96", "model.embed_tokens.rows.x", "lm_head.rows.9"]
+    {
+        assert_eq!(config.clone().cut_as([name].into_iter()), config, "{name}");
+    }
+}
+
+#[test]
+fn parts_of_a_vocabulary_hold_its_rows() {
+    for name in ["llama", "llama31"] {
+        let (_dir, checkpoint) = with_large_vocabulary(name);
+        let cut = checkpoint.with_cut_vocabulary();
+        assert_eq!(cut.config().vocab_parts(), 3);
+        let specs = cut.config().weights();
+        let rows: Vec<f32> = specs[..3].iter().flat_map(|s| cut.matrix(s).unwrap().into_iter()).collect();
+        let whole = checkpoint.matrix(&checkpoint.config().weights()[0]).unwrap();
+        assert_eq!(rows, whole.into_raw_vec_and_offset().0);
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
+    /// Whatever is written over the header, opening gives a result and not a panic.
+    #[test]
+    fn overwritten_headers_do_not_panic(at in 0_usize..2000, junk in proptest::collection::vec(any::<u8>(), 1..12)) {
+        let dir = copy("llama");
+        edit(&dir, MODEL, |bytes| bytes[at..at + junk.len()].copy_from_slice(&junk));
+        if let Ok(checkpoint) = Checkpoint::open(dir.path()) {
+            let _ = checkpoint.config().weights().iter().try_for_each(|weight| checkpoint.weight(weight).map(drop));
+        }
+    }
+}
