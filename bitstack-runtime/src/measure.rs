@@ -6,7 +6,7 @@
 //! timed: the host of a virtual machine then has supplied the memory, which it may do ten times slower than memory is cleared, and has not
 //! yet taken it back.
 
-use crate::{Elastic, Options, RuntimeError, Verify, load_order, process_resident_bytes};
+use crate::{Elastic, Options, RuntimeError, Verify, process_resident_bytes};
 use bitstack_core::SignLayout;
 use bitstack_format::{FormatError, StackFile};
 use std::fs::File;
@@ -70,7 +70,7 @@ pub fn load(path: impl AsRef<Path>, signs: SignLayout, rounds: usize) -> Result<
         rows.push(read()?);
         for verify in [Verify::Never, Verify::Always] {
             let file = StackFile::open_path(path).map_err(|source| RuntimeError::File { source: Arc::new(source) })?;
-            let minimum_bytes = load_order(&file)?.minimum_bytes();
+            let minimum_bytes = file.load_order()?.minimum_bytes();
             let model = Elastic::open(file, minimum_bytes, Options { verify, signs, ..Options::default() })?;
             grow_and_shrink(&model, verify)?;
             rows.extend(grow_and_shrink(&model, verify)?);
