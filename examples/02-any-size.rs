@@ -7,7 +7,7 @@
 use bitstack_decomp::{DecomposeOptions, decompose};
 use bitstack_format::{BlockSource, Draft, StackFile};
 use bitstack_io::{Existing, write_atomically};
-use bitstack_sort::{GainPerByte, LoadOrder, Scores, Sizes, Sorter};
+use bitstack_sort::{GainPerByte, Scores, Sizes, Sorter};
 use ndarray::Array2;
 use rand::{RngExt, SeedableRng, rngs::StdRng};
 
@@ -37,7 +37,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
 
     // Use: open the file, plan for a budget, read only the blocks in the plan.
     let file = StackFile::open_path(&path)?;
-    let order = LoadOrder::from_weights(file.order(), &Sizes::new(file.base_bytes(), file.block_sizes())?)?;
+    let order = file.load_order()?;
     println!("  budget  resident  levels       weighted squared error");
     let mut last = f64::INFINITY;
     for budget in [15_000, 30_000, 60_000] {

@@ -8,7 +8,7 @@
 
 use bitstack_core::SignLayout;
 use bitstack_format::{FormatError, StackFile, Verify};
-use bitstack_runtime::{Elastic, Options, RuntimeError, load_order, process_resident_bytes};
+use bitstack_runtime::{Elastic, Options, RuntimeError, process_resident_bytes};
 use std::fs::File;
 use std::io::{self, Read};
 use std::path::Path;
@@ -70,7 +70,7 @@ pub fn load(path: impl AsRef<Path>, signs: SignLayout, rounds: usize) -> Result<
         rows.push(read()?);
         for verify in [Verify::Never, Verify::Always] {
             let file = StackFile::open_path(path).map_err(|source| RuntimeError::File { source: Arc::new(source) })?;
-            let minimum_bytes = load_order(&file)?.minimum_bytes();
+            let minimum_bytes = file.load_order()?.minimum_bytes();
             let model = Elastic::open(file, minimum_bytes, Options { verify, signs, ..Options::default() })?;
             grow_and_shrink(&model, verify)?;
             rows.extend(grow_and_shrink(&model, verify)?);

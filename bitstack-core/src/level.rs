@@ -163,6 +163,13 @@ impl<'a> Level<'a> {
         out
     }
 
+    /// [`reconstruct`](Self::reconstruct) as an array, `rows x cols`.
+    #[cfg(feature = "ndarray")]
+    pub fn reconstruct_array(&self) -> ndarray::Array2<f32> {
+        let shape = (self.shape.rows(), self.shape.cols());
+        ndarray::Array2::from_shape_vec(shape, self.reconstruct()).expect("as many values as the shape")
+    }
+
     /// y = W x in f64, straight from the definition: every kernel's oracle. The stored values are exact in f64, so the only errors
     /// are those of f64 sums.
     ///

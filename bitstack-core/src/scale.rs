@@ -39,6 +39,20 @@ impl Scales {
         Self::normalised(stats.mean_sequence_norm().into_iter().map(|s| s + 1e-3).collect())
     }
 
+    /// Scales that are known already, one per input channel, in any unit. What is not positive counts as a dead channel.
+    ///
+    /// ```
+    /// use bitstack_core::Scales;
+    /// assert_eq!(Scales::from_slice(&[20.0, 5.0])?.as_slice(), [2.0, 0.5]);
+    /// # Ok::<(), bitstack_core::CoreError>(())
+    /// ```
+    ///
+    /// # Errors
+    /// [`CoreError::NotFinite`].
+    pub fn from_slice(scales: &[f32]) -> Result<Self, CoreError> {
+        Self::normalised(scales.iter().map(|s| f64::from(*s)).collect())
+    }
+
     fn normalised(raw: Vec<f64>) -> Result<Self, CoreError> {
         if let Some(index) = raw.iter().position(|s| !s.is_finite()) {
             return Err(CoreError::NotFinite { what: "activation scales", index });

@@ -87,6 +87,71 @@ impl ActivationStats {
         Ok(())
     }
 
+    /// Statistics with a Gram matrix H = XᵀX / tokens that is known already, `cols x cols`, from another program for example; of `tokens`
+    /// tokens, which count as one sequence. Its lower triangle is read.
+    ///
+    /// ```
+    /// use bitstack_core::ActivationStats;
+    /// use ndarray::array;
+    /// let mut stats = ActivationStats::from_gram(array![[5.0, 1.0], [1.0, 2.0]].view(), 30)?;
+    /// stats.merge(&ActivationStats::from_gram(array![[1.0, 1.0], [1.0, 6.0]].view(), 10)?)?;
+    /// assert_eq!(stats.gram().unwrap(), array![[4.0, 1.0], [1.0, 3.0]]);
+    /// # Ok::<(), bitstack_core::CoreError>(())
+    /// ```
+    ///
+    /// # Errors
+    /// [`CoreError::Mismatch`] when H is not square, [`CoreError::NotFinite`] for an element that is not finite, or negative and on the
+    /// diagonal.
+    pub fn from_gram(gram: ArrayView2<'_, f64>, tokens: u64) -> Result<Self, CoreError> {
+        if gram.nrows() != gram.ncols() {
+            let what = "columns of the Gram matrix";
+            return Err(CoreError::Mismatch { what, expected: gram.nrows(), actual: gram.ncols() });
+        }
+        if let Some(index) = gram.iter().position(|h| !h.is_finite()) {
+            return Err(CoreError::NotFinite { what: "the Gram matrix", index });
+        }
+        let diagonal: Vec<f64> = gram.diag().to_vec();
+        Ok(Self { gram: Some(gram.mapv(|h| h * tokens as f64)), ..Self::from_mean_square(&diagonal, tokens)? })
+    }
+
+    /// As [`from_gram`](Self::from_gram), with the diagonal of H only: the mean square of each channel.
+    ///
+    /// # Errors
+    /// [`CoreError::NotFinite`] for a mean square that is negative or not finite.
+    pub fn from_mean_square(mean_square: &[f64], tokens: u64) -> Result<Self, CoreError> {
+        if let Some(index) = mean_square.iter().position(|h| !(h.is_finite() && *h >= 0.0)) {
+            return Err(CoreError::NotFinite { what: "the diagonal of the Gram matrix", index });
+        }
+        let sum_square: Vec<f64> = mean_square.iter().map(|h| h * tokens as f64).collect();
+        let sum_norm = sum_square.iter().map(|s| s.sqrt()).collect();
+        Ok(Self { cols: mean_square.len(), tokens, sequences: 1, sum_square, sum_norm, gram: None })
+    }
+
+    /// Adds what was seen elsewhere: the statistics of all tokens of both.
+    ///
+    /// # Errors
+    /// [`CoreError::Mismatch`] for another number of columns, or when only one of the two has a Gram matrix; nothing is added then.
+    pub fn merge(&mut self, other: &Self) -> Result<(), CoreError> {
+        if other.cols != self.cols {
+            return Err(CoreError::Mismatch {
+                what: "columns of the statistics",
+                expected: self.cols,
+                actual: other.cols,
+            });
+        }
+        match (&mut self.gram, &other.gram) {
+            (Some(gram), Some(other)) => *gram += other,
+            (None, None) => {}
+            _ => return Err(CoreError::Mismatch { what: "statistics with a Gram matrix", expected: 2, actual: 1 }),
+        }
+        let add = |sums: &mut [f64], others: &[f64]| sums.iter_mut().zip(others).for_each(|(sum, other)| *sum += other);
+        add(&mut self.sum_square, &other.sum_square);
+        add(&mut self.sum_norm, &other.sum_norm);
+        self.tokens += other.tokens;
+        self.sequences += other.sequences;
+        Ok(())
+    }
+
     /// Input channels.
     pub fn cols(&self) -> usize {
         self.cols

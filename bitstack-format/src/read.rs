@@ -16,6 +16,7 @@ use bitstack_io::hostile::printable;
 use bitstack_io::in_one_line;
 use bitstack_io::safetensors::{LENGTH_BYTES, MAX_HEADER_BYTES};
 use bitstack_pack::row_bytes;
+use bitstack_sort::{LoadOrder, Sizes, SortError};
 use std::collections::{BTreeMap, HashSet};
 use std::fmt;
 use std::fs::File;
@@ -202,6 +203,21 @@ impl<S: ReadAt> StackFile<S> {
     /// The load order of the blocks that are there: indices of weights; a weight's first mention is its block 1, and so on.
     pub fn order(&self) -> &[u32] {
         &self.order
+    }
+
+    /// [`StackFile::order`] with the bytes of every size there is: what a budget can be, before anything is loaded.
+    ///
+    /// ```no_run
+    /// let file = bitstack_format::StackFile::open_path("llama.bitstack")?;
+    /// let plan = file.load_order()?.plan(4 << 30)?;
+    /// println!("{} blocks, {} bytes", plan.n_blocks, plan.resident_bytes);
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    ///
+    /// # Errors
+    /// [`SortError::SizeOverflow`] when the sizes do not add up to a 64-bit number of bytes.
+    pub fn load_order(&self) -> Result<LoadOrder, SortError> {
+        LoadOrder::from_weights(&self.order, &Sizes::new(self.base_bytes(), self.block_sizes())?)
     }
 
     /// What a cut file lacks; `None` when the file is whole.

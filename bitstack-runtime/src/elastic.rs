@@ -9,7 +9,7 @@ use crate::snapshot::{Snapshot, Table, TableWeight};
 use crate::swap::{Goal, Swap, View};
 use bitstack_core::SignLayout;
 use bitstack_format::{BlockExtent, BlockSource, ReadAt, StackFile, Verify};
-use bitstack_sort::{LoadOrder, Plan, Sizes};
+use bitstack_sort::{LoadOrder, Plan};
 use std::sync::Arc;
 use std::sync::atomic::AtomicUsize;
 use std::thread::JoinHandle;
@@ -34,14 +34,6 @@ pub enum Start {
     Whole,
     /// When the smallest model is: the first block of every weight. The rest is loaded in the background.
     Smallest,
-}
-
-/// The load order of a file, with the bytes of every size there is: what a budget can be, before anything is loaded.
-///
-/// # Errors
-/// [`RuntimeError::Budget`] when the sizes do not add up to a 64-bit number of bytes.
-pub fn load_order<S: ReadAt>(file: &StackFile<S>) -> Result<LoadOrder, RuntimeError> {
-    Ok(LoadOrder::from_weights(file.order(), &Sizes::new(file.base_bytes(), file.block_sizes())?)?)
 }
 
 /// The blocks of a stack that are in memory: as many as a budget allows, loaded and dropped while others read.
@@ -106,7 +98,7 @@ impl<S: ReadAt + Send + Sync + 'static, M: Memory> Elastic<S, M> {
     /// # Errors
     /// As [`Elastic::open`].
     pub fn open_in(memory: M, file: StackFile<S>, budget_bytes: u64, options: Options) -> Result<Self, RuntimeError> {
-        let order = load_order(&file)?;
+        let order = file.load_order()?;
         let plan = order.plan(budget_bytes)?;
         let mut weights: Vec<TableWeight> = file
             .weights()

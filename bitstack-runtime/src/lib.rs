@@ -15,7 +15,7 @@ mod system;
 mod watch;
 
 pub use bitstack_format::Verify;
-pub use elastic::{Elastic, Options, Start, Status, load_order};
+pub use elastic::{Elastic, Options, Start, Status};
 pub use error::RuntimeError;
 pub use host::{HostMemory, HostRun};
 pub use memory::{FillError, Memory};

@@ -8,7 +8,7 @@
 mod stacks;
 
 use bitstack_format::StackFile;
-use bitstack_runtime::{Elastic, Options, Policy, Sensors, Watcher, load_order};
+use bitstack_runtime::{Elastic, Options, Policy, Sensors, Watcher};
 use std::fs;
 use std::io::{BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
@@ -133,7 +133,7 @@ fn model_shrinks_before_the_system_kills_and_grows_when_the_limit_is_raised() {
     let path = dir.path().join("model.bitstack");
     // Six weights of sixteen blocks of 1 MiB and a little.
     fs::write(&path, stacks::stack(&[(2048, 4096); 6], 16)).unwrap();
-    let order = load_order(&StackFile::open_path(&path).unwrap()).unwrap();
+    let order = StackFile::open_path(&path).unwrap().load_order().unwrap();
     let (minimum, total) = (order.minimum_bytes(), order.total_bytes());
     assert!(total > MODEL_BYTES && minimum < MODEL_BYTES / 8);
 
@@ -195,7 +195,7 @@ fn model_that_works_until_its_input_ends() {
         ..Policy::new(HIGH_BYTES)
     };
     let file = StackFile::open_path(path).unwrap();
-    let order = load_order(&file).unwrap();
+    let order = file.load_order().unwrap();
     let budget = policy.first_budget(&reading, order.minimum_bytes()..=order.total_bytes());
     let model = Elastic::open(file, budget, Options::default()).unwrap();
     let _watcher = Watcher::start(&model, policy).unwrap();
