@@ -1,4 +1,7 @@
 //! From a checkpoint to blocks in their order: the jobs, one after the other.
+//!
+//! [`Making`] is one thing in three files, which therefore know each other: here are its steps, in `blocks` what makes the blocks of a weight, and `job`
+//! names its jobs and runs them.
 
 use crate::blocks::{Inputs, Place};
 use crate::job::{Executor, Job, Pool};

@@ -13,11 +13,16 @@ use faer::{MatMut, MatRef};
 use ndarray::{ArrayView2, ArrayViewMut2};
 use rayon::prelude::*;
 
-use crate::decoder::Transposed;
 use crate::math;
 
 /// Tokens up to which a product is made on the way, as its weight comes from memory; for more, from panels of the weight widened in the cache.
 const FEW: usize = 2;
+
+/// A weight that can also be multiplied from the other side, on the CPU.
+pub trait Transposed {
+    /// `x += g W`: `g` is tokens x rows, `x` tokens x cols, both row-major; on the calling thread.
+    fn add_transposed(&self, g: ArrayView2<'_, f32>, x: ArrayViewMut2<'_, f32>);
+}
 
 /// The elements as the kernels take them.
 fn values(elements: &Elements) -> DenseValues<'_> {

@@ -4,6 +4,7 @@
 
 use super::check_state;
 use crate::device::{Columns, Context, Cpu, Device, QUERY_BLOCK, Sequence, Weight};
+use crate::linear::Transposed;
 use crate::{Decoder, EngineError, Pass, math};
 use bitstack_core::Threads;
 use bitstack_model::config::{
@@ -12,12 +13,6 @@ use bitstack_model::config::{
 use faer::prelude::ReborrowMut;
 use faer::{MatMut, MatRef};
 use ndarray::{Array2, ArrayView2, ArrayViewMut2, Axis};
-
-/// A weight that can also be multiplied from the other side.
-pub trait Transposed: Weight<Cpu> {
-    /// `x += g W`: `g` is tokens x rows, `x` tokens x cols, both row-major; on the calling thread.
-    fn add_transposed(&self, g: ArrayView2<'_, f32>, x: ArrayViewMut2<'_, f32>);
-}
 
 /// Sees inputs x (tokens x cols) of each linear operator and the gradient g by its outputs (tokens x rows): that by the weight is gᵀ x.
 pub type Visit<'v> = dyn FnMut(usize, ArrayView2<'_, f32>, ArrayView2<'_, f32>) + 'v;

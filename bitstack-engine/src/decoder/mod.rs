@@ -12,14 +12,12 @@
 //! again and again on stored hidden states.
 
 mod backward;
-mod cache;
 mod layer;
 mod pass;
 
-pub use cache::KvCache;
 pub use pass::{Observer, Pass, Workspace};
 
-pub use backward::{Transposed, Visit};
+pub use backward::Visit;
 
 use crate::EngineError;
 use crate::device::{Columns, Cpu, Device, Done, Sequence, Weight};

@@ -1,8 +1,7 @@
 //! How a pass is run, and what it works in.
 
-use super::KvCache;
 use crate::EngineError;
-use crate::device::{Cpu, Device, Done, Sequence};
+use crate::device::{Cpu, Device, Done, KvCache, Sequence};
 use bitstack_core::Threads;
 use ndarray::ArrayView2;
 use std::ops::Range;

@@ -12,16 +12,17 @@
 //! - Sequences of a pass may have different lengths, and each its own cache ([`Context`]).
 //! - Only [`Device::choose`] (experts) and [`Device::read`] give something to the host; all else can be captured and replayed.
 
+mod cache;
 mod cpu;
 mod plain;
 
+pub use cache::KvCache;
 pub use cpu::{Cpu, CpuQueue, Rope};
 pub use plain::Plain;
 
 pub(crate) use cpu::QUERY_BLOCK;
 
 use crate::EngineError;
-use crate::decoder::KvCache;
 use bitstack_core::Threads;
 use bitstack_model::RopeConfig;
 use bitstack_model::config::{Activation, Attention};

@@ -1,7 +1,7 @@
 //! Keys and values of the tokens so far.
 
+use super::{Cpu, Device, Done};
 use crate::EngineError;
-use crate::device::{Cpu, Device, Done};
 use bitstack_model::ModelConfig;
 
 /// Keys and values of the tokens of one sequence so far, per layer, in a device's memory, with room for a fixed number of positions. Memory grows
@@ -69,12 +69,12 @@ impl<D: Device> KvCache<D> {
     }
 
     /// Positions of a layer: one that has run has more than those behind it.
-    pub(super) fn positions(&self, layer: usize) -> usize {
+    pub(crate) fn positions(&self, layer: usize) -> usize {
         self.layers[layer].len
     }
 
     /// Adds the rows from `first` on, `rows` of them, of `keys` and `values` to a layer.
-    pub(super) fn append(
+    pub(crate) fn append(
         &mut self,
         queue: &mut D::Queue,
         layer: usize,
