@@ -3,11 +3,11 @@
 use std::ops::ControlFlow;
 use std::sync::Arc;
 
+use crate::device::{Cpu, PackedDevice};
 use crate::sample::{Continuation, Generation};
-use crate::{Decoder, EngineError, Frame, Operator, SamplingOptions, stack};
-use bitstack_cpu::Kernel;
+use crate::{Decoder, EngineError, Frame, SamplingOptions, stack};
 use bitstack_format::{BlockSource, ReadAt, StackFile};
-use bitstack_model::{Dense, ModelConfig, Progress, Tokenizer};
+use bitstack_model::{ModelConfig, Progress, Tokenizer};
 use bitstack_runtime::{Elastic, Options, Snapshot};
 
 /// A model over the resident blocks of a file: no weight is ever rebuilt as a whole, so the memory it takes is the memory that
@@ -26,21 +26,20 @@ use bitstack_runtime::{Elastic, Options, Snapshot};
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 #[derive(Debug)]
-pub struct ElasticModel<S> {
-    elastic: Elastic<S>,
-    frame: Arc<Frame>,
+pub struct ElasticModel<S, D: PackedDevice = Cpu> {
+    elastic: Elastic<S, D::Memory>,
+    frame: Arc<Frame<D>>,
     /// In the order of [`ModelConfig::weights`].
-    places: Vec<Place>,
-    kernel: Kernel,
+    places: Vec<Place<D::Kept>>,
 }
 
 /// Where a weight is.
 #[derive(Debug)]
-enum Place {
+enum Place<K> {
     /// In the stack, by its number there.
     Stacked(usize),
     /// Beside it, as it was.
-    Kept(Dense),
+    Kept(K),
 }
 
 impl<S: ReadAt + Send + Sync + 'static> ElasticModel<S> {
@@ -48,9 +47,26 @@ impl<S: ReadAt + Send + Sync + 'static> ElasticModel<S> {
     /// this CPU.
     ///
     /// # Errors
-    /// Malformed config, weights that are missing or have another shape than the config says, damaged blocks, a budget below the
-    /// smallest size.
+    /// As [`open_on`](Self::open_on).
     pub fn open(
+        file: StackFile<S>,
+        budget_bytes: u64,
+        options: Options,
+        progress: &dyn Progress,
+    ) -> Result<Self, EngineError> {
+        Self::open_on(Cpu, file, budget_bytes, options, progress)
+    }
+}
+
+impl<S: ReadAt + Send + Sync + 'static, D: PackedDevice> ElasticModel<S, D> {
+    /// Opens a model on a device with what fits in `budget_bytes` of its memory. The device says how signs are laid out, whatever
+    /// [`Options::signs`] does.
+    ///
+    /// # Errors
+    /// Malformed config, weights that are missing or have another shape than the config says, damaged blocks, a budget below the
+    /// smallest size; those of the device.
+    pub fn open_on(
+        device: D,
         file: StackFile<S>,
         budget_bytes: u64,
         options: Options,
@@ -67,24 +83,25 @@ impl<S: ReadAt + Send + Sync + 'static> ElasticModel<S> {
                     used[weight] = true;
                     Place::Stacked(weight)
                 }
-                None => Place::Kept(stack::kept(&file, spec)?),
+                None => Place::Kept(device.keep(stack::kept(&file, spec)?)?),
             });
             progress.advance(1);
         }
         if let Some(w) = used.iter().position(|used| !used) {
             return Err(EngineError::StrayWeight { name: file.weights()[w].name.clone() });
         }
-        let frame = Frame::new(config, |spec| stack::vector(&file, spec))?;
-        let kernel = Kernel::detect();
-        let elastic = Elastic::open(file, budget_bytes, Options { signs: kernel.layout(), ..options })?;
-        let model = Self { elastic, frame: Arc::new(frame), places, kernel };
+        let options = Options { signs: device.signs(), ..options };
+        let memory = device.memory();
+        let frame = Frame::on(device, config, |spec| stack::vector(&file, spec))?;
+        let elastic = Elastic::open_in(memory, file, budget_bytes, options)?;
+        let model = Self { elastic, frame: Arc::new(frame), places };
         // Shapes are checked here, so that no later pass can fail on them.
         model.at(&model.elastic.snapshot())?;
         Ok(model)
     }
 
     /// The resident blocks: their budget, their state, their snapshots.
-    pub fn elastic(&self) -> &Elastic<S> {
+    pub fn elastic(&self) -> &Elastic<S, D::Memory> {
         &self.elastic
     }
 
@@ -93,19 +110,15 @@ impl<S: ReadAt + Send + Sync + 'static> ElasticModel<S> {
         self.frame.config()
     }
 
-    /// Uses these kernels instead of the best for this CPU.
-    pub fn with_kernel(self, kernel: Kernel) -> Self {
-        Self { kernel, ..self }
-    }
-
     /// The model at a snapshot. Costs microseconds per weight: keep it as long as the snapshot is the newest.
     ///
     /// # Errors
     /// Weights of another shape than the config says.
-    pub fn at<'a>(&'a self, snapshot: &'a Snapshot) -> Result<Decoder<Operator<'a>>, EngineError> {
+    pub fn at<'a>(&'a self, snapshot: &'a Snapshot<D::Memory>) -> Result<Decoder<D::Operator<'a>, D>, EngineError> {
+        let device = self.frame.device();
         Decoder::with_frame(Arc::clone(&self.frame), |index, _| match &self.places[index] {
-            Place::Kept(dense) => Ok(Operator::Kept(dense)),
-            Place::Stacked(weight) => Ok(Operator::Planes { level: snapshot.level(*weight)?, kernel: self.kernel }),
+            Place::Kept(weight) => Ok(device.kept(weight)),
+            Place::Stacked(weight) => device.packed(snapshot, *weight),
         })
     }
 
@@ -121,9 +134,9 @@ impl<S: ReadAt + Send + Sync + 'static> ElasticModel<S> {
         prompt: &str,
         max_tokens: usize,
         sampling: SamplingOptions,
-        on_token: &mut dyn FnMut(&str, &Snapshot) -> ControlFlow<()>,
+        on_token: &mut dyn FnMut(&str, &Snapshot<D::Memory>) -> ControlFlow<()>,
     ) -> Result<Generation, EngineError> {
-        let mut text = Continuation::new(self.config(), tokenizer, prompt, max_tokens, sampling)?;
+        let mut text = Continuation::<D>::new(self.config(), tokenizer, prompt, max_tokens, sampling)?;
         loop {
             let snapshot = self.elastic.snapshot();
             let decoder = self.at(&snapshot)?;

@@ -5,7 +5,7 @@
 mod fixtures;
 mod stacks;
 
-use bitstack_engine::device::{Columns, Cpu, Device};
+use bitstack_engine::device::{Columns, Cpu, Device, PackedDevice, Plain};
 use bitstack_engine::sample::StopReason;
 use bitstack_engine::stack::{self, StackModel};
 use bitstack_engine::{ElasticModel, KvCache, Pass, SamplingOptions, Threads, Weight};
@@ -24,11 +24,17 @@ fn distance(a: &Array2<f32>, b: &Array2<f32>) -> f64 {
 
 #[test]
 fn packed_blocks_say_what_rebuilt_weights_say_at_every_size() {
+    check_sizes(Cpu);
+    check_sizes(Plain);
+}
+
+fn check_sizes<D: PackedDevice>(device: D) {
     let tokens: Vec<u32> = (0..40).map(|i| (i * i * 5 + 3) % 96).collect();
     for (name, options, keep) in [("llama", nested(), false), ("qwen2", avd(), false), ("qwen3", nested(), true)] {
         let bytes = file(&checkpoint(name), &options, keep);
         let source = StackFile::open(bytes.clone()).unwrap();
-        let model = ElasticModel::open(StackFile::open(bytes).unwrap(), u64::MAX, Default::default(), &()).unwrap();
+        let file = StackFile::open(bytes).unwrap();
+        let model = ElasticModel::open_on(device.clone(), file, u64::MAX, Default::default(), &()).unwrap();
         let order = model.elastic().order().clone();
         let (least, most) = (order.minimum_bytes(), order.total_bytes());
         for budget in [most, least, least + (most - least) / 2] {

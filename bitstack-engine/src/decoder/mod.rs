@@ -150,6 +150,11 @@ impl<D: Device> Frame<D> {
     pub fn config(&self) -> &ModelConfig {
         &self.config
     }
+
+    /// The device it is on.
+    pub fn device(&self) -> &D {
+        &self.device
+    }
 }
 
 impl<W: Weight<D>, D: Device> Decoder<W, D> {

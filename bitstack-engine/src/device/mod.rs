@@ -22,10 +22,12 @@ pub use plain::Plain;
 
 pub(crate) use cpu::QUERY_BLOCK;
 
-use crate::EngineError;
-use bitstack_core::Threads;
-use bitstack_model::RopeConfig;
+use crate::{EngineError, Operator};
+use bitstack_core::{SignLayout, Threads};
+use bitstack_cpu::Kernel;
 use bitstack_model::config::{Activation, Attention};
+use bitstack_model::{Dense, RopeConfig};
+use bitstack_runtime::{HostMemory, Memory, Snapshot};
 use std::fmt::Debug;
 use std::ops::Range;
 
@@ -238,6 +240,76 @@ pub trait Weight<D: Device>: Send + Sync {
     /// May panic when there is no such row.
     fn look_up(&self, queue: &mut D::Queue, row: usize, out: &mut D::Buffer, at: usize) -> Done;
 }
+
+/// A device that multiplies by packed blocks, which come and go in its memory: with [`bitstack_runtime`], a model whose size changes while it runs
+/// ([`crate::ElasticModel`]).
+pub trait PackedDevice: Device {
+    /// The memory of blocks.
+    type Memory: Memory;
+    /// A weight beside the stack, on the device.
+    type Kept: Debug + Send + Sync;
+    /// A weight as a pass multiplies by it, at one snapshot.
+    type Operator<'a>: Weight<Self>;
+
+    /// The memory, for the blocks of one model.
+    fn memory(&self) -> Self::Memory;
+
+    /// The layout of signs that its kernels read fastest.
+    fn signs(&self) -> SignLayout;
+
+    /// Takes a weight that is not stacked.
+    ///
+    /// # Errors
+    /// Those of the device.
+    fn keep(&self, weight: Dense) -> Result<Self::Kept, EngineError>;
+
+    /// A weight that is not stacked.
+    fn kept<'a>(&self, weight: &'a Self::Kept) -> Self::Operator<'a>;
+
+    /// Weight `weight` of the stack, from the blocks that a snapshot holds.
+    ///
+    /// # Errors
+    /// [`bitstack_runtime::RuntimeError`]; those of the device.
+    fn packed<'a>(
+        &self,
+        snapshot: &'a Snapshot<Self::Memory>,
+        weight: usize,
+    ) -> Result<Self::Operator<'a>, EngineError>;
+}
+
+/// Implements [`PackedDevice`] for a device that works in the memory of the host.
+macro_rules! packed_on_the_host {
+    ($device:ty) => {
+        impl PackedDevice for $device {
+            type Memory = HostMemory;
+            type Kept = Dense;
+            type Operator<'a> = Operator<'a>;
+
+            fn memory(&self) -> HostMemory {
+                HostMemory
+            }
+
+            fn signs(&self) -> SignLayout {
+                Kernel::detect().layout()
+            }
+
+            fn keep(&self, weight: Dense) -> Result<Dense, EngineError> {
+                Ok(weight)
+            }
+
+            fn kept<'a>(&self, weight: &'a Dense) -> Operator<'a> {
+                Operator::Kept(weight)
+            }
+
+            fn packed<'a>(&self, snapshot: &'a Snapshot, weight: usize) -> Result<Operator<'a>, EngineError> {
+                Ok(Operator::Planes { level: snapshot.level(weight)?, kernel: Kernel::detect() })
+            }
+        }
+    };
+}
+
+packed_on_the_host!(Cpu);
+packed_on_the_host!(Plain);
 
 macro_rules! forward_weight {
     ($($pointer:ty),*) => {$(
