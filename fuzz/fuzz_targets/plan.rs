@@ -3,7 +3,7 @@
 #![no_main]
 
 use arbitrary::Arbitrary;
-use bitstack_sort::{Balanced, BlockId, GainPerByte, Greedy, LoadOrder, Sorter, Random, Scores, Sizes};
+use bitstack_sort::{Balanced, BlockId, GainPerByte, Greedy, LoadOrder, Random, Scores, Sizes, Sorter};
 use libfuzzer_sys::fuzz_target;
 
 #[derive(Debug, Arbitrary)]
