@@ -1,29 +1,6 @@
-use crate::{BlockLayout, CoreError, Shape, Spikes, SpikesRef};
+use crate::{BlockLayout, CoreError, FactorType, Shape, Spikes, SpikesRef};
 use bitstack_pack::{SignMatrix, SignView};
 use half::f16;
-
-/// How the values of a basis or of coefficients are stored.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum FactorType {
-    /// IEEE half precision.
-    F16,
-    /// Signed bytes, with one f16 scale per vector: value = scale · code.
-    I8,
-    /// One f16 scale per vector and nothing else, for coefficients only: value = scale · code, with the codes of block 1, which are of
-    /// 8 bits.
-    Scales,
-}
-
-impl FactorType {
-    /// Bytes of `n_values` values in `n_vectors` vectors, `None` on overflow.
-    pub(crate) fn bytes(self, n_values: u64, n_vectors: u64) -> Option<u64> {
-        match self {
-            Self::F16 => n_values.checked_mul(2),
-            Self::I8 => n_vectors.checked_mul(2)?.checked_add(n_values),
-            Self::Scales => n_vectors.checked_mul(2),
-        }
-    }
-}
 
 /// The stored values of a factor, owned. Which values make a *vector* (and share a scale) is said by [`Basis`] and [`Coefficients`].
 #[derive(Debug, Clone, PartialEq)]

@@ -1,3 +1,5 @@
+//! What can go wrong. This module and `shape` belong together: a shape that is none is one of these errors, and others show a shape.
+
 use crate::Shape;
 
 /// What can be wrong with shapes, blocks and statistics.

@@ -1,4 +1,4 @@
-use crate::{BasisRef, BlockRef, CoefficientsRef, CoreError, LevelSpikes, SPIKE_ROWS, Shape};
+use crate::{BasisRef, BlockRef, CoefficientsRef, CoreError, SPIKE_ROWS, Shape, SpikesRef};
 use bitstack_pack::SignView;
 
 /// One plane of a level: signs, the basis it uses, and where its coefficients are.
@@ -12,6 +12,24 @@ pub struct Plane<'a> {
     pub coefficients: CoefficientsRef<'a>,
     /// Which plane of `coefficients`, from 0.
     pub plane: usize,
+}
+
+/// The spikes of a weight with the envelope that their values are in units of.
+#[derive(Debug, Clone, Copy)]
+pub struct LevelSpikes<'a> {
+    /// The list.
+    pub list: SpikesRef<'a>,
+    /// The basis of block 1; its first row is meant.
+    pub basis: BasisRef<'a>,
+    /// The coefficients of block 1; those of its first plane and rank are meant.
+    pub coefficients: CoefficientsRef<'a>,
+}
+
+impl LevelSpikes<'_> {
+    /// The size of a unit in a row, without that of the column.
+    pub fn row_unit(&self, row: usize) -> f32 {
+        self.coefficients.get(row, 0, 0)
+    }
 }
 
 /// A weight at a level: its planes with the bases and coefficients valid there, and the plain arithmetic on them.

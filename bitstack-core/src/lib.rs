@@ -31,6 +31,7 @@
 
 mod block;
 mod error;
+mod layout;
 mod level;
 #[cfg(feature = "ndarray")]
 mod scale;
@@ -42,14 +43,15 @@ mod stats;
 mod threads;
 
 pub use bitstack_pack::{SignLayout, SignMatrix, SignView, to_strips};
-pub use block::{Basis, BasisRef, Block, BlockRef, Coefficients, CoefficientsRef, FactorType, Values, ValuesRef};
+pub use block::{Basis, BasisRef, Block, BlockRef, Coefficients, CoefficientsRef, Values, ValuesRef};
 pub use error::CoreError;
 pub use half::f16;
-pub use level::{Level, Plane};
+pub use layout::{BlockLayout, FactorType};
+pub use level::{Level, LevelSpikes, Plane};
 #[cfg(feature = "ndarray")]
 pub use scale::Scales;
-pub use shape::{BlockLayout, Shape};
-pub use spikes::{LevelSpikes, SPIKE_ROWS, SPIKE_SIZES, Spike, Spikes, SpikesRef};
+pub use shape::Shape;
+pub use spikes::{SPIKE_ROWS, SPIKE_SIZES, Spike, Spikes, SpikesRef};
 pub use stack::WeightStack;
 #[cfg(feature = "ndarray")]
 pub use stats::{ActivationStats, Collect};

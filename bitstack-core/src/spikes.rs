@@ -1,6 +1,6 @@
 //! Spikes: the few weights that stand far outside the magnitudes of a stack, kept in a list beside block 1.
 
-use crate::{BasisRef, CoefficientsRef, CoreError, Shape};
+use crate::{CoreError, Shape};
 use half::f16;
 
 /// Rows of a tile: the entries of so many rows are together.
@@ -45,17 +45,6 @@ pub struct Spikes {
 pub struct SpikesRef<'a> {
     shape: Shape,
     words: &'a [u16],
-}
-
-/// The spikes of a weight with the envelope that their values are in units of.
-#[derive(Debug, Clone, Copy)]
-pub struct LevelSpikes<'a> {
-    /// The list.
-    pub list: SpikesRef<'a>,
-    /// The basis of block 1; its first row is meant.
-    pub basis: BasisRef<'a>,
-    /// The coefficients of block 1; those of its first plane and rank are meant.
-    pub coefficients: CoefficientsRef<'a>,
 }
 
 impl Spikes {
@@ -252,13 +241,6 @@ impl<'a> SpikesRef<'a> {
     /// A copy that owns its words.
     pub fn to_owned(self) -> Spikes {
         Spikes { shape: self.shape, words: self.words.to_vec() }
-    }
-}
-
-impl LevelSpikes<'_> {
-    /// The size of a unit in a row, without that of the column.
-    pub fn row_unit(&self, row: usize) -> f32 {
-        self.coefficients.get(row, 0, 0)
     }
 }
 

@@ -1,4 +1,4 @@
-//! The product: checks, what is prepared once per call, and the split into blocks of rows.
+//! The kernel of products, above the instructions: checks, what is prepared once per call, and the split into blocks of rows.
 
 use crate::kernel::spikes::{self, Spiked};
 use crate::kernel::tables::{self, Ahead, Part, Vector};

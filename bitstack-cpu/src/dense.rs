@@ -1,48 +1,12 @@
 //! Products with ordinary matrices: how a model runs that is not compressed.
 
-use half::{bf16, f16};
 use rayon::prelude::*;
 
-use crate::kernel::dense;
+use crate::kernel::dense::{self, DenseValues};
 use crate::{CpuError, Kernel, Threads};
 
 /// Elements of a task at most. They take as long to read as a thread to wake several times over.
 const TASK: usize = 1 << 16;
-
-/// Elements of an ordinary matrix, row-major, in the type they are stored in. All widen to f32 exactly.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub enum DenseValues<'a> {
-    /// 32-bit.
-    F32(&'a [f32]),
-    /// IEEE half precision.
-    F16(&'a [f16]),
-    /// The upper half of an f32.
-    Bf16(&'a [bf16]),
-}
-
-impl DenseValues<'_> {
-    /// Number of elements.
-    pub fn len(self) -> usize {
-        match self {
-            Self::F32(w) => w.len(),
-            Self::F16(w) => w.len(),
-            Self::Bf16(w) => w.len(),
-        }
-    }
-
-    /// Whether there are none.
-    pub fn is_empty(self) -> bool {
-        self.len() == 0
-    }
-
-    fn split_at(self, at: usize) -> (Self, Self) {
-        match self {
-            Self::F32(w) => (Self::F32(&w[..at]), Self::F32(&w[at..])),
-            Self::F16(w) => (Self::F16(&w[..at]), Self::F16(&w[at..])),
-            Self::Bf16(w) => (Self::Bf16(&w[..at]), Self::Bf16(&w[at..])),
-        }
-    }
-}
 
 impl Kernel {
     /// y = x Wᵀ for a dense W of `cols` columns, with sums in f32. W is read once for every two tokens, as fast as memory gives it; for

@@ -1,4 +1,6 @@
 //! Which instructions the running CPU has, beyond those that `bitstack_pack::Isa` asks for: the one place of this crate where it is asked.
+//!
+//! This module and `kernel` belong together: kernels are chosen by [`Isa`], and whether AMX is there is known only once one of them has run.
 
 #[cfg(target_arch = "aarch64")]
 use std::arch::is_aarch64_feature_detected;

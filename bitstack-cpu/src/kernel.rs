@@ -1,4 +1,6 @@
 //! The loops, per instruction set, behind one dispatch point.
+//!
+//! `tables` belongs together with those of the instruction sets: it chooses among them, and they are written in its types.
 
 pub(crate) mod amx;
 #[cfg(target_arch = "x86_64")]

@@ -12,6 +12,6 @@ mod kernel;
 
 pub use apply::{Kernel, Scratch};
 pub use bitstack_core::Threads;
-pub use dense::DenseValues;
 pub use error::CpuError;
 pub use isa::Isa;
+pub use kernel::dense::DenseValues;

@@ -1,4 +1,4 @@
-// A device made of this process: holds memory, runs kernels, obeys commands on its standard input. src/shim.rs speaks to it.
+// A device made of this process: holds memory, runs kernels, obeys commands on its standard input. src/shim/device.rs speaks to it.
 //
 // Commands, little-endian: 'a' size: allocates, replies with the address · 'w' address length bytes: writes · 'r' address length: replies
 // with the bytes · 'l' name-length name grid(3) block shared-bytes order length parameters: runs a kernel, replies with one byte.

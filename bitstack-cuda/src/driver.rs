@@ -1,5 +1,7 @@
 //! All that is unsafe: asking whether libraries are there, typed buffers, and launches with every check they need.
 //!
+//! `module` and `stack` belong together with this module: launches are methods of their types, and they need what is unsafe to make these.
+//!
 //! A launch is sound when each kernel stays inside the memory it is given and that memory outlives it. The first is the kernels' part, run
 //! under sanitizers by `shim`, given sizes that agree: the checks here, and the invariant of [`DeviceStack`] that its table describes
 //! buffers of the sizes in `layout`. The second is stream order: buffers are freed on their stream, after what was launched before.

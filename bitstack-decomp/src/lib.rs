@@ -8,6 +8,7 @@ mod error;
 mod nested;
 mod options;
 mod report;
+mod scaled;
 mod spikes;
 mod svd;
 

@@ -1,4 +1,3 @@
-use crate::nested::MAX_JOINT;
 use bitstack_core::{FactorType, Scales, Threads};
 use faer::Par;
 use ndarray::ArrayView2;
@@ -64,7 +63,7 @@ impl Nested {
     /// gained at one is lost at another. Between the settings that did best around levels 2.5, 3.5, 4.25 and 6 it interpolates.
     pub fn around(level: f64) -> Self {
         /// Level, range, ratio, weights of the levels.
-        type Anchor = (f64, f64, f64, [f64; MAX_JOINT]);
+        type Anchor = (f64, f64, f64, [f64; Nested::MAX_JOINT]);
         const ANCHORS: [Anchor; 4] = [
             (2.5, 1.15, 0.56, [0.5, 2.0, 2.0, 1.0, 0.5, 0.5, 0.5, 0.5]),
             (3.5, 1.15, 0.56, [0.3, 2.0, 2.0, 2.0, 1.0, 1.0, 1.0, 1.0]),
@@ -89,11 +88,11 @@ impl Nested {
         let beyond = (level - LISTED).max(0.0);
         let weight = |b: usize| below.3[b].powf(1.0 - share) * above.3[b].powf(share);
         Self {
-            joint: MAX_JOINT,
+            joint: Self::MAX_JOINT,
             sweeps: 3,
             range: between(below.1, above.1),
             ratio: between(below.2, above.2),
-            level_weights: (0..MAX_JOINT).map(weight).collect(),
+            level_weights: (0..Self::MAX_JOINT).map(weight).collect(),
             diagonal: 0.1,
             floor: FLOOR * 5f64.powf(0.5 * beyond),
             damping: 0.01,
@@ -103,8 +102,8 @@ impl Nested {
         }
     }
 
-    /// Most planes that can be chosen jointly.
-    pub const MAX_JOINT: usize = MAX_JOINT;
+    /// Most planes that can be chosen jointly: 2^8 codes are searched exhaustively.
+    pub const MAX_JOINT: usize = 8;
 
     /// Planes chosen jointly, 1 to [`Nested::MAX_JOINT`]; later planes are found one at a time. Fewer make the lower levels better.
     pub fn joint(self, joint: usize) -> Self {

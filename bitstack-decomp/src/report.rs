@@ -1,7 +1,7 @@
 //! What a decomposition hands out, and the error of a weight's outputs.
 
 use crate::DecompError;
-use crate::avd::{exp2, scaled, sum_of_squares};
+use crate::scaled::{exp2, scaled, sum_of_squares};
 use bitstack_core::{Block, SignMatrix, SignView, WeightStack};
 use faer::linalg::matmul::matmul;
 use faer::{Accum, Mat, MatMut, MatRef, Par};

@@ -1,31 +1,13 @@
 //! What a stack is made of and where its bytes are, the same for a file and for a draft; reading with every hash checked.
 
-use crate::{Dtype, FormatError, ReadAt, Tensor, TensorInfo};
+use crate::constants::{FILE_PREFIX, MAX_FILE_NAME_BYTES, MAX_NAME_BYTES, PAD_PREFIX};
+use crate::{FormatError, ReadAt, Tensor, TensorInfo};
 use bitstack_core::{
     Basis, Block, BlockLayout, Coefficients, CoreError, FactorType, Shape, SignMatrix, Spikes, Values, WeightStack, f16,
 };
 use bitstack_io::safetensors::METADATA_KEY;
 use std::collections::{BTreeMap, HashMap};
 
-/// Companion files are tensors with this prefix to their name.
-pub(crate) const FILE_PREFIX: &str = "file/";
-/// Pads are tensors with this prefix to their name.
-pub(crate) const PAD_PREFIX: &str = "pad.";
-/// The parts of a block, by the ends of their names.
-pub(crate) const SIGNS: &str = "signs";
-pub(crate) const BASIS: &str = "v";
-pub(crate) const COEFFICIENTS: &str = "u";
-pub(crate) const SPIKES: &str = "spikes";
-/// The scales of an 8-bit factor are named as the factor, with this at the end.
-pub(crate) const SCALE_SUFFIX: &str = "_scale";
-/// What an unstacked tensor may be stored as.
-pub(crate) const BASE_DTYPES: &[Dtype] = &[Dtype::F32, Dtype::F16, Dtype::BF16];
-/// What a factor may be stored as.
-pub(crate) const FACTOR_DTYPES: &[Dtype] = &[Dtype::F16, Dtype::I8];
-/// The longest name of a tensor, a weight or a method, in bytes.
-pub(crate) const MAX_NAME_BYTES: usize = 1024;
-/// The longest name of a companion file, in bytes.
-pub(crate) const MAX_FILE_NAME_BYTES: usize = 255;
 const COPY_BYTES: u64 = 1 << 20;
 
 /// How the blocks of a weight are stored.

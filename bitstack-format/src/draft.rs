@@ -1,7 +1,8 @@
 use crate::catalog::{
-    BASE_DTYPES, BASIS, BlockParts, COEFFICIENTS, Catalog, FILE_PREFIX, FactorParts, SCALE_SUFFIX, SIGNS, SPIKES,
-    Stored, check_file_name, check_model_name, check_name, check_weight_name, part_name,
+    BlockParts, Catalog, FactorParts, Stored, check_file_name, check_model_name, check_name, check_weight_name,
+    part_name,
 };
+use crate::constants::{BASE_DTYPES, BASIS, COEFFICIENTS, FILE_PREFIX, SCALE_SUFFIX, SIGNS, SPIKES};
 use crate::tensor::wrong;
 use crate::write::write_stack;
 use crate::{BlockKind, BlockSource, Dtype, FormatError, ReadAt, StackFile, Tensor, TensorInfo, WeightInfo, WriteAt};

@@ -1,8 +1,9 @@
-//! The header as text: constants, reading it from JSON, writing it. What the tensors mean is checked in `read.rs`.
+//! The header as text: fetching it, reading it from JSON, writing it. What the tensors mean is checked in `arrange.rs`.
 
 use crate::catalog::check_name;
+use crate::constants::{AFTER_VERSION, ALIGNMENT, HASH_DIGITS, HASH_OFFSET, MAGIC, PROVENANCE_PREFIX, VERSION};
 use crate::tensor::{DTYPES, wrong};
-use crate::{BlockKind, FormatError, TensorInfo, WeightInfo};
+use crate::{BlockKind, FormatError, Limits, ReadAt, TensorInfo, WeightInfo};
 use bitstack_io::hostile::{printable, read_once};
 use bitstack_io::safetensors::{self, LENGTH_BYTES, MAX_HEADER_BYTES};
 use serde::de::{Deserialize, Deserializer, Error as _, IgnoredAny, MapAccess, Visitor};
@@ -10,27 +11,6 @@ use serde::ser::{Serialize, SerializeStruct as _, Serializer};
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::fmt;
-
-/// The format version this crate writes, and the only one it reads.
-pub const VERSION: &str = "1";
-
-/// Data and blocks begin at multiples of this many bytes from the start of the file.
-pub const ALIGNMENT: u64 = 64;
-
-/// What every header begins with, up to the version.
-pub(crate) const MAGIC: &str = r#"{"__metadata__":{"format":"bitstack","version":""#;
-
-/// What stands between the version and the hash of the header.
-pub(crate) const AFTER_VERSION: &str = r#"","header_blake3":""#;
-
-/// Hexadecimal digits of a hash.
-pub(crate) const HASH_DIGITS: usize = 64;
-
-/// Where the hash of the header stands, in bytes from the start of the file.
-pub(crate) const HASH_OFFSET: usize = LENGTH_BYTES as usize + MAGIC.len() + VERSION.len() + AFTER_VERSION.len();
-
-/// Keys of the metadata that begin with this are the maker's own.
-pub(crate) const PROVENANCE_PREFIX: &str = "provenance.";
 
 /// A weight in the metadata.
 #[derive(Debug)]
@@ -140,11 +120,72 @@ pub(crate) struct Header {
 }
 
 /// The BLAKE3 hash of a header: over its length field and its text, the digits of the hash itself taken as zeros.
-pub(crate) fn header_hash(length: [u8; 8], text: &[u8]) -> blake3::Hash {
+fn header_hash(length: [u8; 8], text: &[u8]) -> blake3::Hash {
     let at = HASH_OFFSET - LENGTH_BYTES as usize;
     let mut hasher = blake3::Hasher::new();
     hasher.update(&length).update(&text[..at]).update(&[b'0'; HASH_DIGITS]).update(&text[at + HASH_DIGITS..]);
     hasher.finalize()
+}
+
+/// Reads the text of the header, once it is sure that it is one of ours, of a length within bounds, and undamaged.
+pub(crate) fn read_text(source: &impl ReadAt, size_bytes: u64, limits: &Limits) -> Result<Vec<u8>, FormatError> {
+    let read = |bytes: &mut [u8], offset| {
+        let error = |source| FormatError::Read { what: "the header".to_owned(), source };
+        source.read_exact_at(bytes, offset).map_err(error)
+    };
+    let cut = |needed| FormatError::HeaderCut { needed, have: size_bytes };
+    if size_bytes < LENGTH_BYTES {
+        return Err(cut(LENGTH_BYTES));
+    }
+    // Up to the hash and its closing quote; a file may be cut in there.
+    let mut start = [0; HASH_OFFSET + HASH_DIGITS + 1];
+    let n = start.len().min(usize::try_from(size_bytes).unwrap_or(usize::MAX));
+    let start = &mut start[..n];
+    read(start, 0)?;
+    let (length, start) = start.split_at(LENGTH_BYTES as usize);
+    let length: [u8; 8] = length.try_into().expect("the first part of a split has its length");
+    let header_bytes = u64::from_le_bytes(length);
+    check_start(start)?;
+
+    let limit = limits.header_bytes.min(MAX_HEADER_BYTES);
+    if header_bytes > limit {
+        return Err(FormatError::LimitExceeded { what: "the header".to_owned(), value: header_bytes, limit });
+    }
+    // No overflow: the header's length is at most MAX_HEADER_BYTES.
+    let data_bytes = LENGTH_BYTES + header_bytes;
+    if !data_bytes.is_multiple_of(ALIGNMENT) || data_bytes <= (HASH_OFFSET + HASH_DIGITS) as u64 {
+        return Err(FormatError::HeaderLength { header_bytes });
+    }
+    if size_bytes < data_bytes {
+        return Err(cut(data_bytes));
+    }
+    let mut text = vec![0; header_bytes as usize];
+    read(&mut text, LENGTH_BYTES)?;
+    let hash_at = HASH_OFFSET - LENGTH_BYTES as usize;
+    if header_hash(length, &text).to_hex().as_bytes() != &text[hash_at..][..HASH_DIGITS] {
+        return Err(FormatError::HeaderDamaged);
+    }
+    Ok(text)
+}
+
+/// Compares the start of a header's text, as far as it is there, with what it must be.
+fn check_start(start: &[u8]) -> Result<(), FormatError> {
+    let n = start.len().min(MAGIC.len());
+    if start[..n] != MAGIC.as_bytes()[..n] {
+        let found = printable(&String::from_utf8_lossy(&start[..n]));
+        return Err(FormatError::NotBitstack { found: format!("{found:?} (after 8 bytes of length)") });
+    }
+    let after_magic = &start[n..];
+    let expected = format!("{VERSION}{AFTER_VERSION}");
+    let n = after_magic.len().min(expected.len());
+    if after_magic[..n] == expected.as_bytes()[..n] {
+        return Ok(());
+    }
+    let version = after_magic.split(|&c| c == b'"').next().unwrap_or_default();
+    if version == VERSION.as_bytes() {
+        return Err(FormatError::HeaderJson { reason: "header_blake3 does not follow the version".to_owned() });
+    }
+    Err(FormatError::Version { found: printable(&String::from_utf8_lossy(version)) })
 }
 
 impl Header {
@@ -276,54 +317,5 @@ fn header_error(error: safetensors::HeaderError) -> FormatError {
             Err(error) => error,
         },
         other => FormatError::HeaderJson { reason: other.to_string() },
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::catalog::{
-        BASE_DTYPES, BASIS, COEFFICIENTS, FACTOR_DTYPES, FILE_PREFIX, MAX_FILE_NAME_BYTES, MAX_NAME_BYTES, PAD_PREFIX,
-        SCALE_SUFFIX, SIGNS,
-    };
-    use bitstack_io::Dtype;
-    use bitstack_io::hostile::MAX_DIMS;
-
-    /// The second column of a table of FORMAT.md, found by the first.
-    fn documented(row: &str) -> &'static str {
-        let document = include_str!("../FORMAT.md");
-        let cells = |line: &'static str| line.split('|').map(str::trim).collect::<Vec<_>>();
-        let found = document.lines().map(cells).find(|cells| cells.len() > 3 && cells[1] == row);
-        found.unwrap_or_else(|| panic!("FORMAT.md has no row {row:?}"))[2].trim_matches('`')
-    }
-
-    #[test]
-    fn the_constants_of_the_document_are_those_of_the_code() {
-        let names = |dtypes: &[Dtype]| dtypes.iter().map(|d| d.name()).collect::<Vec<_>>().join(", ");
-        for (row, value) in [
-            ("format version", VERSION.to_owned()),
-            ("alignment", ALIGNMENT.to_string()),
-            ("largest header", MAX_HEADER_BYTES.to_string()),
-            ("length of the header's length", LENGTH_BYTES.to_string()),
-            ("start of every header", format!("{MAGIC}{VERSION}{AFTER_VERSION}")),
-            ("offset of the header's hash", HASH_OFFSET.to_string()),
-            ("digits of a hash", HASH_DIGITS.to_string()),
-            ("prefix of provenance keys", PROVENANCE_PREFIX.to_owned()),
-            ("prefix of companion files", FILE_PREFIX.to_owned()),
-            ("prefix of pads", PAD_PREFIX.to_owned()),
-            ("longest name", MAX_NAME_BYTES.to_string()),
-            ("longest name of a companion file", MAX_FILE_NAME_BYTES.to_string()),
-            ("most dimensions", MAX_DIMS.to_string()),
-            ("types of unstacked tensors", names(BASE_DTYPES)),
-            ("types of factors", names(FACTOR_DTYPES)),
-            ("name of the signs", format!("<weight>.block.<i>.{SIGNS}")),
-            ("name of the basis", format!("<weight>.block.<i>.{BASIS}")),
-            ("name of the coefficients", format!("<weight>.block.<i>.{COEFFICIENTS}")),
-            ("suffix of scales", SCALE_SUFFIX.to_owned()),
-            ("block kind", BlockKind::Sign.name().to_owned()),
-            ("bit order", format!("{:?}", bitstack_pack::BIT_ORDER)),
-        ] {
-            assert_eq!(documented(row), value, "{row}");
-        }
     }
 }

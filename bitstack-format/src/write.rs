@@ -1,8 +1,9 @@
 //! Writing a file in load order from a catalog: the same for a draft and for a prefix of another file.
 
-use crate::catalog::{Catalog, PAD_PREFIX};
+use crate::catalog::Catalog;
+use crate::constants::{ALIGNMENT, PAD_PREFIX};
 use crate::header::{self, WeightRecord};
-use crate::{ALIGNMENT, Dtype, FormatError, ReadAt, TensorInfo, order};
+use crate::{Dtype, FormatError, ReadAt, TensorInfo, order};
 use std::io::Write;
 
 /// The alignment of a tensor in the file: that of its elements, so that every reader can view it in place; [`ALIGNMENT`] for

@@ -12,6 +12,7 @@ mod snapshot;
 mod swap;
 mod sync;
 mod system;
+mod table;
 mod watch;
 
 pub use bitstack_format::Verify;

@@ -3,8 +3,9 @@
 use crate::RuntimeError;
 use crate::memory::Memory;
 use crate::resident::{Account, Resident, Run, no_memory};
-use crate::snapshot::{Snapshot, Table};
+use crate::snapshot::Snapshot;
 use crate::swap::{Job, Swap};
+use crate::table::Table;
 use bitstack_format::{ReadAt, StackFile, Verify};
 use std::collections::BTreeMap;
 use std::ops::Range;

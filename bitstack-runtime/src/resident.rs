@@ -2,7 +2,7 @@
 
 use crate::RuntimeError;
 use crate::memory::{FillError, Memory};
-use crate::snapshot::Table;
+use crate::table::Table;
 use bitstack_core::BlockRef;
 use bitstack_format::{BlockExtent, BlockSource, FormatError, ReadAt, StackFile, Verify};
 use std::ops::Range;

@@ -4,7 +4,56 @@ use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
 use super::{factors, tile};
-use crate::{DenseValues, Isa};
+use crate::Isa;
+
+/// Elements of an ordinary matrix, row-major, in the type they are stored in. All widen to f32 exactly.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum DenseValues<'a> {
+    /// 32-bit.
+    F32(&'a [f32]),
+    /// IEEE half precision.
+    F16(&'a [f16]),
+    /// The upper half of an f32.
+    Bf16(&'a [bf16]),
+}
+
+impl DenseValues<'_> {
+    /// Number of elements.
+    pub fn len(self) -> usize {
+        match self {
+            Self::F32(w) => w.len(),
+            Self::F16(w) => w.len(),
+            Self::Bf16(w) => w.len(),
+        }
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(self) -> bool {
+        self.len() == 0
+    }
+
+    pub(crate) fn split_at(self, at: usize) -> (Self, Self) {
+        match self {
+            Self::F32(w) => (Self::F32(&w[..at]), Self::F32(&w[at..])),
+            Self::F16(w) => (Self::F16(&w[..at]), Self::F16(&w[at..])),
+            Self::Bf16(w) => (Self::Bf16(&w[..at]), Self::Bf16(&w[at..])),
+        }
+    }
+
+    /// The values from `start` on, as many as `out` has, as f32.
+    fn widen(self, start: usize, out: &mut [f32]) {
+        let range = start..start + out.len();
+        match self {
+            Self::F32(w) => out.copy_from_slice(&w[range]),
+            Self::F16(w) => w[range].convert_to_f32_slice(out),
+            Self::Bf16(w) => {
+                for (out, w) in out.iter_mut().zip(&w[range]) {
+                    *out = f32::from_bits(u32::from(w.to_bits()) << 16);
+                }
+            }
+        }
+    }
+}
 
 /// Rows of a task of a product from tiles.
 pub(crate) const TASK_ROWS: usize = 4 * tile::ROWS;
@@ -40,22 +89,6 @@ pub(crate) fn tiles(isa: Isa, w: DenseValues<'_>, cols: usize, panels: &[[f32; t
         for (t, y) in y.iter_mut().enumerate() {
             for (y, sums) in y[first_row..].iter_mut().zip(&sums[t / tile::PANEL]) {
                 *y = sums[t % tile::PANEL];
-            }
-        }
-    }
-}
-
-impl DenseValues<'_> {
-    /// The values from `start` on, as many as `out` has, as f32.
-    fn widen(self, start: usize, out: &mut [f32]) {
-        let range = start..start + out.len();
-        match self {
-            Self::F32(w) => out.copy_from_slice(&w[range]),
-            Self::F16(w) => w[range].convert_to_f32_slice(out),
-            Self::Bf16(w) => {
-                for (out, w) in out.iter_mut().zip(&w[range]) {
-                    *out = f32::from_bits(u32::from(w.to_bits()) << 16);
-                }
             }
         }
     }

@@ -1,21 +1,15 @@
 //! The search for the best code: the leaf of a binary tree of sign prefixes with the least sum of squared distances over all levels.
 
-/// Rows worked on side by side. Sixteen floats are one AVX-512 register, two AVX ones.
-pub(crate) const LANES: usize = 16;
-/// One number for each of [`LANES`] rows.
-pub(crate) type Lane = [f32; LANES];
-/// Most planes that may be chosen jointly: 2^8 leaves are searched exhaustively.
-pub(crate) const MAX_JOINT: usize = 8;
+use super::lanes::{Aligned, LANES, Lane};
+use crate::Nested;
+
+/// See [`Nested::MAX_JOINT`].
+pub(crate) const MAX_JOINT: usize = Nested::MAX_JOINT;
 
 /// Where the nodes of depth `b` (from 0, so `2^(b+1)` of them) start in a table of all nodes.
 pub(crate) const fn nodes_before(b: usize) -> usize {
     (2 << b) - 2
 }
-
-/// What is read and written all the time, lane by lane: none of them lies across two lines of the cache.
-#[derive(Clone)]
-#[repr(align(64))]
-pub(crate) struct Aligned<T>(pub(crate) T);
 
 /// A value for each node.
 pub(crate) type Nodes = Aligned<[Lane; nodes_before(MAX_JOINT)]>;

@@ -2,6 +2,7 @@
 //! the rows is in [`tile`].
 
 mod choose;
+mod lanes;
 mod linear;
 mod metric;
 mod scalar;
@@ -15,13 +16,12 @@ use crate::spikes::{self, Entry, List, Reach};
 use crate::{DecompError, DecomposeOptions, LevelReport, Nested, OutputReport, Step, Threads};
 use bitstack_core::{Basis, Block, Coefficients, FactorType, Shape, SignMatrix, Values, ValuesRef, WeightStack};
 use bitstack_pack::{packed_len, row_bytes};
-use choose::LANES;
-pub(crate) use choose::MAX_JOINT;
 use half::f16;
+use lanes::{LANES, SUBS, TILE};
 use metric::{Metric, Regularisation};
 use ndarray::ArrayView2;
 use rayon::prelude::*;
-use tile::{RowError, SUBS, Stage, TILE, Tile};
+use tile::{RowError, Stage, Tile};
 
 /// Rounds of Lloyd's iteration on the level values before any row is seen. More take the ratio of the planes to the 1/2 that is best for
 /// a weight without neighbours, and worse under H.
@@ -205,7 +205,7 @@ fn check(weight: ArrayView2<'_, f32>, options: &DecomposeOptions<'_>, nested: &N
         if good { Ok(()) } else { Err(DecompError::NestedSetting { setting, expected, value }) }
     };
     let joint = nested.joint as f64;
-    setting("the number of joint planes", "from 1 to 8", joint, (1..=MAX_JOINT).contains(&nested.joint))?;
+    setting("the number of joint planes", "from 1 to 8", joint, (1..=Nested::MAX_JOINT).contains(&nested.joint))?;
     setting("the range", "from 0.1 to 10", nested.range, (0.1..=10.0).contains(&nested.range))?;
     setting("the ratio", "from 0.1 to 0.9", nested.ratio, (0.1..=0.9).contains(&nested.ratio))?;
     for &w in &nested.level_weights {

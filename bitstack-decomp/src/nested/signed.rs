@@ -4,8 +4,7 @@
 //! For a matrix of n columns and planes of 128 rows, q of them, a dense product would be 128·q·n² multiplications and additions. Lookups are a
 //! quarter of that in additions. In sweeps 1 to 15 % of the signs change, 5 %, 2 % and 1 % on average in the first three.
 
-use super::choose::{Aligned, LANES, Lane};
-use super::tile::SUBS;
+use super::lanes::{Aligned, LANES, Lane, SUBS};
 use pulp::{Simd, WithSimd};
 use std::ops::Range;
 

@@ -1,9 +1,10 @@
-//! The work on a tile of rows: error feedback and sweeps. Rows are independent given H and the pattern, so tiles are too.
+//! The kernel of nested codes, the work on a tile of rows: error feedback and sweeps. Rows are independent given H and the pattern, so tiles are too.
 //!
 //! Everything is in normalised coordinates: x = W / (a vᵀ), planes are ±1, errors are measured by H̃ of [`Metric`]. Rows lie in lanes
 //! ([`LANES`] at a time); an array over columns has, for each column, `SUBS` groups of lanes, each with one lane array per level or plane.
 
-use super::choose::{Aligned, Costs, LANES, Lane, MAX_JOINT, Nodes, choose, nodes_before, signs};
+use super::choose::{Costs, MAX_JOINT, Nodes, choose, nodes_before, signs};
+use super::lanes::{Aligned, LANES, Lane, SUBS, TILE};
 use super::linear::solve_symmetric;
 use super::metric::Metric;
 use super::signed::{MOST_WORDS, Square, Sums, WORD, words};
@@ -11,10 +12,6 @@ use faer::linalg::matmul::matmul;
 use faer::{Accum, MatMut, MatRef, Par};
 use pulp::{Simd, WithSimd};
 
-/// Groups of lanes in a tile.
-pub(crate) const SUBS: usize = 8;
-/// Rows of a tile.
-pub(crate) const TILE: usize = SUBS * LANES;
 /// Columns worked on before those of the panel are brought up to date.
 const BLOCK: usize = WORD;
 /// Columns worked on before all others are brought up to date.

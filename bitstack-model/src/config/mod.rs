@@ -1,4 +1,6 @@
 //! A model as a value: its layers, put together by one file per family from a Hugging Face `config.json`, and the list of tensors that follows.
+//!
+//! The modules within belong together with this one: they read and build [`ModelConfig`], whose lists are private to them.
 
 mod builder;
 mod families;
