@@ -134,3 +134,27 @@ pub enum EngineError {
     #[error(transparent)]
     Runtime(#[from] bitstack_runtime::RuntimeError),
 }
+
+/// Implements `From` for what an error type of a crate above takes from further down: each cause has one place there, the variants `Model`, `Format` and
+/// `Engine`, whichever way it came.
+#[doc(hidden)]
+#[macro_export]
+macro_rules! from_further_down {
+    ($error:ty) => {
+        impl From<$crate::EngineError> for $error {
+            fn from(error: $crate::EngineError) -> Self {
+                match error {
+                    $crate::EngineError::Model(error) => error.into(),
+                    $crate::EngineError::Format(error) => error.into(),
+                    error => Self::Engine(error),
+                }
+            }
+        }
+
+        impl From<bitstack_io::FileError> for $error {
+            fn from(error: bitstack_io::FileError) -> Self {
+                Self::Format(error.into())
+            }
+        }
+    };
+}

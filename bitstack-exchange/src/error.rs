@@ -65,19 +65,4 @@ pub enum ExchangeError {
     Sort(#[from] bitstack_sort::SortError),
 }
 
-/// What comes from further down has one place, whichever way it came.
-impl From<EngineError> for ExchangeError {
-    fn from(error: EngineError) -> Self {
-        match error {
-            EngineError::Model(error) => error.into(),
-            EngineError::Format(error) => error.into(),
-            error => Self::Engine(error),
-        }
-    }
-}
-
-impl From<bitstack_io::FileError> for ExchangeError {
-    fn from(error: bitstack_io::FileError) -> Self {
-        Self::Format(error.into())
-    }
-}
+bitstack_engine::from_further_down!(ExchangeError);

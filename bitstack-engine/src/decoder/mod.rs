@@ -433,7 +433,7 @@ mod tests {
         Dense: Weight<D>,
     {
         for name in ["llama", "llama31", "mistral", "mistral_window", "qwen2", "qwen3"] {
-            let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data").join(name);
+            let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../bitstack-model/tests/data").join(name);
             let checkpoint = Checkpoint::open(&dir).unwrap();
             let mut model = Decoder::load_on(device.clone(), &checkpoint, &()).unwrap();
             let frame = Arc::get_mut(&mut model.frame).unwrap();
