@@ -33,6 +33,9 @@ pub struct ElasticModel<S, D: PackedDevice = Cpu> {
     places: Vec<Place<D::Kept>>,
 }
 
+/// Is given the text that each token adds, and the snapshot it was made at; may stop the generation.
+pub type OnToken<'f, D = Cpu> = dyn FnMut(&str, &Snapshot<<D as PackedDevice>::Memory>) -> ControlFlow<()> + 'f;
+
 /// Where a weight is.
 #[derive(Debug)]
 enum Place<K> {
@@ -134,7 +137,7 @@ impl<S: ReadAt + Send + Sync + 'static, D: PackedDevice> ElasticModel<S, D> {
         prompt: &str,
         max_tokens: usize,
         sampling: SamplingOptions,
-        on_token: &mut dyn FnMut(&str, &Snapshot<D::Memory>) -> ControlFlow<()>,
+        on_token: &mut OnToken<'_, D>,
     ) -> Result<Generation, EngineError> {
         let mut text = Continuation::<D>::new(self.config(), tokenizer, prompt, max_tokens, sampling)?;
         loop {

@@ -16,7 +16,7 @@ pub mod stack;
 pub use bitstack_core::Threads;
 pub use decoder::{Decoder, Frame, Observer, Pass, Visit, Workspace, check_weight};
 pub use device::{KvCache, Weight};
-pub use elastic::ElasticModel;
+pub use elastic::{ElasticModel, OnToken};
 pub use error::EngineError;
 pub use linear::Transposed;
 pub use operator::Operator;

@@ -192,7 +192,7 @@ wide! {
 
     /// The approximation of GELU by a tanh: x/2 (1 + tanh(u)) = x / (1 + e^-2u) with u = sqrt(2/π) (x + 0.044715 x³).
     pub(crate) fn gelu(x: &mut [f32]) {
-        const TWICE_ROOT: f32 = 1.595_769_1;
+        const TWICE_ROOT: f32 = 1.595_769;
         x.iter_mut().for_each(|x| *x = *x / (1.0 + exp(-TWICE_ROOT * (*x + 0.044_715 * *x * *x * *x))));
     }
 

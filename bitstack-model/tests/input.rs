@@ -218,7 +218,7 @@ fn weights_that_are_not_finite_are_named() {
         });
         let checkpoint = Checkpoint::open(dir.path()).unwrap();
         let weights = checkpoint.config().weights().into_iter().map(|weight| checkpoint.weight(&weight).err());
-        let vectors = checkpoint.config().other_tensors().into_iter().map(|vector| checkpoint.vector(&vector).err());
+        let vectors = checkpoint.config().other_tensors().iter().map(|vector| checkpoint.vector(vector).err());
         let error = weights.chain(vectors).flatten().next().unwrap().to_string();
         assert!(error.contains("tensor model.") && error.contains(&format!("holds {value} at element")), "{error}");
     }
