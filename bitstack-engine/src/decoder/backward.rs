@@ -3,7 +3,7 @@
 //! Derivatives of the formulas in [`decoder`](super): own derivation, checked against differences of the forward pass. Whole sequences, no cache.
 
 use super::check_state;
-use crate::device::{Columns, Context, Cpu, Device, QUERY_BLOCK, Sequence, Weight};
+use crate::device::{Columns, Context, Cpu, CpuQueue, Device, QUERY_BLOCK, Sequence, Weight};
 use crate::linear::Transposed;
 use crate::{Decoder, EngineError, Pass, math};
 use bitstack_core::Threads;
@@ -66,10 +66,10 @@ impl<W: Weight<Cpu>> Decoder<W> {
         let mut queue = Cpu.queue(Threads::One)?;
         let hidden = hidden.as_standard_layout();
         let h = hidden.as_slice().expect("made standard above");
-        let mut apply = |linear: Linear, x: &Vec<f32>| {
+        let apply = |queue: &mut CpuQueue, linear: Linear, x: &Vec<f32>| {
             let weight = weight(linear);
             let mut y = vec![0.0; tokens * weight.rows()];
-            weight.multiply(&mut queue, x, tokens, &mut y, Columns::all(weight.rows()))?;
+            weight.multiply(queue, x, tokens, &mut y, Columns::all(weight.rows()))?;
             if let Some(bias) = linear.bias {
                 math::add_bias(&mut y, vector(bias));
             }
@@ -78,7 +78,8 @@ impl<W: Weight<Cpu>> Decoder<W> {
 
         // Forward once more, keeping all that is needed on the way back.
         let normed = norm(h, parts.attention_norm);
-        let (q_raw, k_raw, values) = (apply(query, &normed)?, apply(key, &normed)?, apply(value, &normed)?);
+        let (q_raw, k_raw, values) =
+            (apply(&mut queue, query, &normed)?, apply(&mut queue, key, &normed)?, apply(&mut queue, value, &normed)?);
         let rope = &self.frame.ropes[layer];
         let ready = |raw: &[f32], norm: Option<Norm>, heads: usize| {
             let mut x = raw.to_vec();
@@ -93,11 +94,11 @@ impl<W: Weight<Cpu>> Decoder<W> {
         let mut mixed = vec![0.0; tokens * q_size];
         let sequence = [Sequence { past: 0, rows: tokens }];
         let context = Context::Own { keys: &keys, values: &values };
-        Cpu::attend(&mut Cpu.queue(Threads::One)?, attention, &q, &sequence, context, &mut mixed)?;
-        let mut middle = apply(attention.output, &mixed)?;
+        Cpu::attend(&mut queue, attention, &q, &sequence, context, &mut mixed)?;
+        let mut middle = apply(&mut queue, attention.output, &mixed)?;
         math::add(&mut middle, h);
         let mlp_normed = norm(&middle, parts.mlp_norm);
-        let (g, u) = (apply(gate, &mlp_normed)?, apply(up, &mlp_normed)?);
+        let (g, u) = (apply(&mut queue, gate, &mlp_normed)?, apply(&mut queue, up, &mlp_normed)?);
         let mut active = g.clone();
         math::swiglu(&mut active, &u);
 
