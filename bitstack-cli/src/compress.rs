@@ -8,9 +8,11 @@ use super::{print, quality, size, usage};
 use anyhow::{Context, Result};
 use bitstack_compress::{BlockMethod, CompressError, CompressOptions, Journal, OrderBy, Scaling};
 use bitstack_io::Existing;
+use bitstack_model::text::Excerpt;
 use bitstack_model::{Checkpoint, Part, Progress};
 use bitstack_runtime::process_peak_bytes;
 use serde_json::json;
+use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -58,7 +60,7 @@ fn write(args: &Compress, reporter: &Reporter) -> Result<()> {
     let timings = Timings::new(reporter, Part::Opening);
     let checkpoint = Checkpoint::open(&args.model)?;
     let text = match &method.calibration {
-        Some(path) => Some(read_text(path)?),
+        Some(path) => Some(read_text(path, reporter)?),
         None => None,
     };
     let options = options(method);
@@ -218,8 +220,21 @@ pub(crate) fn refuse_existing(path: &Path, force: bool) -> Result<()> {
     }
 }
 
-/// Reads a text file.
-pub(crate) fn read_text(path: &Path) -> Result<String> {
-    let bytes = std::fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
-    String::from_utf8(bytes).with_context(|| format!("{} is not UTF-8 text", path.display()))
+/// Reads a text file; of a long one, parts that are spread over it.
+pub(crate) fn read_text(path: &Path, reporter: &Reporter) -> Result<String> {
+    let read = || {
+        let file = File::open(path)?;
+        // A pipe has no places to read at.
+        if file.metadata()?.is_file() { Excerpt::read(&file) } else { Excerpt::read(&fs::read(path)?[..]) }
+    };
+    let excerpt = read().with_context(|| format!("cannot read {}", path.display()))?;
+    if excerpt.is_partial() {
+        reporter.say(&format!(
+            "{}: {} of {}, in 64 stretches spread over the text, stand for all of it",
+            path.display(),
+            size::show(Excerpt::MOST_BYTES),
+            size::show(excerpt.total_bytes)
+        ));
+    }
+    Ok(excerpt.text)
 }

@@ -33,7 +33,7 @@ struct Row {
 
 /// Measures every file at every size.
 pub(crate) fn run(args: &Eval, reporter: &Reporter) -> Result<()> {
-    let text = read_text(&args.text)?;
+    let text = read_text(&args.text, reporter)?;
     let reference = match &args.reference {
         Some(dir) => Some(Decoder::load_with(&Checkpoint::open(dir)?, reporter)?),
         None => None,

@@ -6,6 +6,7 @@ pub mod config;
 mod elements;
 mod error;
 mod progress;
+mod stream;
 pub mod text;
 mod tokenizer;
 
@@ -14,4 +15,5 @@ pub use config::{Llama3Scaling, ModelConfig, RopeConfig, VectorSpec, WeightRole,
 pub use elements::{Dense, Elements};
 pub use error::ModelError;
 pub use progress::{Part, Progress};
-pub use tokenizer::{TextStream, Tokenizer};
+pub use stream::TextStream;
+pub use tokenizer::Tokenizer;

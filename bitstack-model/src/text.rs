@@ -1,9 +1,74 @@
 //! Windows of text for calibration and evaluation.
 //!
-//! A text is encoded as a whole and cut into windows of equal length that do not overlap; what is left at the end is not
+//! A text is read whole, or in stretches where it is long ([`Excerpt`]), encoded, and cut into windows of equal length that do not overlap; what is left at the end is not
 //! used. Of `total` windows, `n` evenly spaced ones are the windows `floor(i * total / n)`.
 
 use crate::{ModelConfig, ModelError};
+use bitstack_io::ReadAt;
+use std::io;
+
+/// As much of a text as is used: of a longer one, stretches that are spread over it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Excerpt {
+    /// The text, or its stretches one after the other.
+    pub text: String,
+    /// Bytes of the text that it is from.
+    pub total_bytes: u64,
+}
+
+impl Excerpt {
+    /// Bytes of the longest text that is used whole: 16 MiB, some four million tokens.
+    pub const MOST_BYTES: u64 = 16 << 20;
+    /// Bytes of a stretch: so long that hardly a window has its beginning in one and its end in the next.
+    const STRETCH: u64 = 256 << 10;
+    /// A stretch begins behind the first end of a line in so many bytes.
+    const LINE: usize = 4 << 10;
+
+    /// Reads UTF-8 text: all of it, or of more than [`MOST_BYTES`](Self::MOST_BYTES) 64 stretches of a quarter of a MiB. Of N stretches,
+    /// number i begins i/N of the way from the text's beginning, behind an end of line where there is one soon. Memory does not
+    /// depend on the length of the text.
+    ///
+    /// # Errors
+    /// What the source says; [`io::ErrorKind::InvalidData`] for what is read and is not UTF-8, with its place.
+    pub fn read<S: ReadAt + ?Sized>(source: &S) -> io::Result<Self> {
+        let total_bytes = source.size_bytes()?;
+        if total_bytes <= Self::MOST_BYTES {
+            let mut bytes = vec![0; total_bytes as usize];
+            source.read_exact_at(&mut bytes, 0)?;
+            let text = String::from_utf8(bytes).map_err(|error| not_text(error.utf8_error().valid_up_to() as u64))?;
+            return Ok(Self { text, total_bytes });
+        }
+        let n = Self::MOST_BYTES / Self::STRETCH;
+        let mut text = String::with_capacity(Self::MOST_BYTES as usize);
+        let mut bytes = vec![0; Self::STRETCH as usize];
+        for i in 0..n {
+            let at = (u128::from(total_bytes) * u128::from(i) / u128::from(n)) as u64;
+            source.read_exact_at(&mut bytes, at)?;
+            let line = bytes[..Self::LINE].iter().position(|b| *b == b'\n').map(|end| end + 1);
+            // Half a character at either end belongs to what is left out.
+            let character = || (0..4).find(|i| bytes[*i] as i8 >= -0x40).unwrap_or(0);
+            let start = if i == 0 { 0 } else { line.unwrap_or_else(character) };
+            match str::from_utf8(&bytes[start..]) {
+                Ok(stretch) => text.push_str(stretch),
+                Err(error) if error.error_len().is_none() => {
+                    text.push_str(str::from_utf8(&bytes[start..start + error.valid_up_to()]).unwrap_or_default());
+                }
+                Err(error) => return Err(not_text(at + (start + error.valid_up_to()) as u64)),
+            }
+        }
+        Ok(Self { text, total_bytes })
+    }
+
+    /// Whether the text is longer than what is here.
+    pub fn is_partial(&self) -> bool {
+        self.total_bytes > Self::MOST_BYTES
+    }
+}
+
+fn not_text(at: u64) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, format!("byte {at} is not UTF-8 text"))
+}
 
 /// Window length where none is asked for: 512, or the model's limit if that is lower.
 pub fn default_seq_len(config: &ModelConfig) -> usize {
@@ -105,6 +170,68 @@ mod tests {
         let (none, one) = Windows::new(&tokens, 70, 512).unwrap().halves();
         assert!(none.is_empty() && none.evenly_spaced(4).is_empty());
         assert_eq!(one.len(), 1);
+    }
+
+    /// A text of numbered lines, as long as it is asked to be, of which nothing is in memory.
+    struct Lines(u64);
+
+    impl Lines {
+        const LINE: u64 = 33;
+    }
+
+    impl ReadAt for Lines {
+        fn size_bytes(&self) -> io::Result<u64> {
+            Ok(self.0)
+        }
+
+        fn read_exact_at(&self, buf: &mut [u8], at: u64) -> io::Result<()> {
+            let line = |n: u64| format!("{n:>24} é日\u{301}\n");
+            let width = Self::LINE;
+            assert_eq!(line(1).len() as u64, width);
+            let mut text = String::new();
+            for n in at / width..(at + buf.len() as u64).div_ceil(width) {
+                text += &line(n);
+            }
+            buf.copy_from_slice(&text.as_bytes()[(at % width) as usize..][..buf.len()]);
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn an_excerpt_of_a_text_of_any_length_is_spread_over_it_and_begins_with_lines() {
+        let whole = Excerpt::read(&Lines(1 << 20)).unwrap();
+        assert!(!whole.is_partial());
+        assert_eq!(whole.text.len(), 1 << 20);
+        let total_bytes = 1 << 40;
+        let part = Excerpt::read(&Lines(total_bytes)).unwrap();
+        assert!(part.is_partial());
+        assert_eq!(part.total_bytes, total_bytes);
+        let (len, most) = (part.text.len() as u64, Excerpt::MOST_BYTES);
+        assert!(len <= most && len > most - 64 * 64, "{len}: a stretch loses less than two lines");
+        let numbers: Vec<u64> = part
+            .text
+            .lines()
+            .filter(|line| line.len() == 32)
+            .filter_map(|line| line.get(..24)?.trim().parse().ok())
+            .collect();
+        assert_eq!(numbers[0], 0);
+        let jumps: Vec<u64> = numbers.windows(2).map(|n| n[1] - n[0]).filter(|jump| *jump > 2).collect();
+        assert_eq!(jumps.len(), 63);
+        let spread = total_bytes / 64 / Lines::LINE;
+        assert!(jumps.iter().all(|jump| jump.abs_diff(spread) < spread / 100));
+    }
+
+    #[test]
+    fn text_that_is_not_utf8_is_an_error_with_its_place() {
+        let mut text = vec![b'a'; 17 << 20];
+        text[5] = 0xff;
+        let message = |text: &[u8]| Excerpt::read(text).unwrap_err().to_string();
+        assert!(message(&text).contains("byte 5 is not"), "{}", message(&text));
+        assert!(message(&text[..100]).contains("byte 5 is not"));
+        assert!(
+            message(&"aé".as_bytes()[..2]).contains("byte 1 is not"),
+            "half a character at the end of a whole text"
+        );
     }
 
     #[test]

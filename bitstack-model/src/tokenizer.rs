@@ -1,8 +1,11 @@
 //! Text to tokens and back.
 
 use crate::ModelError;
+use crate::stream::TextStream;
 use bitstack_io::hostile::printable;
+use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use tokenizers::DecoderWrapper;
 
 /// A Hugging Face fast tokenizer (`tokenizer.json`).
 #[derive(Debug, Clone)]
@@ -15,6 +18,44 @@ pub struct Tokenizer {
 fn guarded<T>(f: impl FnOnce() -> Result<T, tokenizers::Error>) -> Result<T, ModelError> {
     let result = catch_unwind(AssertUnwindSafe(f)).unwrap_or_else(|_| Err("the tokenizer library gave up".into()));
     result.map_err(|error| ModelError::Tokenizer { reason: printable(&error.to_string()) })
+}
+
+/// A token and its bytes in the text.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Place {
+    token: u32,
+    start: usize,
+    end: usize,
+}
+
+/// How a long text is cut.
+#[derive(Debug, Clone, Copy)]
+struct Pieces {
+    bytes: usize,
+    overlap: usize,
+}
+
+impl Pieces {
+    const USUAL: Self = Self { bytes: 256 << 10, overlap: 4 << 10 };
+    /// So many tokens in a row are the same in two pieces where they meet.
+    const AGREED: usize = 16;
+
+    /// Indices in the one and the other where both go on with the same tokens, between bytes `from` and `to` of the text.
+    fn meeting(self, one: &[Place], other: &[Place], from: usize, to: usize) -> Option<(usize, usize)> {
+        let mut i = one.partition_point(|place| place.start < from);
+        let mut j = 0;
+        while i + Self::AGREED <= one.len() && one[i + Self::AGREED - 1].end <= to {
+            j += other[j..].iter().take_while(|place| place.start < one[i].start).count();
+            // Tokens that share a character begin at the same byte: each of them may be the one.
+            let same_start = other[j..].iter().take_while(|place| place.start == one[i].start).count();
+            let agreed = &one[i..i + Self::AGREED];
+            if let Some(more) = (0..same_start).find(|more| other[j + more..].starts_with(agreed)) {
+                return Some((i, j + more));
+            }
+            i += 1;
+        }
+        None
+    }
 }
 
 impl Tokenizer {
@@ -34,10 +75,67 @@ impl Tokenizer {
 
     /// Tokens of a text; with those (such as a begin token) that the tokenizer itself adds, and no others.
     ///
+    /// A text above a megabyte is encoded in pieces that overlap and agree where they meet, so that memory beyond four bytes per token does
+    /// not grow with the text.
+    ///
     /// # Errors
     /// [`ModelError::Tokenizer`] when the tokenizer fails.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>, ModelError> {
-        guarded(|| Ok(self.inner.encode_fast(text, true)?.get_ids().to_vec()))
+        if text.len() > 4 * Pieces::USUAL.bytes {
+            self.encode_in(Pieces::USUAL, text)
+        } else {
+            self.encode_at_once(text, true)
+        }
+    }
+
+    fn encode_at_once(&self, text: &str, add_special_tokens: bool) -> Result<Vec<u32>, ModelError> {
+        guarded(|| Ok(self.inner.encode_fast(text, add_special_tokens)?.get_ids().to_vec()))
+    }
+
+    /// The tokens of a text, encoded piece by piece. Where two pieces overlap, the first ends and the second begins where both have had the same
+    /// tokens at the same places for a while: a tokenizer looks no further back than that. Where there is no such place, at once.
+    fn encode_in(&self, pieces: Pieces, text: &str) -> Result<Vec<u32>, ModelError> {
+        let Some((mut tokens, behind)) = self.frame()? else { return self.encode_at_once(text, true) };
+        let mut end = text.floor_char_boundary(pieces.bytes);
+        let mut piece = self.places(text, 0..end)?;
+        while end < text.len() {
+            let start = text.floor_char_boundary(end - pieces.overlap);
+            let next_end = text.floor_char_boundary(start + pieces.bytes);
+            let next = self.places(text, start..next_end)?;
+            let margin = pieces.overlap / 4;
+            let Some((ours, theirs)) = pieces.meeting(&piece, &next, start + margin, end - margin) else {
+                return self.encode_at_once(text, true);
+            };
+            tokens.extend(piece[..ours].iter().map(|place| place.token));
+            piece = next;
+            piece.drain(..theirs);
+            end = next_end;
+        }
+        tokens.extend(piece.iter().map(|place| place.token));
+        tokens.extend(behind);
+        Ok(tokens)
+    }
+
+    /// The tokens that the tokenizer itself adds in front of a text and behind it; `None` where it does not leave a text's own as they are.
+    fn frame(&self) -> Result<Option<(Vec<u32>, Vec<u32>)>, ModelError> {
+        let (own, mut all) = (self.encode_at_once("a", false)?, self.encode_at_once("a", true)?);
+        let found = all.windows(own.len().max(1)).position(|part| part == own);
+        Ok(found.map(|at| {
+            let behind = all.split_off(at + own.len());
+            all.truncate(at);
+            (all, behind)
+        }))
+    }
+
+    /// The tokens of a part of a text, with their places in the text.
+    fn places(&self, text: &str, range: Range<usize>) -> Result<Vec<Place>, ModelError> {
+        guarded(|| {
+            let encoding = self.inner.encode(&text[range.clone()], false)?;
+            let places = encoding.get_ids().iter().zip(encoding.get_offsets());
+            Ok(places
+                .map(|(token, (a, b))| Place { token: *token, start: range.start + a, end: range.start + b })
+                .collect())
+        })
     }
 
     /// Text of some tokens, special ones left out. Bytes that are not UTF-8 become U+FFFD.
@@ -45,6 +143,10 @@ impl Tokenizer {
     /// # Errors
     /// [`ModelError::Tokenizer`] when the tokenizer fails.
     pub fn decode(&self, tokens: &[u32]) -> Result<String, ModelError> {
+        // Some of the library's decoders panic on no tokens at all.
+        if !tokens.iter().any(|token| self.visible(*token).is_some()) {
+            return Ok(String::new());
+        }
         guarded(|| self.inner.decode(tokens, true))
     }
 
@@ -55,66 +157,24 @@ impl Tokenizer {
 
     /// A decoder for tokens that come one at a time, after `prompt`.
     pub fn stream<'a>(&'a self, prompt: &[u32]) -> TextStream<'a> {
-        // A few tokens before the first new one decide about the space in front of it.
-        let context = &prompt[prompt.len().saturating_sub(TextStream::CONTEXT)..];
-        TextStream { tokenizer: self, tokens: context.to_vec(), shown: context.len() }
+        TextStream::new(self, prompt)
     }
-}
 
-/// Turns tokens into text piece by piece, so that the pieces together are the text of the whole.
-///
-/// A character's bytes may be spread over several tokens, and a token's text may depend on the one before. So the text of a
-/// few tokens of context is compared with and without the new ones, and held back while it ends in half a character.
-#[derive(Debug)]
-pub struct TextStream<'a> {
-    tokenizer: &'a Tokenizer,
-    /// Context whose text has been given out, then tokens whose text has not.
-    tokens: Vec<u32>,
-    shown: usize,
-}
-
-impl TextStream<'_> {
-    const CONTEXT: usize = 8;
-    /// A character has at most four bytes; a text that is still incomplete after so many tokens is not UTF-8 at all.
-    const MAX_PENDING: usize = 16;
-
-    /// The text that `token` completes; may be empty.
-    ///
-    /// # Errors
-    /// [`ModelError::Tokenizer`] when the tokenizer fails.
-    pub fn push(&mut self, token: u32) -> Result<String, ModelError> {
-        self.tokens.push(token);
-        let text = self.pending()?;
-        if text.ends_with(char::REPLACEMENT_CHARACTER) && self.tokens.len() - self.shown < Self::MAX_PENDING {
-            return Ok(String::new());
+    /// Whether tokens such as `<0x0A>` stand for bytes, whose characters appear once all of them are there.
+    pub(crate) fn has_byte_tokens(&self) -> bool {
+        fn is_fallback(decoder: &DecoderWrapper) -> bool {
+            match decoder {
+                DecoderWrapper::ByteFallback(_) => true,
+                DecoderWrapper::Sequence(sequence) => sequence.get_decoders().iter().any(is_fallback),
+                _ => false,
+            }
         }
-        self.show();
-        Ok(text)
+        self.inner.get_decoder().is_some_and(is_fallback)
     }
 
-    /// The text of tokens that are still held back, now that no more will come.
-    ///
-    /// # Errors
-    /// [`ModelError::Tokenizer`] when the tokenizer fails.
-    pub fn finish(&mut self) -> Result<String, ModelError> {
-        let text = self.pending()?;
-        self.show();
-        Ok(text)
-    }
-
-    fn pending(&self) -> Result<String, ModelError> {
-        let before = self.tokenizer.decode(&self.tokens[..self.shown])?;
-        let mut all = self.tokenizer.decode(&self.tokens)?;
-        // Where the context itself begins or ends inside a character the texts differ earlier, at the same byte length
-        // or not at all; the common prefix is what was given out.
-        let common = before.char_indices().zip(all.chars()).find(|((_, a), b)| a != b);
-        let cut = common.map_or(before.len().min(all.len()), |((at, _), _)| at);
-        Ok(all.split_off(cut))
-    }
-
-    fn show(&mut self) {
-        let excess = self.tokens.len().saturating_sub(Self::CONTEXT);
-        self.tokens.drain(..excess);
-        self.shown = self.tokens.len();
+    /// The token as the vocabulary has it; `None` where it has no text: a special token, or one beyond the vocabulary.
+    pub(crate) fn visible(&self, token: u32) -> Option<String> {
+        let added = self.inner.get_added_vocabulary();
+        self.inner.id_to_token(token).filter(|token| !added.is_special_token(token))
     }
 }
