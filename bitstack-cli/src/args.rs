@@ -261,9 +261,14 @@ pub(crate) struct Generate {
     /// The text to go on from.
     #[arg(long, short)]
     pub(crate) prompt: String,
-    /// Memory for the resident weights, or `auto`: what the system has to spare, followed up and down [default: the whole file].
+    /// Memory for weights, keys and values of the text, and scratch together, or `auto`: what the system has to spare, followed up and down
+    /// [default: the whole file].
     #[arg(long, short, value_name = "SIZE|auto", value_parser = Memory::parse)]
     pub(crate) memory: Option<Memory>,
+    /// Room for N tokens, prompt and answer together; less room leaves more of --memory to the weights [default: prompt and -n, at most the
+    /// model's limit].
+    #[arg(long, short, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) context: Option<u32>,
     /// Begin as soon as the smallest size is in, and grow while writing. The text then depends on how fast the file is read.
     #[arg(long)]
     pub(crate) progressive: bool,

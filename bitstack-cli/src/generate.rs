@@ -1,15 +1,15 @@
 //! `bitstack generate`
 
 use super::args::{Generate, Memory};
-use super::open::Stack;
+use super::open::{Beside, Stack};
 use super::progress::Reporter;
 use super::{keys, print, quality, size, usage};
 use anyhow::{Context, Result};
 use bitstack_engine::sample::{self, Generation};
-use bitstack_engine::stack::tokenizer;
+use bitstack_engine::stack::{config, tokenizer};
 use bitstack_engine::{Decoder, ElasticModel, SamplingOptions};
 use bitstack_io::in_one_line;
-use bitstack_model::{Checkpoint, Tokenizer};
+use bitstack_model::{Checkpoint, ModelConfig, Tokenizer};
 use bitstack_runtime::{Options, Policy, Sensors, Start, Watcher};
 use std::ops::ControlFlow;
 use std::time::Instant;
@@ -24,18 +24,20 @@ fn stack(args: &Generate, reporter: &Reporter) -> Result<()> {
     let stack = Stack::open(&args.file, reporter)?;
     let bits = stack.bits;
     let (least, most) = (stack.order.minimum_bytes(), stack.order.total_bytes());
+    let tokenizer = tokenizer(&stack.file)?;
+    let beside = beside(args, &tokenizer, &config(&stack.file)?)?;
     let (budget, policy) = match args.memory {
         None => (most, None),
-        Some(Memory::Bytes(bytes)) => (bytes, None),
+        Some(Memory::Bytes(bytes)) => (beside.rest(bytes, least)?, None),
         Some(Memory::Auto) => {
-            let reading = Sensors::detect().read();
+            let mut reading = Sensors::detect().read();
+            reading.available_bytes = reading.available_bytes.map(|bytes| bytes.saturating_sub(beside.bytes()));
             let policy = Policy::new(reading.limit_bytes.unwrap_or(0));
             (policy.first_budget(&reading, least..=most), Some(policy))
         }
     };
     let plan = stack.plan(budget)?;
     let quality = stack.quality;
-    let tokenizer = tokenizer(&stack.file)?;
     let options =
         Options { start: if args.progressive { Start::Smallest } else { Start::Whole }, ..Options::default() };
     let model = ElasticModel::open(stack.file, budget, options, reporter)?;
@@ -70,12 +72,18 @@ fn stack(args: &Generate, reporter: &Reporter) -> Result<()> {
     let mut sizes: Option<(u64, u64)> = None;
     let mut writer = Writer::new(&args.prompt);
     let result = keys::during(on_key, || {
-        model.generate(&tokenizer, &args.prompt, args.max_tokens, sampling(args), &mut |text, snapshot| {
-            let bytes = snapshot.resident_bytes();
-            let (low, high) = sizes.unwrap_or((bytes, bytes));
-            sizes = Some((low.min(bytes), high.max(bytes)));
-            writer.write(text)
-        })
+        model.generate(
+            &tokenizer,
+            &args.prompt,
+            beside.new_tokens(args.max_tokens),
+            sampling(args),
+            &mut |text, snapshot| {
+                let bytes = snapshot.resident_bytes();
+                let (low, high) = sizes.unwrap_or((bytes, bytes));
+                sizes = Some((low.min(bytes), high.max(bytes)));
+                writer.write(text)
+            },
+        )
     })?;
     if let Some(error) = elastic.status().error {
         reporter.say(&format!("warning: {}", in_one_line(&error)));
@@ -93,15 +101,32 @@ fn stack(args: &Generate, reporter: &Reporter) -> Result<()> {
             bits.per_weight(high)
         )
     };
-    writer.finish(&result, &about, reporter)
+    writer.finish(&result, &format!("{about}; {beside}"), reporter)
+}
+
+/// Room for the prompt and the answer.
+fn beside(args: &Generate, tokenizer: &Tokenizer, config: &ModelConfig) -> Result<Beside> {
+    let prompt = tokenizer.encode(&args.prompt)?.len();
+    let context = args.context.map_or(config.max_positions, |n| n as usize);
+    if context > config.max_positions {
+        return Err(usage(format!("--context {context}: the model has {} positions at most", config.max_positions)));
+    }
+    if prompt > context {
+        return Err(usage(format!("the prompt has {prompt} tokens, more than the context of {context}")));
+    }
+    Ok(Beside::new(config, prompt, prompt.saturating_add(args.max_tokens).min(context)))
 }
 
 fn directory(args: &Generate, reporter: &Reporter) -> Result<()> {
     let checkpoint = Checkpoint::open(&args.file)?;
     let bytes = checkpoint.stored_bytes();
+    let tokenizer = Tokenizer::from_bytes(&checkpoint.companion("tokenizer.json")?)?;
+    let beside = beside(args, &tokenizer, checkpoint.config())?;
     match args.memory {
-        Some(Memory::Bytes(memory)) if memory < bytes => {
-            return Err(usage(format!("--memory {memory}: an uncompressed model has one size, {bytes} bytes")));
+        Some(Memory::Bytes(memory)) if memory < bytes + beside.bytes() => {
+            return Err(usage(format!(
+                "--memory {memory}: an uncompressed model has one size, {bytes} bytes, and {beside} beside"
+            )));
         }
         Some(Memory::Auto) => {
             return Err(usage(format!(
@@ -110,13 +135,13 @@ fn directory(args: &Generate, reporter: &Reporter) -> Result<()> {
         }
         _ => {}
     }
-    let about = format!("{} resident, uncompressed", size::show(bytes));
-    let tokenizer = Tokenizer::from_bytes(&checkpoint.companion("tokenizer.json")?)?;
+    let about = format!("{} resident, uncompressed; {beside}", size::show(bytes));
     let decoder = Decoder::load_with(&checkpoint, reporter)?;
     reporter.finish();
     let mut writer = Writer::new(&args.prompt);
     let on_text = &mut |text: &str| writer.write(text);
-    let result = sample::generate(&decoder, &tokenizer, &args.prompt, args.max_tokens, sampling(args), on_text)?;
+    let new_tokens = beside.new_tokens(args.max_tokens);
+    let result = sample::generate(&decoder, &tokenizer, &args.prompt, new_tokens, sampling(args), on_text)?;
     writer.finish(&result, &about, reporter)
 }
 

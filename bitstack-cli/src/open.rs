@@ -1,10 +1,13 @@
 //! Opening what the user names, and what is common to all commands on a stack: its order, its plans, its sizes.
 
 use super::progress::Reporter;
-use super::usage;
+use super::{size, usage};
 use anyhow::{Context, Result};
 use bitstack_engine::quality::Quality;
+use bitstack_engine::sample::PIECE;
+use bitstack_engine::{KvCache, Workspace};
 use bitstack_format::{BlockSource, StackFile};
+use bitstack_model::ModelConfig;
 use bitstack_sort::{LoadOrder, Plan, Sizes, SortError};
 use std::fs::File;
 use std::path::Path;
@@ -16,6 +19,55 @@ pub(crate) struct Stack {
     pub(crate) bits: Bits,
     /// How good it is, if it says so.
     pub(crate) quality: Option<Quality>,
+}
+
+/// What a text takes beside the weights.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Beside {
+    /// Tokens of the prompt.
+    pub(crate) prompt: usize,
+    /// Tokens of the text, prompt and answer.
+    pub(crate) tokens: usize,
+    /// Keys and values of all of them.
+    pub(crate) cache_bytes: u64,
+    /// What a pass works in, at most.
+    pub(crate) scratch_bytes: u64,
+}
+
+impl Beside {
+    /// For a text of `tokens` tokens, `prompt` of which come at once.
+    pub(crate) fn new(config: &ModelConfig, prompt: usize, tokens: usize) -> Self {
+        let scratch_bytes = Workspace::most_bytes(config, prompt.clamp(1, PIECE), tokens);
+        Self { prompt, tokens, cache_bytes: KvCache::full_bytes(config, tokens), scratch_bytes }
+    }
+
+    /// Tokens to generate, of `most`: the last one is not run, and takes no room.
+    pub(crate) fn new_tokens(self, most: usize) -> usize {
+        most.min(self.tokens + 1 - self.prompt)
+    }
+
+    pub(crate) fn bytes(self) -> u64 {
+        self.cache_bytes + self.scratch_bytes
+    }
+
+    /// What remains of a memory size for weights, of which the smallest model has `least`.
+    pub(crate) fn rest(self, memory: u64, least: u64) -> Result<u64> {
+        let rest = memory.checked_sub(self.bytes()).filter(|rest| *rest >= least);
+        rest.ok_or_else(|| {
+            usage(format!(
+                "--memory {memory} is too little: {} bytes are needed, {least} for the weights of the smallest size and {self}; give that, or a \
+smaller --context",
+                least + self.bytes(),
+            ))
+        })
+    }
+}
+
+impl std::fmt::Display for Beside {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let [cache, scratch] = [self.cache_bytes, self.scratch_bytes].map(size::show);
+        write!(f, "{cache} cache and {scratch} scratch for {} tokens", self.tokens)
+    }
 }
 
 /// What bits per stacked weight are counted from.

@@ -160,6 +160,29 @@ fn inspect_shows_how_many_spikes_a_weight_has_and_their_bytes() {
     assert!(stdout(&output).contains("11 entries"), "{}", stdout(&output));
 }
 
+/// What `generate` needs beside the weights, as it says itself when it has too little.
+fn beside(arguments: &str, file: &Path) -> u64 {
+    let output = line(&format!("{arguments} --memory 1"), &[file]);
+    fails(&output, 2, &["--memory 1 is too little", "cache", "scratch", "--context"]);
+    let numbers: Vec<u64> = stderr(&output).split([' ', ',']).filter_map(|word| word.parse().ok()).collect();
+    let [1, needed, least, ..] = numbers[..] else { panic!("{}", stderr(&output)) };
+    succeeds(&line(&format!("{arguments} --memory {needed}"), &[file]));
+    fails(&line(&format!("{arguments} --memory {}", needed - 1), &[file]), 2, &[&needed.to_string()]);
+    needed - least
+}
+
+#[test]
+fn a_shorter_context_leaves_more_to_the_weights() {
+    let arguments = "generate {} --prompt The --max-tokens 100";
+    let [all, some] = ["", " --context 20"].map(|rest| beside(&format!("{arguments}{rest}"), stack()));
+    assert!(some < all, "{some} of {all}");
+    let output = line(&format!("{arguments} --context 20 --temperature 0"), &[stack()]);
+    succeeds(&output);
+    assert!(stderr(&output).contains("for 20 tokens"), "{}", stderr(&output));
+    fails(&line(&format!("{arguments} --context 100000"), &[stack()]), 2, &["--context 100000", "positions"]);
+    fails(&line("generate {} --prompt The --context 1", &[stack()]), 2, &["prompt has", "context of 1"]);
+}
+
 #[test]
 fn a_truncated_file_is_the_plan_and_nothing_else() {
     let dir = tempfile::tempdir().unwrap();
@@ -170,8 +193,9 @@ fn a_truncated_file_is_the_plan_and_nothing_else() {
     assert_eq!(inspect["total_bytes"], plan["resident_bytes"]);
     assert!(stdout(&line("verify {}", &[&small])).contains("all as written"));
     // The same text comes out of the smaller file and out of the plan.
-    let arguments = "generate {} --prompt The --max-tokens 20 --seed 3 --memory 200kB";
-    let (a, b) = (line(arguments, &[&small]), line(arguments, &[stack()]));
+    let arguments = "generate {} --prompt The --max-tokens 20 --seed 3";
+    let memory = 200_000 + beside(arguments, stack());
+    let [a, b] = [&small, stack()].map(|file| line(&format!("{arguments} --memory {memory}"), &[file]));
     succeeds(&a);
     assert_eq!(stdout(&a), stdout(&b));
     assert!(stderr(&a).contains("tokens/s"));
@@ -244,7 +268,7 @@ fn a_damaged_block_is_named_and_what_comes_before_it_still_works() {
     let name = stdout(&verify).split(' ').nth(1).unwrap().trim_end_matches(':').to_owned();
     assert!(name.contains(".block."), "{name}");
     fails(&line("generate {} --prompt The", &[&damaged]), 1, &["damaged.bitstack", &name]);
-    succeeds(&line("generate {} --prompt The --max-tokens 5 --memory 150kB", &[&damaged]));
+    succeeds(&line("generate {} --prompt The --max-tokens 5 --memory 300kB", &[&damaged]));
 }
 
 #[test]
@@ -567,7 +591,9 @@ fn where_the_model_is_noise_it_is_said_unless_quiet() {
     );
     with_quality(&file, Some(&note));
     for command in ["plan {}", "truncate {} -o {} --force", "generate {} --prompt The --max-tokens 3"] {
-        let run = |memory: u64, rest: &str| {
+        let beside = if command.starts_with("generate") { beside(command, &file) } else { 0 };
+        let run = |weights: u64, rest: &str| {
+            let memory = weights + beside;
             let output = line(&format!("{command} --memory {memory} {rest}"), &[&file, &small]);
             succeeds(&output);
             output

@@ -144,9 +144,11 @@ impl<S: ReadAt + Send + Sync + 'static, D: PackedDevice> ElasticModel<S, D> {
             let snapshot = self.elastic.snapshot();
             let decoder = self.at(&snapshot)?;
             loop {
-                let Some(piece) = text.step(&decoder)? else { return Ok(text.finish()) };
-                if on_token(&piece, &snapshot).is_break() {
-                    return Ok(text.stopped());
+                if !text.run_piece(&decoder)? {
+                    let Some(piece) = text.step(&decoder)? else { return Ok(text.finish()) };
+                    if on_token(&piece, &snapshot).is_break() {
+                        return Ok(text.stopped());
+                    }
                 }
                 if !Arc::ptr_eq(&snapshot, &self.elastic.snapshot()) {
                     break;

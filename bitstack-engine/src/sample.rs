@@ -55,6 +55,9 @@ impl SamplingOptions {
     }
 }
 
+/// Tokens of a prompt that are run at once: enough for the fastest products, and what a pass works in does not grow with the prompt.
+pub const PIECE: usize = 256;
+
 /// Chooses tokens one after the other.
 #[derive(Debug)]
 pub struct Sampler {
@@ -229,6 +232,26 @@ impl<'t, D: Device> Continuation<'t, D> {
         })
     }
 
+    /// Runs the next piece of a long prompt; false once so few tokens are left that [`step`](Self::step) runs them. Between pieces the
+    /// decoder may change, and the caller may stop.
+    ///
+    /// # Errors
+    /// As [`step`](Self::step).
+    pub fn run_piece<L: Weight<D>>(&mut self, model: &Decoder<L, D>) -> Result<bool, EngineError> {
+        if self.ended || self.pending.len() <= PIECE {
+            return Ok(false);
+        }
+        rayon::scope(|_| {
+            let workspace = std::mem::take(&mut self.workspace);
+            let mut pass = Pass::new().in_workspace(workspace).with_cache(&mut self.cache).with_threads(Threads::Pool);
+            let done = model.advance(&self.pending[..PIECE], &mut pass);
+            self.workspace = pass.into_workspace();
+            done
+        })?;
+        self.pending.drain(..PIECE);
+        Ok(true)
+    }
+
     /// Runs the pending tokens, chooses one more, and gives the text it adds, in whole characters: often none, as a character may
     /// take several tokens. `None` once there is no more.
     ///
@@ -238,6 +261,7 @@ impl<'t, D: Device> Continuation<'t, D> {
         if self.ended {
             return Ok(None);
         }
+        while self.run_piece(model)? {}
         // In a thread of the pool: from another, each product would wait to be taken over.
         let token = rayon::scope(|_| {
             let workspace = std::mem::take(&mut self.workspace);

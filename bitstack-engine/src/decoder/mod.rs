@@ -297,6 +297,14 @@ impl<W: Weight<D>, D: Device> Decoder<W, D> {
         Ok(&pass.work.host)
     }
 
+    /// Embedding and all layers, for the keys and values alone that the pass's caches keep: the beginning of a text that goes on.
+    ///
+    /// # Errors
+    /// Those of [`embed`](Self::embed) and [`layer`](Self::layer).
+    pub fn advance(&self, tokens: &[u32], pass: &mut Pass<'_, D>) -> Result<(), EngineError> {
+        self.run(tokens, pass)
+    }
+
     /// Embedding and all layers, in the pass.
     fn run(&self, tokens: &[u32], pass: &mut Pass<'_, D>) -> Done {
         self.embed_tokens(tokens, pass)?;

@@ -1,8 +1,10 @@
 //! How a pass is run, and what it works in.
 
 use crate::EngineError;
-use crate::device::{Cpu, Device, Done, KvCache, Sequence};
+use crate::device::{Cpu, Device, Done, KvCache, QUERY_BLOCK, Sequence};
 use bitstack_core::Threads;
+use bitstack_model::ModelConfig;
+use bitstack_model::config::{Layer, Mlp};
 use ndarray::ArrayView2;
 use std::ops::Range;
 
@@ -42,6 +44,34 @@ pub struct Workspace<D: Device = Cpu> {
 impl<D: Device> Default for Workspace<D> {
     fn default() -> Self {
         Self { queue: None, scratch: Scratch::default(), sequences: Vec::new(), host: Vec::new() }
+    }
+}
+
+impl Workspace {
+    /// Bytes that a pass of one sequence works in on the CPU, with all threads of the current pool: at most, for passes of up to `rows` tokens that
+    /// give the last one's logits, at up to `positions` positions. It is what there is beside weights and cache.
+    pub fn most_bytes(config: &ModelConfig, rows: usize, positions: usize) -> u64 {
+        let experts = |layer: &Layer| matches!(layer.mlp, Mlp::Experts(_));
+        let states = if config.layers.iter().any(experts) { 5 } else { 3 } * config.hidden_size;
+        let of_layer = |layer: &Layer| {
+            let Layer { attention, mlp, .. } = layer;
+            let inner = match mlp {
+                Mlp::Dense(mlp) => mlp.size,
+                Mlp::Experts(mlp) => mlp.experts.iter().map(|expert| expert.size).max().unwrap_or(0),
+            };
+            2 * (attention.query_size() + attention.kv_size() + inner)
+        };
+        let buffers = states + config.layers.iter().map(of_layer).max().unwrap_or(0);
+        // A product keeps its inputs and results again, in an order of its own; and there may be one behind several projections in one weight.
+        let inner = config.layers.iter().enumerate().flat_map(|(i, _)| config.layer_weights(i));
+        let specs = config.weights();
+        let product = inner.map(|i| specs[i].cols + 2 * specs[i].rows).max().unwrap_or(0);
+        let head = specs[config.head()].iter().map(|spec| spec.cols + 2 * spec.rows).max().unwrap_or(0);
+        let threads = rayon::current_num_threads() + 1;
+        let scores = threads * QUERY_BLOCK.min(rows) * positions;
+        // A few vectors of factors beside: columns of a basis in f32 and tables of one token, coefficients of all planes of a block of rows.
+        let factors = specs.iter().map(|spec| 64 * spec.cols + 16 * spec.rows).max().unwrap_or(0);
+        (size_of::<f32>() * (rows * (buffers + product) + head + 2 * config.vocab_size + scores + factors)) as u64
     }
 }
 

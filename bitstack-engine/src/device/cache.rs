@@ -22,6 +22,14 @@ struct LayerCache<D: Device> {
     len: usize,
 }
 
+impl KvCache {
+    /// Bytes of a cache for `positions` positions of a model, once all of them are in it.
+    pub fn full_bytes(config: &ModelConfig, positions: usize) -> u64 {
+        let per_position: usize = config.layers.iter().map(|layer| 2 * layer.attention.kv_size()).sum();
+        size_of::<f32>() as u64 * per_position as u64 * positions as u64
+    }
+}
+
 impl<D: Device> KvCache<D> {
     /// An empty cache for `capacity` positions of a model.
     ///

@@ -83,6 +83,8 @@ impl Device for Cpu {
     }
 
     fn reserve(_: &mut CpuQueue, buffer: &mut Vec<f32>, len: usize) -> Done {
+        // No more than is asked for: caches ask with room to grow in mind, and count it.
+        buffer.reserve_exact(len.saturating_sub(buffer.len()));
         take(buffer, len);
         Ok(())
     }
