@@ -288,7 +288,7 @@ mod tests {
     /// square: each costs some percent (half of the weights are within 4 % here, the farthest is 31 % off). A factor of 2 would be half a level.
     #[test]
     fn importance_is_the_divergence_of_the_model_with_a_weight_rounded() {
-        for name in ["llama", "mistral_window", "qwen2", "qwen3"] {
+        for name in fixtures::MODELS {
             let checkpoint = fixtures::checkpoint(name);
             let windows: Vec<Vec<u32>> =
                 (0..24).map(|w| (0..60).map(|i: u32| (w * 31 + i * i * (w + 3) + 5 * i) % 96).collect()).collect();
