@@ -88,7 +88,11 @@ impl Making<'_> {
                 let stats = ActivationStats::new(config.hidden_size, Collect::Diagonal);
                 vec![InputStats { weights: (0..config.vocab_parts()).collect(), stats }]
             }
-            Place::Layer(layer) => self.walk(layer)?,
+            Place::Layer(layer) => {
+                let mut inputs = self.walk(layer)?;
+                calibrate::lend(config, layer, &mut inputs)?;
+                inputs
+            }
             Place::Head => {
                 let hidden = self.states(config.n_layers())?;
                 let model = Streamed::original(self.checkpoint())?;
@@ -97,7 +101,8 @@ impl Making<'_> {
         };
         let specs = config.weights();
         let group = |mut input: InputStats| {
-            let mut gram = input.stats.take_gram();
+            // Without tokens all columns count alike.
+            let mut gram = input.stats.take_gram().filter(|_| input.stats.tokens() > 0);
             // A head that is also the embedding is looked up as well as multiplied.
             if let Some(gram) = &mut gram
                 && input.weights.iter().any(|w| specs[*w].role == WeightRole::Embedding)
@@ -176,7 +181,7 @@ impl Making<'_> {
         let attention = spec.layer.map(|layer| &config.layers[layer].attention);
         let grouped = attention.is_some_and(|attention| attention.n_heads != attention.n_kv_heads);
         let scales = match self.options.scaling {
-            // Nothing is known about the inputs of an embedding.
+            // Nothing is known about the inputs of an embedding, or of an expert that no token met.
             _ if stats.tokens() == 0 => Scales::none(spec.cols),
             Scaling::None => Scales::none(spec.cols),
             Scaling::Gram => Scales::rms(stats).map_err(in_weight)?,

@@ -3,8 +3,9 @@
 use crate::stream::{Slot, Streamed};
 use bitstack_core::{ActivationStats, Collect};
 use bitstack_engine::{Decoder, EngineError, Observer, Pass};
-use bitstack_model::{Part, Progress};
-use ndarray::{Array2, ArrayView2};
+use bitstack_model::config::{FeedForwardInput, Linear, Mlp};
+use bitstack_model::{ModelConfig, Part, Progress};
+use ndarray::{Array1, Array2, ArrayView2};
 use rayon::prelude::*;
 
 /// Windows run side by side before their inputs are added up: enough for the threads of an ordinary machine, few enough that their
@@ -18,7 +19,8 @@ pub(crate) struct InputStats {
     pub(crate) stats: ActivationStats,
 }
 
-/// Takes windows of text, by their hidden states, through layer `layer`: the inputs of its weights, q k v together, o, gate and up together, down.
+/// Takes windows of text, by their hidden states, through layer `layer`: the inputs of its weights, q k v together, o, gate and up together, down;
+/// or those of the router and of each expert.
 pub(crate) fn layer(
     model: &mut Streamed<'_>,
     layer: usize,
@@ -44,6 +46,43 @@ pub(crate) fn head(
     progress.part(Part::Calibration, 0);
     let step = |hidden: &mut Array2<f32>, pass: &mut Pass<'_>| decoder.observe_head(hidden.view(), pass);
     Ok(observe(decoder, collect, &mut hidden, step, progress)?.remove(0))
+}
+
+/// Lends experts what few tokens, or none, cannot tell of their inputs: as many tokens as a quarter of the channels, of the kind that all experts read,
+/// or, behind the nonlinearity, whose channels have nothing to do with each other. Errors go where inputs are not, and a few tokens leave most places
+/// empty. An expert that no token met has no statistics behind its nonlinearity.
+pub(crate) fn lend(config: &ModelConfig, layer: usize, inputs: &mut [InputStats]) -> Result<(), EngineError> {
+    let Mlp::Experts(mlp) = &config.layers[layer].mlp else { return Ok(()) };
+    let place = |inputs: &[InputStats], linear: Linear| {
+        let index = config.index(linear.weight);
+        inputs.iter().position(|group| group.weights.contains(&index)).expect("every weight of a layer reads something")
+    };
+    let lent = |gram: Option<Array2<f64>>, stats: &ActivationStats| {
+        let tokens = stats.cols().div_ceil(4) as u64;
+        match gram {
+            Some(gram) => ActivationStats::from_gram(gram.view(), tokens),
+            None => ActivationStats::from_mean_square(&stats.mean_square(), tokens),
+        }
+    };
+    let name = || config.weights()[config.index(mlp.router.weight)].name.clone();
+    let in_router = |source| EngineError::Weight { name: name(), source };
+    let all = &inputs[place(inputs, mlp.router)].stats;
+    let of_all = lent(all.gram(), all).map_err(in_router)?;
+    for expert in &mlp.experts {
+        let input = match expert.input {
+            FeedForwardInput::Gated { gate, .. } => gate,
+            FeedForwardInput::FusedGated(linear) | FeedForwardInput::Plain(linear) => linear,
+        };
+        let input = place(inputs, input);
+        inputs[input].stats.merge(&of_all).map_err(in_router)?;
+        let own = &mut inputs[place(inputs, expert.down)].stats;
+        if own.tokens() > 0 {
+            let gram = own.has_gram().then(|| Array2::from_diag(&Array1::from(own.mean_square())));
+            let alone = lent(gram, own).map_err(in_router)?;
+            own.merge(&alone).map_err(in_router)?;
+        }
+    }
+    Ok(())
 }
 
 /// Runs every window through `step` and adds up what the weights saw, in the order of the windows.

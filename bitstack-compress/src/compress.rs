@@ -152,8 +152,10 @@ impl<'a> Making<'a> {
         let cut = options.method == BlockMethod::Nested && !options.keep_embeddings;
         let cut = cut.then(|| whole.with_cut_vocabulary());
         let specs = cut.as_ref().unwrap_or(whole).config().weights();
-        let is_stacked = |spec: &WeightSpec| {
-            !(options.keep_embeddings && matches!(spec.role, WeightRole::Embedding | WeightRole::Head))
+        // A router is small, and its errors send tokens elsewhere: it stays as it is.
+        let is_stacked = |spec: &WeightSpec| match spec.role {
+            WeightRole::Embedding | WeightRole::Head => !options.keep_embeddings,
+            role => role != WeightRole::Router,
         };
         let (stacked, specs) = specs.into_iter().enumerate().filter(|(_, spec)| is_stacked(spec)).unzip();
         let making = Self {

@@ -2,9 +2,10 @@
 
 use crate::stream::{Slot, Streamed};
 use bitstack_engine::{Decoder, EngineError, math};
-use bitstack_model::{Checkpoint, Part, Progress};
+use bitstack_model::config::{Experts, FeedForwardInput, Mlp};
+use bitstack_model::{Checkpoint, ModelConfig, Part, Progress};
 use faer::{MatMut, MatRef};
-use ndarray::{Array2, ArrayView1, ArrayView2, Axis};
+use ndarray::{Array2, ArrayView1, ArrayView2, Axis, Slice, Zip};
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 use rayon::prelude::*;
@@ -99,8 +100,29 @@ pub(crate) fn roundings(
         Ok(each.map(|(window, grad)| looked_up(model, window, grad, &is_stacked)).collect())
     })?;
     add(shares);
+    count_unmet(config, n_tokens, &mut sums);
 
     Ok(stacked.iter().map(|index| sums[*index] / n_tokens as f64).collect())
+}
+
+/// Lets each expert count as though one more of the `n_tokens` tokens had gone through it than did, one for which its weights are worth what they are
+/// for others on average: those that no token met are worth little, but not nothing.
+fn count_unmet(config: &ModelConfig, n_tokens: usize, sums: &mut [f64]) {
+    for layer in &config.layers {
+        let Mlp::Experts(Experts { experts, n_active, .. }) = &layer.mlp else { continue };
+        let weights = experts.iter().map(|expert| {
+            let input = match expert.input {
+                FeedForwardInput::Gated { gate, up } => vec![gate, up],
+                FeedForwardInput::FusedGated(linear) | FeedForwardInput::Plain(linear) => vec![linear],
+            };
+            input.into_iter().chain([expert.down]).map(|linear| config.index(linear.weight)).collect::<Vec<_>>()
+        });
+        let weights: Vec<Vec<usize>> = weights.collect();
+        for part in 0..weights[0].len() {
+            let sum: f64 = weights.iter().map(|expert| sums[expert[part]]).sum();
+            weights.iter().for_each(|expert| sums[expert[part]] += sum / (n_tokens * n_active) as f64);
+        }
+    }
 }
 
 /// The gradient by the final hidden states of a window of −log p of tokens that are drawn, and what the parts of the head are worth.
@@ -117,14 +139,19 @@ fn head(
     for (hidden, mut grad) in
         hidden.axis_chunks_iter(Axis(0), HEAD_TOKENS).zip(grad.axis_chunks_iter_mut(Axis(0), HEAD_TOKENS))
     {
-        let found = decoder.head_backward(hidden, |x, logits| {
+        let found = decoder.head_backward(hidden, |x, slopes, logits| {
             for mut row in logits.rows_mut() {
                 math::softmax(row.as_slice_mut().expect("logits are in row order"));
             }
             let squares = x.mapv(|x| x * x);
-            for (index, p) in decoder.config().head().zip(logits.axis_chunks_iter(Axis(1), part_rows)) {
+            for (part, index) in decoder.config().head().enumerate() {
                 if is_stacked[index] {
-                    let spread = p.mapv(|p| p * (1.0 - p));
+                    let columns = Slice::from(part * part_rows..logits.ncols().min((part + 1) * part_rows));
+                    let mut spread = logits.slice_axis(Axis(1), columns).mapv(|p| p * (1.0 - p));
+                    if let Some(slopes) = slopes {
+                        let slopes = slopes.slice_axis(Axis(1), columns);
+                        Zip::from(&mut spread).and(slopes).for_each(|spread, slope| *spread *= slope * slope);
+                    }
                     shares.push((index, worth(&decoder.weights()[index], spread.view(), squares.view(), f64::from)));
                 }
             }
@@ -156,13 +183,14 @@ fn looked_up(model: &Streamed<'_>, window: &[u32], grad: &Array2<f32>, is_stacke
     }
     let (decoder, first) = (model.decoder(), model.decoder().config().embedding().start);
     let part_rows = decoder.config().vocab_part_rows;
+    let scale = decoder.config().embedding_scale.unwrap_or(1.0);
     let mut row = vec![0.0; grad.ncols()];
     let worth = |(token, sum): (u32, ndarray::Array1<f32>)| {
         let part = first + token as usize / part_rows;
         is_stacked[part].then_some(())?;
         decoder.weights()[part].row_into(token as usize % part_rows, &mut row);
         let round = rounding(ArrayView1::from(&row));
-        let squares = row.iter().zip(&sum).map(|(w, g)| f64::from((round(*w) - w) * g).powi(2));
+        let squares = row.iter().zip(&sum).map(|(w, g)| f64::from((round(*w) - w) * g * scale).powi(2));
         Some((part, 0.5 * squares.sum::<f64>()))
     };
     sums.into_iter().filter_map(worth).collect()
@@ -260,7 +288,7 @@ mod tests {
     /// square: each costs some percent (half of the weights are within 4 % here, the farthest is 31 % off). A factor of 2 would be half a level.
     #[test]
     fn importance_is_the_divergence_of_the_model_with_a_weight_rounded() {
-        for name in ["llama", "mistral_window", "qwen2", "qwen3"] {
+        for name in fixtures::MODELS {
             let checkpoint = fixtures::checkpoint(name);
             let windows: Vec<Vec<u32>> =
                 (0..24).map(|w| (0..60).map(|i: u32| (w * 31 + i * i * (w + 3) + 5 * i) % 96).collect()).collect();

@@ -44,7 +44,7 @@ impl ActivationStats {
         Self { cols, tokens: 0, sequences: 0, sum_square: vec![0.0; cols], sum_norm: vec![0.0; cols], gram }
     }
 
-    /// Adds one sequence of inputs, `tokens x cols`. Products are summed in f32 within a sequence, in f64 over sequences.
+    /// Adds one sequence of inputs, `tokens x cols`; one without tokens adds nothing. Products are summed in f32 within a sequence, in f64 over sequences.
     ///
     /// # Errors
     /// [`CoreError::Mismatch`] for another number of columns, [`CoreError::NotFinite`] for a value that is not finite or whose
@@ -53,6 +53,9 @@ impl ActivationStats {
         if x.ncols() != self.cols {
             let what = "columns of the activations";
             return Err(CoreError::Mismatch { what, expected: self.cols, actual: x.ncols() });
+        }
+        if x.nrows() == 0 {
+            return Ok(());
         }
         let mut squares = vec![0.0f64; self.cols];
         for row in x.rows() {
@@ -160,6 +163,11 @@ impl ActivationStats {
     /// Tokens seen.
     pub fn tokens(&self) -> u64 {
         self.tokens
+    }
+
+    /// Whether all of H is collected.
+    pub fn has_gram(&self) -> bool {
+        self.gram.is_some()
     }
 
     /// The diagonal of H: the mean square of each channel; zeros when nothing was seen.

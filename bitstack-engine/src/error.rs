@@ -27,12 +27,6 @@ pub enum EngineError {
         /// Sequences, one per cache.
         sequences: usize,
     },
-    /// A layer has parts that cannot be run backwards.
-    #[error("layer {layer} has parts whose gradients are not known")]
-    NoGradient {
-        /// The layer; the number of layers for the head.
-        layer: usize,
-    },
     /// Hidden states or logits given to a function have the wrong size.
     #[error("{what} is {found_rows} x {found_cols}, expected {rows} x {cols}")]
     StateShape {

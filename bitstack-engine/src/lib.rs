@@ -13,6 +13,10 @@ pub mod quality;
 pub mod sample;
 pub mod stack;
 
+#[cfg(test)]
+#[path = "../../bitstack-model/tests/fixtures/mod.rs"]
+mod fixtures;
+
 pub use bitstack_core::Threads;
 pub use decoder::{Decoder, Frame, Observer, Pass, Visit, Workspace, check_weight};
 pub use device::{KvCache, Weight};

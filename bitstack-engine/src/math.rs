@@ -6,6 +6,9 @@ use faer::linalg::matmul::matmul;
 use faer::traits::pulp::{Arch, Simd, WithSimd};
 use faer::{Accum, MatMut, MatRef, Par};
 
+/// 2 sqrt(2/π), of the approximation of GELU.
+const TWICE_ROOT: f32 = 1.595_769;
+
 /// Defines functions that run as compiled for the widest vectors that this CPU has and the dispatcher knows. Only additions,
 /// products and comparisons are vectorised, never contracted or reordered, so results are the same at every width.
 ///
@@ -192,7 +195,6 @@ wide! {
 
     /// The approximation of GELU by a tanh: x/2 (1 + tanh(u)) = x / (1 + e^-2u) with u = sqrt(2/π) (x + 0.044715 x³).
     pub(crate) fn gelu(x: &mut [f32]) {
-        const TWICE_ROOT: f32 = 1.595_769;
         x.iter_mut().for_each(|x| *x = *x / (1.0 + exp(-TWICE_ROOT * (*x + 0.044_715 * *x * *x * *x))));
     }
 
@@ -244,6 +246,17 @@ wide! {
             let silu = *gate * sigmoid;
             *gate = g * *up * (sigmoid + silu * (1.0 - sigmoid));
             *up = g * silu;
+        }
+    }
+
+    /// As [`swiglu_backward`] for gelu(gate) · up: gelu(x) = x σ(t(x)) has the slope σ + x σ (1 − σ) t'.
+    pub(crate) fn geglu_backward(gate: &mut [f32], up: &mut [f32], g: &[f32]) {
+        for ((gate, up), &g) in gate.iter_mut().zip(up).zip(g) {
+            let x = *gate;
+            let sigmoid = 1.0 / (1.0 + exp(-TWICE_ROOT * (x + 0.044_715 * x * x * x)));
+            let inner = TWICE_ROOT * (1.0 + 3.0 * 0.044_715 * x * x);
+            *gate = g * *up * (sigmoid + x * sigmoid * (1.0 - sigmoid) * inner);
+            *up = g * x * sigmoid;
         }
     }
 

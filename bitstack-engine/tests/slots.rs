@@ -1,4 +1,4 @@
-//! Layers with parts that no family here has yet: the decoder runs whatever stands in the slots.
+//! Layers with any parts, together or alone: the decoder runs whatever stands in the slots.
 
 use bitstack_engine::device::{Cpu, Device, Plain};
 use bitstack_engine::{Decoder, EngineError, Frame, Pass, Weight};
@@ -21,15 +21,21 @@ const TOKENS: [u32; 9] = [3, 7, 1, 29, 0, 12, 12, 5, 8];
 /// What stands in the slots.
 #[derive(Clone, Copy)]
 struct Slots {
+    in_front: bool,
     sandwich: bool,
+    residual_scale: Option<f32>,
     score_cap: Option<f32>,
+    logit_scale: Option<f32>,
     logit_cap: Option<f32>,
     embedding_scale: Option<f32>,
     norm_offset: f32,
     fused: bool,
     mlp: Kind,
     activation: Activation,
-    second_rope: usize,
+    /// Of the second layer.
+    second_rope: Option<usize>,
+    rotary_dim: usize,
+    norm_of_heads: Option<usize>,
 }
 
 #[derive(Clone, Copy, PartialEq)]
@@ -41,27 +47,37 @@ enum Kind {
 }
 
 const USUAL: Slots = Slots {
+    in_front: true,
     sandwich: false,
+    residual_scale: None,
     score_cap: None,
+    logit_scale: None,
     logit_cap: None,
     embedding_scale: None,
     norm_offset: 0.0,
     fused: false,
     mlp: Kind::Gated,
     activation: Activation::Silu,
-    second_rope: 0,
+    second_rope: Some(0),
+    rotary_dim: HEAD_DIM,
+    norm_of_heads: None,
 };
 
 const ALL: Slots = Slots {
+    in_front: true,
     sandwich: true,
+    residual_scale: Some(0.7),
     score_cap: Some(2.0),
+    logit_scale: Some(1.3),
     logit_cap: Some(3.0),
     embedding_scale: Some(1.5),
     norm_offset: 1.0,
     fused: true,
     mlp: Kind::Experts(5, 2),
     activation: Activation::GeluTanh,
-    second_rope: 1,
+    second_rope: Some(1),
+    rotary_dim: 4,
+    norm_of_heads: Some(HEAD_DIM),
 };
 
 fn feed_forward(layer: &mut LayerBuilder<'_>, name: &str, slots: &Slots) -> FeedForward {
@@ -84,10 +100,15 @@ fn config(slots: &Slots) -> ModelConfig {
     for index in 0..2 {
         let mut layer = model.layer();
         let mut norm = |name: &str, wanted: bool| wanted.then(|| layer.norm(name, HIDDEN, 1e-5, slots.norm_offset));
-        let attention_norm = norm("attention_norm", true).unwrap();
+        let attention_norm = norm("attention_norm", slots.in_front);
         let attention_post_norm = norm("attention_post_norm", slots.sandwich);
-        let mlp_norm = norm("mlp_norm", true).unwrap();
+        let mlp_norm = norm("mlp_norm", slots.in_front);
         let mlp_post_norm = norm("mlp_post_norm", slots.sandwich);
+        let mut of_heads = |name: &str, all: usize| {
+            let len = slots.norm_of_heads.map(|len| len.min(all));
+            len.map(|len| layer.norm(name, len, 1e-5, slots.norm_offset))
+        };
+        let (query_norm, key_norm) = (of_heads("query_norm", q), of_heads("key_norm", kv));
         let mut linear = |part: &str, role, shape| layer.linear(part, role, shape, true);
         let projections = if slots.fused {
             Projections::Fused(linear("qkv", WeightRole::QueryKeyValue, [q + 2 * kv, HIDDEN]))
@@ -115,9 +136,10 @@ fn config(slots: &Slots) -> ModelConfig {
                 n_kv_heads: KV_HEADS,
                 head_dim: HEAD_DIM,
                 projections,
-                query_norm: None,
-                key_norm: None,
-                rope: if index == 1 { slots.second_rope } else { 0 },
+                query_norm,
+                key_norm,
+                rope: if index == 1 { slots.second_rope } else { Some(0) },
+                rotary_dim: slots.rotary_dim,
                 scale: 0.5,
                 window: (index == 0).then_some(4),
                 score_cap: slots.score_cap,
@@ -127,13 +149,15 @@ fn config(slots: &Slots) -> ModelConfig {
             mlp_norm,
             mlp,
             mlp_post_norm,
+            residual_scale: slots.residual_scale,
             weights,
         });
     }
     let norm = model.norm("norm", HIDDEN, 1e-5, slots.norm_offset);
     let rope = |theta| RopeConfig { theta, scaling: None };
     let mut config = model.finish(HIDDEN, VOCAB, 64, vec![rope(1e4), rope(10.0)], norm);
-    (config.embedding_scale, config.logit_cap, config.tied) = (slots.embedding_scale, slots.logit_cap, true);
+    (config.embedding_scale, config.tied) = (slots.embedding_scale, true);
+    (config.logit_scale, config.logit_cap) = (slots.logit_scale, slots.logit_cap);
     config
 }
 
@@ -192,7 +216,8 @@ const TOLERANCE: f32 = 1e-4;
 
 #[test]
 fn a_model_with_all_slots_used_is_the_same_on_the_cpu_and_on_the_plain_device() {
-    for slots in [ALL, USUAL, Slots { mlp: Kind::Plain, ..ALL }, Slots { mlp: Kind::Gated, ..ALL }] {
+    let behind = Slots { in_front: false, norm_of_heads: Some(usize::MAX), second_rope: None, ..ALL };
+    for slots in [ALL, USUAL, behind, Slots { mlp: Kind::Plain, ..ALL }, Slots { mlp: Kind::Gated, ..ALL }] {
         let (plain, cpu) = (logits(Plain, &slots), logits(Cpu, &slots));
         assert!(distance(&plain, &cpu) < TOLERANCE, "{}", distance(&plain, &cpu));
     }
@@ -209,7 +234,14 @@ fn every_slot_counts() {
         Slots { mlp: Kind::Plain, ..USUAL },
         Slots { mlp: Kind::Experts(3, 1), ..USUAL },
         Slots { activation: ALL.activation, ..USUAL },
-        Slots { second_rope: 1, ..USUAL },
+        Slots { second_rope: Some(1), ..USUAL },
+        Slots { second_rope: None, ..USUAL },
+        Slots { rotary_dim: 2, ..USUAL },
+        Slots { norm_of_heads: Some(HEAD_DIM), ..USUAL },
+        Slots { norm_of_heads: Some(usize::MAX), ..USUAL },
+        Slots { in_front: false, ..USUAL },
+        Slots { residual_scale: ALL.residual_scale, ..USUAL },
+        Slots { logit_scale: ALL.logit_scale, ..USUAL },
     ];
     for (i, slots) in changes.iter().enumerate() {
         assert!(distance(&logits(Plain, slots), &usual) > 0.01, "change {i}");

@@ -7,7 +7,7 @@ use bitstack_core::{CoreError, FactorType, SignMatrix};
 use bitstack_engine::{EngineError, stack};
 use bitstack_format::{BlockSource, Dtype, FormatError};
 use bitstack_io::{Existing, write_directory_atomically};
-use bitstack_model::{Elements, ModelError, Progress};
+use bitstack_model::{Elements, ModelError, Progress, WeightSpec};
 use half::{bf16, f16};
 use rayon::prelude::*;
 use serde::{Serialize, Serializer};
@@ -128,7 +128,7 @@ pub fn export_dense<S: BlockSource + Sync + ?Sized>(
 /// the tensors and files that [`crate::import`] reads, with the same bits. Returns the bytes of all tensors.
 ///
 /// # Errors
-/// [`ExchangeError::NotInReferenceLayout`] for a weight outside the layers and for blocks that are not additive, share a basis, are stored in
+/// [`ExchangeError::NotInReferenceLayout`] for a weight outside the layers, one in a layer that is not stacked, and for blocks that are not additive, share a basis, are stored in
 /// 8 bits, or have spikes; [`ExchangeError::NotACheckpoint`]; orders that are not those of these blocks; damaged blocks; failures to write.
 pub fn export_reference<S: BlockSource + Sync + ?Sized>(
     source: &S,
@@ -152,6 +152,11 @@ pub fn export_reference<S: BlockSource + Sync + ?Sized>(
     }
     if order.len() < n_weights {
         return Err(misplaced(order.len()));
+    }
+    let is_kept = |spec: &WeightSpec| spec.layer.is_some() && source.weight_index(&spec.name).is_none();
+    if let Some(spec) = stack::config(source)?.weights().into_iter().find(is_kept) {
+        let reason = "there all weights of a layer are stacked, and this one is kept as it was".to_owned();
+        return Err(ExchangeError::NotInReferenceLayout { name: spec.name, reason });
     }
     let mut names = Vec::new();
     let mut sizes = Vec::new();

@@ -92,7 +92,7 @@ fn an_imported_checkpoint_gives_the_logits_of_its_maker_at_every_size() {
         let found = logits_at(&original.draft, &original.order, bytes, &input_ids);
         for (&position, row) in positions.iter().zip(&rows) {
             let difference = largest_difference(found.row(position), row);
-            // Beyond the first position the expected logits carry rounded rotary frequencies, as those of `logits.rs` do.
+            // Beyond the first position the expected logits carry rotary frequencies that their maker rounded to bf16.
             let tolerance = if position == 0 { 1e-4 } else { 1e-2 };
             assert!(difference < tolerance, "{bytes} bytes, position {position}: {difference}");
         }

@@ -7,7 +7,7 @@ use bitstack_model::config::{
     Attention, Experts, FeedForward, FeedForwardInput, Linear, Mlp, Norm, Projections, VectorId,
 };
 
-/// A layer at work: h += attention(norm(h)); h += mlp(norm(h)).
+/// A layer at work: h += attention(norm(h)); h += mlp(norm(h)), with a norm behind them as well, or instead.
 pub(super) struct Layer<'l, W, D: Device> {
     pub(super) decoder: &'l Decoder<W, D>,
     pub(super) index: usize,
@@ -25,14 +25,14 @@ impl<W: Weight<D>, D: Device> Layer<'_, W, D> {
 
         self.norm_state(layer.attention_norm, pass)?;
         self.attention(&layer.attention, pass)?;
-        self.add_delta(layer.attention_post_norm, pass)?;
+        self.add_delta(layer.attention_post_norm, layer.residual_scale, pass)?;
 
         self.norm_state(layer.mlp_norm, pass)?;
         match &layer.mlp {
             Mlp::Dense(mlp) => self.feed_forward(mlp, self.rows, pass)?,
             Mlp::Experts(experts) => self.experts(experts, pass)?,
         }
-        self.add_delta(layer.mlp_post_norm, pass)
+        self.add_delta(layer.mlp_post_norm, layer.residual_scale, pass)
     }
 
     fn frame(&self) -> &Frame<D> {
@@ -62,23 +62,30 @@ impl<W: Weight<D>, D: Device> Layer<'_, W, D> {
         &self.frame().vectors[id.index()]
     }
 
-    /// The norm of the state.
-    fn norm_state(&self, norm: Norm, pass: &mut Parts<'_, '_, D>) -> Done {
+    /// The norm of the state, or the state itself.
+    fn norm_state(&self, norm: Option<Norm>, pass: &mut Parts<'_, '_, D>) -> Done {
         let Scratch { state, normed, .. } = &mut *pass.scratch;
-        D::norm(pass.queue, state, self.rows, self.vector(norm.weight), self.hidden_size(), norm.eps, normed)
-    }
-
-    /// Adds what a part of the layer gave to the state, through a norm where there is one.
-    fn add_delta(&self, norm: Option<Norm>, pass: &mut Parts<'_, '_, D>) -> Done {
-        let Scratch { state, delta, .. } = &mut *pass.scratch;
-        self.norm_heads(norm, self.rows, self.hidden_size(), delta, pass.queue)?;
-        D::add(pass.queue, state, delta, self.rows * self.hidden_size())
-    }
-
-    /// The norm in place of rows of length `len`, where there is one.
-    fn norm_heads(&self, norm: Option<Norm>, rows: usize, len: usize, x: &mut D::Buffer, queue: &mut D::Queue) -> Done {
         match norm {
-            Some(norm) => D::norm_in_place(queue, x, rows, self.vector(norm.weight), len, norm.eps),
+            Some(norm) => D::norm(pass.queue, state, self.rows, self.vector(norm.weight), norm.len, norm.eps, normed),
+            None => D::copy(pass.queue, state, 0..self.rows * self.hidden_size(), normed, 0),
+        }
+    }
+
+    /// Adds what a part of the layer gave to the state, through a norm and times a factor where there are such.
+    fn add_delta(&self, norm: Option<Norm>, scale: Option<f32>, pass: &mut Parts<'_, '_, D>) -> Done {
+        let Scratch { state, delta, .. } = &mut *pass.scratch;
+        let len = self.rows * self.hidden_size();
+        self.norm_in_place(norm, delta, len, pass.queue)?;
+        if let Some(scale) = scale {
+            D::scale(pass.queue, delta, len, scale)?;
+        }
+        D::add(pass.queue, state, delta, len)
+    }
+
+    /// The norm of the first `len` numbers in place, where there is one.
+    fn norm_in_place(&self, norm: Option<Norm>, x: &mut D::Buffer, len: usize, queue: &mut D::Queue) -> Done {
+        match norm {
+            Some(norm) => D::norm_in_place(queue, x, len / norm.len, self.vector(norm.weight), norm.len, norm.eps),
             None => Ok(()),
         }
     }
@@ -89,11 +96,12 @@ impl<W: Weight<D>, D: Device> Layer<'_, W, D> {
         let (q_size, head_dim) = (attention.query_size(), attention.head_dim);
         self.project(attention, pass)?;
         let Scratch { q, k, v, mixed, .. } = &mut *pass.scratch;
-        self.norm_heads(attention.query_norm, rows * attention.n_heads, head_dim, q, pass.queue)?;
-        self.norm_heads(attention.key_norm, rows * attention.n_kv_heads, head_dim, k, pass.queue)?;
-        let rope = &self.frame().ropes[self.index];
-        D::rotate(pass.queue, q, attention.n_heads, head_dim, rope, pass.sequences)?;
-        D::rotate(pass.queue, k, attention.n_kv_heads, head_dim, rope, pass.sequences)?;
+        self.norm_in_place(attention.query_norm, q, rows * q_size, pass.queue)?;
+        self.norm_in_place(attention.key_norm, k, rows * attention.kv_size(), pass.queue)?;
+        if let Some(rope) = &self.frame().ropes[self.index] {
+            D::rotate(pass.queue, q, attention.n_heads, head_dim, rope, pass.sequences)?;
+            D::rotate(pass.queue, k, attention.n_kv_heads, head_dim, rope, pass.sequences)?;
+        }
 
         let mut first = 0;
         for (cache, sequence) in pass.caches.iter_mut().zip(pass.sequences) {
@@ -206,7 +214,9 @@ impl<W: Weight<D>, D: Device> Layer<'_, W, D> {
         D::reserve(pass.queue, expert, rows * width)?;
         for (i, feed_forward) in mlp.experts.iter().enumerate() {
             let own = std::mem::take(&mut pass.scratch.routes.rows[i]);
-            if !own.is_empty() {
+            if own.is_empty() {
+                self.observe_unused(feed_forward, pass)?;
+            } else {
                 D::gather(pass.queue, &pass.scratch.normed, width, &own, &mut pass.scratch.routed)?;
                 pass.scratch.turn_to_expert();
                 let done = self.feed_forward(feed_forward, own.len(), pass);
@@ -218,5 +228,17 @@ impl<W: Weight<D>, D: Device> Layer<'_, W, D> {
             pass.scratch.routes.rows[i] = own;
         }
         Ok(())
+    }
+
+    /// Shows the observer that no row goes through an expert.
+    fn observe_unused(&self, mlp: &FeedForward, pass: &mut Parts<'_, '_, D>) -> Done {
+        let shape = [0, self.hidden_size()];
+        match mlp.input {
+            FeedForwardInput::Gated { gate, up } => pass.observe(&self.indices([gate, up]), |s| &s.normed, shape),
+            FeedForwardInput::FusedGated(linear) | FeedForwardInput::Plain(linear) => {
+                pass.observe(&self.indices([linear]), |s| &s.normed, shape)
+            }
+        }?;
+        pass.observe(&self.indices([mlp.down]), |s| &s.normed, [0, mlp.size])
     }
 }

@@ -10,8 +10,8 @@ use std::ops::Range;
 
 /// Sees the inputs of the linear operators as a pass goes by.
 pub trait Observer {
-    /// Called once per group of weights that read the same input, before they do: q, k, v; then o; gate, up; down; and the
-    /// head, in all its parts (under tied embeddings they are those of the embedding).
+    /// Called once per group of weights that read the same input, before they do: q, k, v; then o; gate, up; down (of experts after their router, of each
+    /// its own, without rows where none goes through it); and the head, in all its parts (under tied embeddings they are those of the embedding).
     ///
     /// `weights` are indices into [`bitstack_model::ModelConfig::weights`]; `x` is tokens x cols. Look-ups in the embedding are not seen.
     fn input(&mut self, weights: &[usize], x: ArrayView2<'_, f32>);

@@ -78,8 +78,8 @@ impl Device for Cpu {
         Ok(CpuQueue::new(threads))
     }
 
-    fn rope(&self, config: &RopeConfig, head_dim: usize, max_positions: usize) -> Result<Rope, EngineError> {
-        Ok(Rope::new(inverse_frequencies(config, head_dim), max_positions))
+    fn rope(&self, config: &RopeConfig, rotary_dim: usize, max_positions: usize) -> Result<Rope, EngineError> {
+        Ok(Rope::new(inverse_frequencies(config, rotary_dim), max_positions))
     }
 
     fn reserve(_: &mut CpuQueue, buffer: &mut Vec<f32>, len: usize) -> Done {
@@ -207,7 +207,7 @@ impl Device for Cpu {
         let mut rest = &mut x[..];
         for sequence in sequences {
             let (own, behind) = rest.split_at_mut(sequence.rows * heads * head_dim);
-            rope.rotate(own, heads, sequence.past);
+            rope.rotate(own, [heads, head_dim], sequence.past);
             rest = behind;
         }
         Ok(())
@@ -329,10 +329,10 @@ impl Rope {
     const KEPT: usize = 8192;
 
     pub(crate) fn new(inverse_frequencies: Vec<f32>, max_positions: usize) -> Self {
-        let head_dim = 2 * inverse_frequencies.len();
-        let mut table = vec![0.0; max_positions.min(Self::KEPT) * head_dim];
-        for (position, row) in table.chunks_exact_mut(head_dim).enumerate() {
-            let (cos, sin) = row.split_at_mut(head_dim / 2);
+        let rotary_dim = 2 * inverse_frequencies.len();
+        let mut table = vec![0.0; max_positions.min(Self::KEPT) * rotary_dim];
+        for (position, row) in table.chunks_exact_mut(rotary_dim).enumerate() {
+            let (cos, sin) = row.split_at_mut(rotary_dim / 2);
             for ((f, cos), sin) in inverse_frequencies.iter().zip(cos).zip(sin) {
                 (*cos, *sin) = angle(position, *f);
             }
@@ -341,13 +341,13 @@ impl Rope {
     }
 
     /// Rotates every head of every row of `x`, which has `heads` of them; the first row is at position `past`.
-    pub(crate) fn rotate(&self, x: &mut [f32], heads: usize, past: usize) {
+    pub(crate) fn rotate(&self, x: &mut [f32], [heads, head_dim]: [usize; 2], past: usize) {
         let half = self.inverse_frequencies.len();
-        for (token, row) in x.chunks_exact_mut(2 * half * heads).enumerate() {
+        for (token, row) in x.chunks_exact_mut(head_dim * heads).enumerate() {
             let position = past + token;
             let Some(angles) = self.table.get(position * 2 * half..(position + 1) * 2 * half) else {
-                for head in row.chunks_exact_mut(2 * half) {
-                    let (a, b) = head.split_at_mut(half);
+                for head in row.chunks_exact_mut(head_dim) {
+                    let (a, b) = head[..2 * half].split_at_mut(half);
                     for ((a, b), f) in a.iter_mut().zip(b).zip(&self.inverse_frequencies) {
                         let (cos, sin) = angle(position, *f);
                         (*a, *b) = (*a * cos - *b * sin, *b * cos + *a * sin);
@@ -356,8 +356,8 @@ impl Rope {
                 continue;
             };
             let (cos, sin) = angles.split_at(half);
-            for head in row.chunks_exact_mut(2 * half) {
-                let (a, b) = head.split_at_mut(half);
+            for head in row.chunks_exact_mut(head_dim) {
+                let (a, b) = head[..2 * half].split_at_mut(half);
                 for (((a, b), &cos), &sin) in a.iter_mut().zip(b).zip(cos).zip(sin) {
                     (*a, *b) = (*a * cos - *b * sin, *b * cos + *a * sin);
                 }
@@ -366,15 +366,15 @@ impl Rope {
     }
 
     /// The rotation the other way, of a whole sequence: that of the mirror image, mirrored.
-    pub(crate) fn rotate_back(&self, x: &mut [f32], heads: usize) {
+    pub(crate) fn rotate_back(&self, x: &mut [f32], [heads, head_dim]: [usize; 2]) {
         let half = self.inverse_frequencies.len();
         let mirror = |x: &mut [f32]| {
-            for head in x.chunks_exact_mut(2 * half) {
-                head[half..].iter_mut().for_each(|v| *v = -*v);
+            for head in x.chunks_exact_mut(head_dim) {
+                head[half..2 * half].iter_mut().for_each(|v| *v = -*v);
             }
         };
         mirror(x);
-        self.rotate(x, heads, 0);
+        self.rotate(x, [heads, head_dim], 0);
         mirror(x);
     }
 }
@@ -479,8 +479,8 @@ mod tests {
         let (kept, fresh) = (Rope::new(frequencies.clone(), 8), Rope::new(frequencies, 2));
         let x: Vec<f32> = (0..5 * 8).map(|i| i as f32).collect();
         let (mut a, mut b) = (x.clone(), x);
-        kept.rotate(&mut a, 2, 0);
-        fresh.rotate(&mut b, 2, 0);
+        kept.rotate(&mut a, [2, 4], 0);
+        fresh.rotate(&mut b, [2, 4], 0);
         assert_eq!(a, b);
         // By hand, token 1, first pair of its second head: (12, 14) turned by 1 radian.
         let (sin, cos) = 1.0_f32.sin_cos();

@@ -49,8 +49,8 @@ pub trait Device: Debug + Clone + Send + Sync + Sized + 'static {
     /// A queue. `threads` says whether its operations may spread over the host's pool; the results are the same either way.
     fn queue(&self, threads: Threads) -> Result<Self::Queue, EngineError>;
 
-    /// The angles of a config for heads of size `head_dim`, at positions below `max_positions`.
-    fn rope(&self, config: &RopeConfig, head_dim: usize, max_positions: usize) -> Result<Self::Rope, EngineError>;
+    /// The angles of a config for the first `rotary_dim` elements of heads, at positions below `max_positions`.
+    fn rope(&self, config: &RopeConfig, rotary_dim: usize, max_positions: usize) -> Result<Self::Rope, EngineError>;
 
     /// Makes room for `len` numbers at least, and keeps those that are there.
     fn reserve(queue: &mut Self::Queue, buffer: &mut Self::Buffer, len: usize) -> Done;
@@ -147,8 +147,8 @@ pub trait Device: Debug + Clone + Send + Sync + Sized + 'static {
         len: usize,
     ) -> Done;
 
-    /// Turns every head of every row of `x` (rows x `heads` · `head_dim`) by the angles of its position: the rows of each sequence are at
-    /// consecutive positions from its `past` on, sequence after sequence.
+    /// Turns every head of every row of `x` (rows x `heads` · `head_dim`), or the first elements of each that `rope` has angles for, by the angles of
+    /// its position: the rows of each sequence are at consecutive positions from its `past` on, sequence after sequence.
     fn rotate(
         queue: &mut Self::Queue,
         x: &mut Self::Buffer,

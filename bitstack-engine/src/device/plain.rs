@@ -20,8 +20,8 @@ impl Device for Plain {
         Ok(())
     }
 
-    fn rope(&self, config: &RopeConfig, head_dim: usize, _: usize) -> Result<Vec<f32>, EngineError> {
-        Ok(inverse_frequencies(config, head_dim))
+    fn rope(&self, config: &RopeConfig, rotary_dim: usize, _: usize) -> Result<Vec<f32>, EngineError> {
+        Ok(inverse_frequencies(config, rotary_dim))
     }
 
     fn reserve((): &mut (), buffer: &mut Vec<f32>, len: usize) -> Done {
@@ -154,9 +154,9 @@ impl Device for Plain {
                 let first = (row * heads + head) * head_dim;
                 for (i, frequency) in rope.iter().enumerate() {
                     let (cos, sin) = angle(position, *frequency);
-                    let (a, b) = (x[first + i], x[first + head_dim / 2 + i]);
+                    let (a, b) = (x[first + i], x[first + rope.len() + i]);
                     x[first + i] = a * cos - b * sin;
-                    x[first + head_dim / 2 + i] = b * cos + a * sin;
+                    x[first + rope.len() + i] = b * cos + a * sin;
                 }
             }
         }

@@ -20,7 +20,7 @@ impl Builder {
 
     /// A norm beside the layers.
     pub fn norm(&mut self, name: &str, len: usize, eps: f32, offset: f32) -> Norm {
-        Norm { weight: self.vector(name.to_owned(), len), offset, eps }
+        Norm { weight: self.vector(name.to_owned(), len), len, offset, eps }
     }
 
     /// The model, with an embedding and a head of `vocab_size` tokens, as yet untied and uncut, and without end tokens. `norm` is the one in front of the head.
@@ -40,6 +40,7 @@ impl Builder {
             embedding_scale: None,
             layers: self.layers,
             norm,
+            logit_scale: None,
             logit_cap: None,
             ropes,
             tied: false,

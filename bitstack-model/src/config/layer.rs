@@ -25,6 +25,8 @@ impl VectorId {
 pub struct Norm {
     /// Its factors.
     pub weight: VectorId,
+    /// How many they are: it goes over rows of this length.
+    pub len: usize,
     /// Added to each factor: 1 where a checkpoint stores them as differences from 1 (Gemma).
     pub offset: f32,
     /// Added to the mean square.
@@ -40,21 +42,23 @@ pub struct Linear {
     pub bias: Option<VectorId>,
 }
 
-/// One decoder layer: h += attention(norm(h)), h += mlp(norm(h)), each with a norm behind it where there is one.
+/// One decoder layer: h += attention(h), h += mlp(h), each with a norm in front, a norm behind, or both.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Layer {
     /// In front of the attention.
-    pub attention_norm: Norm,
+    pub attention_norm: Option<Norm>,
     /// The attention.
     pub attention: Attention,
-    /// Behind the attention, before its result is added ("sandwich" norms: Gemma 2 and 3).
+    /// Behind the attention, before its result is added (beside one in front "sandwich" norms: Gemma 3; alone: OLMo 2).
     pub attention_post_norm: Option<Norm>,
     /// In front of the feed-forward part.
-    pub mlp_norm: Norm,
+    pub mlp_norm: Option<Norm>,
     /// The feed-forward part.
     pub mlp: Mlp,
     /// Behind the feed-forward part, before its result is added.
     pub mlp_post_norm: Option<Norm>,
+    /// What the attention and the feed-forward part give is multiplied by this before it is added (Granite).
+    pub residual_scale: Option<f32>,
     /// Its weights among those of all layers, as [`super::LayerBuilder::finish`] gives them.
     pub weights: Range<usize>,
 }
@@ -66,16 +70,18 @@ pub struct Attention {
     pub n_heads: usize,
     /// Key and value heads; divides `n_heads`.
     pub n_kv_heads: usize,
-    /// Size of a head; even.
+    /// Size of a head.
     pub head_dim: usize,
     /// The projections in front.
     pub projections: Projections,
-    /// RMS norm of each query head.
+    /// RMS norm of each query head, or of all together where it is as long as they are (OLMo 2).
     pub query_norm: Option<Norm>,
-    /// RMS norm of each key head.
+    /// RMS norm of each key head, or of all together.
     pub key_norm: Option<Norm>,
-    /// Index of the rotary table in [`super::ModelConfig::ropes`].
-    pub rope: usize,
+    /// Index of the rotary table in [`super::ModelConfig::ropes`]; `None`: heads are not turned (some layers of SmolLM3).
+    pub rope: Option<usize>,
+    /// How many elements of each head, from its first on, are turned: all in most families. Even, and at most `head_dim`.
+    pub rotary_dim: usize,
     /// Factor of the scores: 1 / sqrt(head_dim) in most families.
     pub scale: f32,
     /// How many positions (its own included) a token attends to; `None`: all before it.

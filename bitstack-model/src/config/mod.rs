@@ -25,6 +25,8 @@ mod limit {
     pub(super) const HIDDEN: usize = 1 << 17;
     pub(super) const INTERMEDIATE: usize = 1 << 20;
     pub(super) const LAYERS: usize = 1 << 10;
+    /// Of all layers together.
+    pub(super) const EXPERTS: usize = 1 << 15;
     pub(super) const HEADS: usize = 1 << 12;
     pub(super) const HEAD_DIM: usize = 1 << 12;
     pub(super) const VOCAB: usize = 1 << 22;
@@ -50,7 +52,9 @@ pub struct ModelConfig {
     pub layers: Vec<Layer>,
     /// The norm in front of the head.
     pub norm: Norm,
-    /// Logits become cap · tanh(logit / cap).
+    /// What the head gives is multiplied by this.
+    pub logit_scale: Option<f32>,
+    /// Logits become cap · tanh(logit / cap), after the scale.
     pub logit_cap: Option<f32>,
     /// The rotary tables that layers choose from.
     pub ropes: Vec<RopeConfig>,
@@ -236,8 +240,8 @@ impl ModelConfig {
     pub fn norms(&self) -> impl Iterator<Item = Norm> + '_ {
         let of_layer = |layer: &Layer| {
             let Attention { query_norm, key_norm, .. } = layer.attention;
-            let outer = [Some(layer.attention_norm), layer.attention_post_norm];
-            outer.into_iter().chain([query_norm, key_norm, Some(layer.mlp_norm), layer.mlp_post_norm]).flatten()
+            let outer = [layer.attention_norm, layer.attention_post_norm];
+            outer.into_iter().chain([query_norm, key_norm, layer.mlp_norm, layer.mlp_post_norm]).flatten()
         };
         self.layers.iter().flat_map(of_layer).chain([self.norm])
     }

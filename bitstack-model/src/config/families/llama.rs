@@ -1,6 +1,6 @@
 //! Llama 2, 3, 3.1 and later text models, and what calls itself Llama.
 
-use super::{Family, Gated};
+use super::{Family, Gated, Slots};
 
 pub(super) const FAMILY: Family = Family {
     class: "LlamaForCausalLM",
@@ -15,6 +15,7 @@ pub(super) const FAMILY: Family = Family {
             mlp_bias: fields.flag("mlp_bias")?,
             qk_norm: false,
             windows: fields.windows(None, 0)?,
+            slots: Slots::default(),
         };
         family.describe(fields)
     },

@@ -1,6 +1,6 @@
 //! Mistral, with or without a sliding window.
 
-use super::{Family, Gated};
+use super::{Family, Gated, Slots};
 
 pub(super) const FAMILY: Family = Family {
     class: "MistralForCausalLM",
@@ -15,6 +15,7 @@ pub(super) const FAMILY: Family = Family {
             mlp_bias: false,
             qk_norm: false,
             windows: fields.windows(fields.window()?, 0)?,
+            slots: Slots::default(),
         };
         family.describe(fields)
     },

@@ -1,17 +1,26 @@
 //! The families of models. To add one: write a file here that makes a [`ModelConfig`] from the fields of its `config.json`, list it in
 //! [`FAMILIES`], and add a small checkpoint with expected logits to the test data (its README says how).
 
+mod gemma3;
+mod granite;
 mod llama;
 mod mistral;
+mod mixtral;
+mod olmo2;
+mod phi3;
 mod qwen2;
 mod qwen3;
+mod qwen3_moe;
+mod slots;
+mod smollm3;
 
-use super::builder::Builder;
+use super::builder::{Builder, LayerBuilder};
 use super::fields::{Fields, bad};
 use super::layer::{Activation, Attention, FeedForward, FeedForwardInput, Layer, Mlp, Projections};
 use super::{ModelConfig, WeightRole, limit};
 use crate::ModelError;
 use bitstack_io::hostile::printable;
+use slots::Slots;
 
 /// A family of decoders with the same arithmetic.
 pub(super) struct Family {
@@ -22,7 +31,19 @@ pub(super) struct Family {
     describe: fn(&Fields<'_>) -> Result<ModelConfig, ModelError>,
 }
 
-const FAMILIES: [Family; 4] = [llama::FAMILY, mistral::FAMILY, qwen2::FAMILY, qwen3::FAMILY];
+const FAMILIES: [Family; 11] = [
+    llama::FAMILY,
+    mistral::FAMILY,
+    mixtral::FAMILY,
+    qwen2::FAMILY,
+    qwen3::FAMILY,
+    qwen3_moe::FAMILY,
+    gemma3::FAMILY,
+    phi3::FAMILY,
+    smollm3::FAMILY,
+    olmo2::FAMILY,
+    granite::FAMILY,
+];
 
 /// The model that a config describes.
 pub(super) fn describe(fields: &Fields<'_>) -> Result<ModelConfig, ModelError> {
@@ -38,7 +59,7 @@ pub(super) fn describe(fields: &Fields<'_>) -> Result<ModelConfig, ModelError> {
     (family.describe)(fields)
 }
 
-/// By what families of pre-norm decoders with a gated feed-forward part differ.
+/// By what families of decoders with a gated feed-forward part differ.
 struct Gated {
     /// Key and value heads, where the config may leave them out: `None` where it may not.
     default_kv_heads: Option<usize>,
@@ -54,6 +75,8 @@ struct Gated {
     qk_norm: bool,
     /// The attention window of each layer.
     windows: Vec<Option<usize>>,
+    /// What stands in the slots that Llama leaves empty.
+    slots: Slots,
 }
 
 impl Gated {
@@ -79,40 +102,58 @@ impl Gated {
                 return Err(bad("num_attention_heads", n_heads, expected));
             }
         };
-        if head_dim % 2 != 0 {
-            return Err(bad("head_dim", head_dim, "an even number, for rotary positions"));
+        let slots = &self.slots;
+        let rotary_dim = (head_dim as f64 * slots.rotary_share) as usize;
+        if rotary_dim == 0 || rotary_dim % 2 != 0 {
+            let field = if rotary_dim == head_dim { "head_dim" } else { "partial_rotary_factor" };
+            let expected = format!("an even number of elements of {head_dim} to turn by rotary positions");
+            return Err(bad(field, rotary_dim, expected));
         }
-        match fields.get("hidden_act").map(|v| v.as_str()) {
-            None | Some(Some("silu")) => {}
-            Some(_) => return Err(fields.bad("hidden_act", "\"silu\"")),
+        if slots.activation == Activation::Silu {
+            match fields.get("hidden_act").map(|v| v.as_str()) {
+                None | Some(Some("silu")) => {}
+                Some(_) => return Err(fields.bad("hidden_act", "\"silu\"")),
+            }
         }
-        if fields.number("partial_rotary_factor", 1.0, 0.0, 1.0)? != 1.0 {
+        if slots.rotary_share == 1.0 && fields.number("partial_rotary_factor", 1.0, 0.0, 1.0)? != 1.0 {
             return Err(fields.bad("partial_rotary_factor", "1"));
         }
-        let eps = fields.number("rms_norm_eps", 1e-6, 0.0, 1.0)? as f32;
+        let eps = fields.number("rms_norm_eps", slots.default_eps, 0.0, 1.0)? as f32;
 
         let (query_size, kv_size) = (n_heads * head_dim, n_kv_heads * head_dim);
         let mut model = Builder::default();
-        for window in self.windows {
+        for (index, window) in self.windows.iter().copied().enumerate() {
             let mut layer = model.layer();
-            let attention_norm = layer.norm("input_layernorm", hidden_size, eps, 0.0);
-            let mut attended = |part: &str, role, rows| layer.linear(part, role, [rows, hidden_size], self.qkv_bias);
-            let projections = Projections::Separate {
-                query: attended("self_attn.q_proj", WeightRole::Query, query_size),
-                key: attended("self_attn.k_proj", WeightRole::Key, kv_size),
-                value: attended("self_attn.v_proj", WeightRole::Value, kv_size),
+            let norm = |layer: &mut LayerBuilder<'_>, name: Option<&str>| {
+                name.map(|name| layer.norm(name, hidden_size, eps, slots.norm_offset))
             };
-            let mut head_norm = |part| self.qk_norm.then(|| layer.norm(part, head_dim, eps, 0.0));
-            let (query_norm, key_norm) = (head_norm("self_attn.q_norm"), head_norm("self_attn.k_norm"));
+            let attention_norm = norm(&mut layer, slots.norms[0]);
+            let mut attended = |part: &str, role, rows| layer.linear(part, role, [rows, hidden_size], self.qkv_bias);
+            let projections = if slots.fused {
+                let rows = query_size + 2 * kv_size;
+                Projections::Fused(attended("self_attn.qkv_proj", WeightRole::QueryKeyValue, rows))
+            } else {
+                Projections::Separate {
+                    query: attended("self_attn.q_proj", WeightRole::Query, query_size),
+                    key: attended("self_attn.k_proj", WeightRole::Key, kv_size),
+                    value: attended("self_attn.v_proj", WeightRole::Value, kv_size),
+                }
+            };
+            let mut head_norm = |part, all| {
+                let len = if slots.heads_together { all } else { head_dim };
+                self.qk_norm.then(|| layer.norm(part, len, eps, slots.norm_offset))
+            };
+            let query_norm = head_norm("self_attn.q_norm", query_size);
+            let key_norm = head_norm("self_attn.k_norm", kv_size);
             let shape = [hidden_size, query_size];
             let output = layer.linear("self_attn.o_proj", WeightRole::AttentionOutput, shape, self.output_bias);
-            let mlp_norm = layer.norm("post_attention_layernorm", hidden_size, eps, 0.0);
-            let mut inner = |part: &str, role, shape| layer.linear(part, role, shape, self.mlp_bias);
-            let input = FeedForwardInput::Gated {
-                gate: inner("mlp.gate_proj", WeightRole::Gate, [size, hidden_size]),
-                up: inner("mlp.up_proj", WeightRole::Up, [size, hidden_size]),
+            let attention_post_norm = norm(&mut layer, slots.norms[1]);
+            let mlp_norm = norm(&mut layer, slots.norms[2]);
+            let mlp = match &slots.mixture {
+                Some(mixture) if mixture.layers[index] => mixture.build(&mut layer, hidden_size),
+                _ => Mlp::Dense(self.feed_forward(&mut layer, size, hidden_size)),
             };
-            let down = inner("mlp.down_proj", WeightRole::Down, [hidden_size, size]);
+            let mlp_post_norm = norm(&mut layer, slots.norms[3]);
             layer.finish(|weights| Layer {
                 attention_norm,
                 attention: Attention {
@@ -122,25 +163,45 @@ impl Gated {
                     projections,
                     query_norm,
                     key_norm,
-                    rope: 0,
-                    scale: 1.0 / (head_dim as f32).sqrt(),
+                    rope: slots.rope_of.get(index).copied().unwrap_or(Some(0)),
+                    rotary_dim,
+                    scale: slots.score_scale.unwrap_or(1.0 / (head_dim as f32).sqrt()),
                     window,
                     score_cap: None,
                     output,
                 },
-                attention_post_norm: None,
+                attention_post_norm,
                 mlp_norm,
-                mlp: Mlp::Dense(FeedForward { size, input, activation: Activation::Silu, down }),
-                mlp_post_norm: None,
+                mlp,
+                mlp_post_norm,
+                residual_scale: slots.residual_scale,
                 weights,
             });
         }
-        let norm = model.norm("model.norm.weight", hidden_size, eps, 0.0);
+        let norm = model.norm("model.norm.weight", hidden_size, eps, slots.norm_offset);
         let vocab_size = fields.dimension("vocab_size", limit::VOCAB)?;
         let max_positions = fields.dimension("max_position_embeddings", limit::POSITIONS)?;
-        let mut model = model.finish(hidden_size, vocab_size, max_positions, vec![fields.rope()?], norm);
-        model.tied = fields.flag("tie_word_embeddings")?;
+        let ropes = if slots.ropes.is_empty() { vec![fields.rope()?] } else { slots.ropes.clone() };
+        let mut model = model.finish(hidden_size, vocab_size, max_positions, ropes, norm);
+        model.embedding_scale = slots.embedding_scale;
+        (model.logit_scale, model.logit_cap) = (slots.logit_scale, slots.logit_cap);
+        let is_said = fields.get("tie_word_embeddings").is_some();
+        model.tied = if is_said { fields.flag("tie_word_embeddings")? } else { slots.tied };
         model.eos_tokens = fields.eos_tokens()?;
         Ok(model)
+    }
+
+    fn feed_forward(&self, layer: &mut LayerBuilder<'_>, size: usize, hidden_size: usize) -> FeedForward {
+        let mut inner = |part: &str, role, shape| layer.linear(part, role, shape, self.mlp_bias);
+        let input = if self.slots.fused {
+            FeedForwardInput::FusedGated(inner("mlp.gate_up_proj", WeightRole::GateUp, [2 * size, hidden_size]))
+        } else {
+            FeedForwardInput::Gated {
+                gate: inner("mlp.gate_proj", WeightRole::Gate, [size, hidden_size]),
+                up: inner("mlp.up_proj", WeightRole::Up, [size, hidden_size]),
+            }
+        };
+        let down = inner("mlp.down_proj", WeightRole::Down, [hidden_size, size]);
+        FeedForward { size, input, activation: self.slots.activation, down }
     }
 }

@@ -1,6 +1,6 @@
 //! Qwen2 and Qwen2.5: biases on queries, keys and values.
 
-use super::{Family, Gated};
+use super::{Family, Gated, Slots};
 
 pub(super) const FAMILY: Family = Family {
     class: "Qwen2ForCausalLM",
@@ -14,6 +14,7 @@ pub(super) const FAMILY: Family = Family {
             mlp_bias: false,
             qk_norm: false,
             windows: fields.windows_if_used()?,
+            slots: Slots::default(),
         };
         family.describe(fields)
     },

@@ -1,6 +1,6 @@
 //! Qwen3 (dense): an RMS norm for every query and key head.
 
-use super::{Family, Gated};
+use super::{Family, Gated, Slots};
 
 pub(super) const FAMILY: Family = Family {
     class: "Qwen3ForCausalLM",
@@ -15,6 +15,7 @@ pub(super) const FAMILY: Family = Family {
             mlp_bias: false,
             qk_norm: true,
             windows: fields.windows_if_used()?,
+            slots: Slots::default(),
         };
         family.describe(fields)
     },
