@@ -1,7 +1,7 @@
 //! `bitstack generate`
 
 use super::args::{Generate, Memory};
-use super::open::Stack;
+use super::open::{self, Stack};
 use super::progress::Reporter;
 use super::{keys, print, quality, size, usage};
 use anyhow::{Context, Result};
@@ -9,7 +9,7 @@ use bitstack_engine::sample::{self, Generation};
 use bitstack_engine::stack::tokenizer;
 use bitstack_engine::{Decoder, ElasticModel, SamplingOptions};
 use bitstack_io::in_one_line;
-use bitstack_model::{Checkpoint, Tokenizer};
+use bitstack_model::Tokenizer;
 use bitstack_runtime::{Options, Policy, Sensors, Start, Watcher};
 use std::ops::ControlFlow;
 use std::time::Instant;
@@ -97,7 +97,7 @@ fn stack(args: &Generate, reporter: &Reporter) -> Result<()> {
 }
 
 fn directory(args: &Generate, reporter: &Reporter) -> Result<()> {
-    let checkpoint = Checkpoint::open(&args.file)?;
+    let checkpoint = open::checkpoint(&args.file, &args.opening, reporter)?;
     let bytes = checkpoint.stored_bytes();
     match args.memory {
         Some(Memory::Bytes(memory)) if memory < bytes => {

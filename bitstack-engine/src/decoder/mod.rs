@@ -412,7 +412,7 @@ fn check_state(what: &'static str, state: ArrayView2<'_, f32>, cols: usize) -> R
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::device::{Plain, Rope, inverse_frequencies};
+    use crate::device::{Frequencies, Plain, Rope};
     use half::bf16;
     use std::collections::HashMap;
     use std::path::Path;
@@ -428,7 +428,7 @@ mod tests {
     /// Its logits come from models that were converted to bf16 as a whole and back, which rounded the rotary
     /// frequencies too (no file stores them); the same rounding is made here, and `rope` makes a table from the result. With it everything else is
     /// held to the error of f32 sums in another order, and of six printed decimals. Without it logits differ by up to 8e-3.
-    fn check<D: Device>(device: D, rope: impl Fn(Vec<f32>) -> D::Rope)
+    fn check<D: Device>(device: D, rope: impl Fn(Frequencies) -> D::Rope)
     where
         Dense: Weight<D>,
     {
@@ -437,9 +437,9 @@ mod tests {
             let checkpoint = Checkpoint::open(&dir).unwrap();
             let mut model = Decoder::load_on(device.clone(), &checkpoint, &()).unwrap();
             let frame = Arc::get_mut(&mut model.frame).unwrap();
-            let frequencies = inverse_frequencies(&frame.config.ropes[0], frame.config.layers[0].attention.head_dim);
-            let rounded = frequencies.iter().map(|&f| bf16::from_f32(f).to_f32()).collect();
-            let rope = Arc::new(rope(rounded));
+            let mut frequencies = Frequencies::new(&frame.config.ropes[0], frame.config.layers[0].attention.head_dim);
+            frequencies.first.iter_mut().for_each(|f| *f = bf16::from_f32(*f).to_f32());
+            let rope = Arc::new(rope(frequencies));
             frame.ropes.fill(rope);
             let expected: Expected =
                 serde_json::from_slice(&std::fs::read(dir.join("expected_logits.json")).unwrap()).unwrap();
