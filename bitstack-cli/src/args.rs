@@ -53,6 +53,14 @@ pub(crate) enum Command {
     Demo(Demo),
 }
 
+/// How a model directory is opened.
+#[derive(Debug, Default, Args)]
+pub(crate) struct Opening {
+    /// Leave tensors be that the model does not use: their names, with * and ?; may be given several times. A model directory that has others is refused.
+    #[arg(long, value_name = "PATTERN")]
+    pub(crate) ignore_tensors: Vec<String>,
+}
+
 #[derive(Debug, Args)]
 #[command(
     after_help = "What is finished is kept in OUT.bitstack.partial until the file is complete. However the command ends before that, \
@@ -85,6 +93,9 @@ pub(crate) struct Compress {
     /// Say at the end where the time went.
     #[arg(long)]
     pub(crate) timings: bool,
+
+    #[command(flatten)]
+    pub(crate) opening: Opening,
 
     #[command(flatten)]
     pub(crate) method: MethodArgs,
@@ -249,6 +260,8 @@ pub(crate) struct Eval {
     /// Draw the curve of size against quality.
     #[arg(long, value_name = "OUT.svg")]
     pub(crate) plot: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) opening: Opening,
 }
 
 #[derive(Debug, Args)]
@@ -287,6 +300,8 @@ pub(crate) struct Generate {
     /// Seed of the sampling: the same seed gives the same text.
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub(crate) seed: u64,
+    #[command(flatten)]
+    pub(crate) opening: Opening,
 }
 
 #[derive(Debug, Args)]
@@ -305,6 +320,8 @@ pub(crate) struct Import {
     /// Replace the output file if it exists.
     #[arg(long)]
     pub(crate) force: bool,
+    #[command(flatten)]
+    pub(crate) opening: Opening,
 }
 
 #[derive(Debug, Args)]

@@ -1,7 +1,7 @@
 //! `bitstack compress`
 
 use super::args::{Compress, Method, MethodArgs, Order, Scale};
-use super::open::Stack;
+use super::open::{self, Stack};
 use super::progress::{Reporter, to_stderr};
 use super::timings::{Timings, table};
 use super::{print, quality, size, usage};
@@ -9,7 +9,7 @@ use anyhow::{Context, Result};
 use bitstack_compress::{BlockMethod, CompressError, CompressOptions, Journal, OrderBy, Scaling};
 use bitstack_io::Existing;
 use bitstack_model::text::Excerpt;
-use bitstack_model::{Checkpoint, Part, Progress};
+use bitstack_model::{Part, Progress};
 use bitstack_runtime::process_peak_bytes;
 use serde_json::json;
 use std::fs::{self, File};
@@ -58,7 +58,7 @@ fn write(args: &Compress, reporter: &Reporter) -> Result<()> {
     }
     let started = Instant::now();
     let timings = Timings::new(reporter, Part::Opening);
-    let checkpoint = Checkpoint::open(&args.model)?;
+    let checkpoint = open::checkpoint(&args.model, &args.opening, reporter)?;
     let text = match &method.calibration {
         Some(path) => Some(read_text(path, reporter)?),
         None => None,
@@ -85,7 +85,7 @@ fn write(args: &Compress, reporter: &Reporter) -> Result<()> {
         let mut compressed = journal.compress(&timings)?;
         let name = std::path::absolute(&args.model)?.file_name().map(|n| n.to_string_lossy().into_owned());
         compressed.draft.set_provenance("model", &name.unwrap_or_default())?;
-        compressed.draft.set_provenance("made by", &describe(method, text.is_some()))?;
+        compressed.draft.set_provenance("made by", &describe(args, text.is_some()))?;
         let resident = (compressed.order.minimum_bytes(), compressed.order.total_bytes());
         let existing = if args.force { Existing::Replace } else { Existing::Refuse };
         timings.part(Part::Writing, resident.1);
@@ -188,12 +188,13 @@ fn options(args: &MethodArgs) -> CompressOptions {
 }
 
 /// The options that made a file, as they would be typed.
-fn describe(args: &MethodArgs, from_text: bool) -> String {
+fn describe(Compress { method: args, opening, .. }: &Compress, from_text: bool) -> String {
     let name = |value: &dyn Fn() -> Option<clap::builder::PossibleValue>| value().map(|v| v.get_name().to_owned());
     use clap::ValueEnum;
     format!(
-        "bitstack {} compress --method {} {}{}{}--scale {} --samples {} {}--order {} {}{}--seed {}, calibrated on {}",
+        "bitstack {} compress {}--method {} {}{}{}--scale {} --samples {} {}--order {} {}{}--seed {}, calibrated on {}",
         env!("CARGO_PKG_VERSION"),
+        opening.ignore_tensors.iter().map(|pattern| format!("--ignore-tensors '{pattern}' ")).collect::<String>(),
         name(&|| args.method.to_possible_value()).unwrap_or_default(),
         args.blocks.map(|n| format!("--blocks {n} ")).unwrap_or_default(),
         args.rank.map(|k| format!("--rank {k} ")).unwrap_or_default(),

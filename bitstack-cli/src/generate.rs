@@ -1,7 +1,7 @@
 //! `bitstack generate`
 
 use super::args::{Generate, Memory};
-use super::open::{Beside, Stack};
+use super::open::{self, Beside, Stack};
 use super::progress::Reporter;
 use super::{keys, print, quality, size, usage};
 use anyhow::{Context, Result};
@@ -9,7 +9,7 @@ use bitstack_engine::sample::{self, Generation};
 use bitstack_engine::stack::{config, tokenizer};
 use bitstack_engine::{Decoder, ElasticModel, SamplingOptions};
 use bitstack_io::in_one_line;
-use bitstack_model::{Checkpoint, ModelConfig, Tokenizer};
+use bitstack_model::{ModelConfig, Tokenizer};
 use bitstack_runtime::{Options, Policy, Sensors, Start, Watcher};
 use std::ops::ControlFlow;
 use std::time::Instant;
@@ -118,7 +118,7 @@ fn beside(args: &Generate, tokenizer: &Tokenizer, config: &ModelConfig) -> Resul
 }
 
 fn directory(args: &Generate, reporter: &Reporter) -> Result<()> {
-    let checkpoint = Checkpoint::open(&args.file)?;
+    let checkpoint = open::checkpoint(&args.file, &args.opening, reporter)?;
     let bytes = checkpoint.stored_bytes();
     let tokenizer = Tokenizer::from_bytes(&checkpoint.companion("tokenizer.json")?)?;
     let beside = beside(args, &tokenizer, checkpoint.config())?;

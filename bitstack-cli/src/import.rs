@@ -2,9 +2,11 @@
 
 use super::args::Import;
 use super::compress::refuse_existing;
+use super::open::with_advice;
 use super::progress::Reporter;
 use super::size;
 use anyhow::Result;
+use bitstack_exchange::ExchangeError;
 use bitstack_format::BlockSource;
 use bitstack_io::{Existing, write_atomically};
 use std::path::Path;
@@ -16,7 +18,12 @@ pub(crate) fn run(args: &Import, reporter: &Reporter) -> Result<()> {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
         _ => Path::new("."),
     };
-    let mut imported = bitstack_exchange::import(&args.directory, directory, reporter)?;
+    let ignored = &args.opening.ignore_tensors;
+    let imported = bitstack_exchange::import(&args.directory, ignored, directory, reporter);
+    let mut imported = imported.map_err(|error| match &error {
+        ExchangeError::Model(inner) => with_advice(inner).unwrap_or_else(|| error.into()),
+        _ => error.into(),
+    })?;
     let name = std::path::absolute(&args.directory)?.file_name().map(|n| n.to_string_lossy().into_owned());
     imported.draft.set_provenance("model", &name.unwrap_or_default())?;
     let made_by =

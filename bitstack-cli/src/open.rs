@@ -1,13 +1,14 @@
 //! Opening what the user names, and what is common to all commands on a stack: its order, its plans, its sizes.
 
+use super::args::Opening;
 use super::progress::Reporter;
 use super::{size, usage};
-use anyhow::{Context, Result};
+use anyhow::{Context, Error, Result, anyhow};
 use bitstack_engine::quality::Quality;
 use bitstack_engine::sample::PIECE;
 use bitstack_engine::{KvCache, Workspace};
 use bitstack_format::{BlockSource, StackFile};
-use bitstack_model::ModelConfig;
+use bitstack_model::{Checkpoint, CheckpointLimits, ModelConfig, ModelError};
 use bitstack_sort::{LoadOrder, Plan, Sizes, SortError};
 use std::fs::File;
 use std::path::Path;
@@ -126,4 +127,20 @@ impl Stack {
             n => (0..n as u64).map(|i| least + (most - least) * i / (n as u64 - 1)).collect(),
         }
     }
+}
+
+/// Opens a model directory, and says what its user should know of it.
+pub(crate) fn checkpoint(dir: &Path, opening: &Opening, reporter: &Reporter) -> Result<Checkpoint> {
+    let opened = Checkpoint::open_ignoring(dir, &opening.ignore_tensors, &CheckpointLimits::default());
+    let checkpoint = opened.map_err(|error| with_advice(&error).unwrap_or_else(|| error.into()))?;
+    for remark in checkpoint.remarks() {
+        reporter.say(&format!("warning: {}: {remark}", dir.display()));
+    }
+    Ok(checkpoint)
+}
+
+/// What a user can do about tensors that are left over.
+pub(crate) fn with_advice(error: &ModelError) -> Option<Error> {
+    let is_theirs = matches!(error, ModelError::UnusedTensors { .. });
+    is_theirs.then(|| anyhow!("{error}; --ignore-tensors PATTERN lets them be"))
 }

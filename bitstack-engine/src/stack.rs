@@ -66,19 +66,17 @@ impl<'s, S: BlockSource + Sync + ?Sized> StackModel<'s, S> {
     }
 }
 
-/// The model's config, with the end tokens of its generation config.
+/// The model's config, with its end tokens ([`ModelConfig::find_end_tokens`]).
 ///
 /// # Errors
 /// No or malformed `config.json`.
 pub fn config<S: BlockSource + ?Sized>(source: &S) -> Result<ModelConfig, EngineError> {
-    let text = |name: &str| -> Result<String, EngineError> {
-        Ok(String::from_utf8_lossy(&source.read_file(name)?).into_owned())
-    };
-    let config = ModelConfig::from_json(&text("config.json")?)?;
+    let config = ModelConfig::from_json(&String::from_utf8_lossy(&source.read_file("config.json")?))?;
     let mut config = config.cut_as(source.weights().iter().map(|info| &info.name[..]));
-    if source.files().iter().any(|f| f.name == "generation_config.json") {
-        config.add_generation_config(&text("generation_config.json")?)?;
-    }
+    config.find_end_tokens(|name| {
+        let is_there = source.files().iter().any(|file| file.name == name);
+        Ok::<_, EngineError>(is_there.then(|| source.read_file(name)).transpose()?)
+    })?;
     Ok(config)
 }
 

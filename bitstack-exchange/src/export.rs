@@ -6,6 +6,7 @@ use crate::reference::{BASIS, COEFFICIENTS, CONFIGS, MEASUREMENTS, SIGNS, layer_
 use bitstack_core::{CoreError, FactorType, SignMatrix};
 use bitstack_engine::{EngineError, stack};
 use bitstack_format::{BlockSource, Dtype, FormatError};
+use bitstack_io::hostile::plain_json;
 use bitstack_io::{Existing, write_directory_atomically};
 use bitstack_model::{Elements, ModelError, Progress, WeightSpec};
 use half::{bf16, f16};
@@ -472,7 +473,7 @@ fn write_file(
 /// The type that rebuilt weights are written in, and a config that names it.
 fn with_float_type(config: &[u8], wanted: Option<FloatType>) -> Result<(Vec<u8>, FloatType), ExchangeError> {
     let json = |source| ModelError::Json { file: CONFIG.to_owned(), source };
-    let mut fields: Map<String, Value> = serde_json::from_slice(config).map_err(json)?;
+    let mut fields: Map<String, Value> = serde_json::from_slice(&plain_json(config)).map_err(json)?;
     // Newer releases of the Python library write the shorter name.
     let key = if fields.contains_key("dtype") { "dtype" } else { "torch_dtype" };
     let named = fields.get(key).and_then(Value::as_str).unwrap_or_default();

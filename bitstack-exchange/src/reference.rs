@@ -18,11 +18,12 @@ use crate::ExchangeError;
 use bitstack_core::{Basis, Block, Coefficients, CoreError, Shape, SignMatrix, Values};
 use bitstack_engine::{EngineError, stack};
 use bitstack_format::{BlockSource, Draft, FormatError};
+use bitstack_io::hostile::plain_json;
 use bitstack_model::{Checkpoint, CheckpointLimits, ModelConfig, ModelError, Progress, WeightSpec};
 use bitstack_sort::{Balanced, LoadOrder, Scores, Sizes, Sorter};
 use serde::de::{DeserializeSeed, Error, SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer};
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fs::File;
 use std::io::BufReader;
 use std::path::Path;
@@ -58,19 +59,34 @@ pub struct Imported {
 /// Reads a checkpoint of the published implementation.
 ///
 /// The blocks are the same bits in the order of this project; they go to a scratch file in the directory `scratch`, one at a time. The
-/// load order is that of the checkpoint. Blocks beyond its largest listed size come last, level by level.
+/// load order is that of the checkpoint. Blocks beyond its largest listed size come last, level by level. Tensors that are neither the model's nor parts of blocks
+/// are let be where their names match one of the patterns `ignored`, as in [`Checkpoint::open_ignoring`].
 ///
 /// # Errors
-/// What can be wrong with a model directory; blocks with missing parts, of wrong types or shapes, or with values that are not finite;
+/// What can be wrong with a model directory, tensors that are left over among it; blocks with missing parts, of wrong types or shapes, or with values that are not finite;
 /// [`ExchangeError::NoOrder`], [`ExchangeError::BadOrder`] and [`ModelError::Json`] for an order that is missing or does not fit the blocks; failures to
 /// write the scratch file.
-pub fn import(dir: impl AsRef<Path>, scratch: &Path, progress: &dyn Progress) -> Result<Imported, ExchangeError> {
+pub fn import(
+    dir: impl AsRef<Path>,
+    ignored: &[String],
+    scratch: &Path,
+    progress: &dyn Progress,
+) -> Result<Imported, ExchangeError> {
     let dir = dir.as_ref();
     let mut draft = Draft::create_in(scratch)?;
     let checkpoint = Checkpoint::open_headers(dir, &CheckpointLimits::default())?;
     let config = checkpoint.config();
     let specs = config.weights();
     let n_blocks = count_blocks(&checkpoint, config)?;
+
+    let stacked: Vec<&WeightSpec> = specs.iter().filter(|s| s.layer.is_some()).collect();
+    let plain = config.other_tensors().iter().map(|v| (v.name.clone(), vec![v.len]));
+    let outer = specs.iter().filter(|s| s.layer.is_none()).map(|s| (s.tensor_name(), vec![s.rows, s.cols]));
+    let whole: Vec<_> = plain.chain(outer).collect();
+    let mut used: HashSet<String> = whole.iter().map(|(name, _)| name.clone()).collect();
+    // Parts of what is no weight of the model were refused when they were counted.
+    used.extend(checkpoint.tensor_names().filter(|name| part_of(name).is_some()).map(str::to_owned));
+    checkpoint.check_used(&used, ignored)?;
 
     for (name, contents) in checkpoint.companions()? {
         draft.push_file(&name, &contents)?;
@@ -80,13 +96,10 @@ pub fn import(dir: impl AsRef<Path>, scratch: &Path, progress: &dyn Progress) ->
     if let Some(measurements) = &measurements {
         draft.push_file(MEASUREMENTS, measurements)?;
     }
-    let plain = config.other_tensors().iter().map(|v| (v.name.clone(), vec![v.len]));
-    let outer = specs.iter().filter(|s| s.layer.is_none()).map(|s| (s.tensor_name(), vec![s.rows, s.cols]));
-    for (name, shape) in plain.chain(outer) {
+    for (name, shape) in whole {
         let (dtype, data) = stack::stored(&checkpoint.elements(&name, &shape)?);
         draft.push_base(&name, dtype, &shape, &data)?;
     }
-    let stacked: Vec<&WeightSpec> = specs.iter().filter(|s| s.layer.is_some()).collect();
     progress.stage("read (blocks)", n_blocks.iter().map(|&n| n as u64).sum());
     for (spec, &n_blocks) in stacked.iter().zip(&n_blocks) {
         let in_weight = |source| EngineError::Weight { name: spec.name.clone(), source };
@@ -115,13 +128,18 @@ pub fn import(dir: impl AsRef<Path>, scratch: &Path, progress: &dyn Progress) ->
     Ok(Imported { draft, order })
 }
 
+/// The weight and the block, from 0, that a tensor is a part of.
+fn part_of(name: &str) -> Option<(&str, u32)> {
+    let (weight, part) = name.rsplit_once('.')?;
+    let (SIGNS | COEFFICIENTS | BASIS, block) = part.rsplit_once('_')? else { return None };
+    Some((weight, block.parse().ok()?))
+}
+
 /// The number of blocks of every weight in a layer: up to the last of which any part is there.
 fn count_blocks(checkpoint: &Checkpoint, config: &ModelConfig) -> Result<Vec<usize>, ExchangeError> {
     let mut found: HashMap<&str, usize> = HashMap::new();
     for name in checkpoint.tensor_names() {
-        let Some((weight, part)) = name.rsplit_once('.') else { continue };
-        let Some((SIGNS | COEFFICIENTS | BASIS, block)) = part.rsplit_once('_') else { continue };
-        let Ok(block) = block.parse::<u32>() else { continue };
+        let Some((weight, block)) = part_of(name) else { continue };
         let n = found.entry(weight).or_default();
         *n = (*n).max(block as usize + 1);
     }
@@ -295,43 +313,4 @@ fn measured_scores(
         }
     }
     Ok(Scores::new(scores))
-}
-
-/// Turns the numbers that Python writes and JSON does not know, `NaN`, `Infinity` and `-Infinity`, into `null` and the largest numbers.
-fn plain_json(text: &[u8]) -> Vec<u8> {
-    let words: [(&[u8], &[u8]); 2] = [(b"NaN", b"null"), (b"Infinity", b"1.7976931348623157e308")];
-    let mut plain = Vec::with_capacity(text.len());
-    let (mut at, mut in_string) = (0, false);
-    while at < text.len() {
-        let word = words.iter().find(|(word, _)| !in_string && text[at..].starts_with(word));
-        if let Some((word, number)) = word {
-            plain.extend_from_slice(number);
-            at += word.len();
-            continue;
-        }
-        match text[at] {
-            b'"' => in_string = !in_string,
-            b'\\' => {
-                plain.push(b'\\');
-                at += 1;
-            }
-            _ => {}
-        }
-        plain.extend(text.get(at));
-        at += 1;
-    }
-    plain
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn numbers_that_only_python_knows_become_json_and_strings_stay() {
-        let text = br#"{"NaN \" NaN": NaN, "x": [Infinity, -Infinity, 1.5]}"#;
-        let expected = br#"{"NaN \" NaN": null, "x": [1.7976931348623157e308, -1.7976931348623157e308, 1.5]}"#;
-        assert_eq!(String::from_utf8(plain_json(text)), String::from_utf8(expected.to_vec()));
-        assert_eq!(plain_json(br#""\"#), br#""\"#, "text that ends in the middle of a string stays as it is");
-    }
 }

@@ -43,7 +43,7 @@ fn expected() -> Expected {
 }
 
 fn imported(dir: &Path) -> Result<Imported, ExchangeError> {
-    import(dir, &std::env::temp_dir(), &())
+    import(dir, &[], &std::env::temp_dir(), &())
 }
 
 fn logits<L: Weight<Cpu>>(decoder: &Decoder<L>, tokens: &[u32]) -> Array2<f32> {

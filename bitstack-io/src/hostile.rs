@@ -14,6 +14,32 @@ pub fn printable(text: &str) -> String {
     text.chars().map(|c| if c.is_control() { char::REPLACEMENT_CHARACTER } else { c }).take(MAX_SHOWN).collect()
 }
 
+/// Turns the numbers that Python writes and JSON does not know, `NaN`, `Infinity` and `-Infinity`, into `null` and the largest numbers.
+pub fn plain_json(text: &[u8]) -> Vec<u8> {
+    let words: [(&[u8], &[u8]); 2] = [(b"NaN", b"null"), (b"Infinity", b"1.7976931348623157e308")];
+    let mut plain = Vec::with_capacity(text.len());
+    let (mut at, mut in_string) = (0, false);
+    while at < text.len() {
+        let word = words.iter().find(|(word, _)| !in_string && text[at..].starts_with(word));
+        if let Some((word, number)) = word {
+            plain.extend_from_slice(number);
+            at += word.len();
+            continue;
+        }
+        match text[at] {
+            b'"' => in_string = !in_string,
+            b'\\' => {
+                plain.push(b'\\');
+                at += 1;
+            }
+            _ => {}
+        }
+        plain.extend(text.get(at));
+        at += 1;
+    }
+    plain
+}
+
 /// Reads the value of a field of an object into `slot`, unless the field has been there before.
 ///
 /// # Errors
@@ -64,5 +90,18 @@ impl<'de> Deserialize<'de> for Dims {
             }
         }
         deserializer.deserialize_seq(DimsVisitor)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_that_only_python_knows_become_json_and_strings_stay() {
+        let text = br#"{"NaN \" NaN": NaN, "x": [Infinity, -Infinity, 1.5]}"#;
+        let expected = br#"{"NaN \" NaN": null, "x": [1.7976931348623157e308, -1.7976931348623157e308, 1.5]}"#;
+        assert_eq!(String::from_utf8(plain_json(text)), String::from_utf8(expected.to_vec()));
+        assert_eq!(plain_json(br#""\"#), br#""\"#, "text that ends in the middle of a string stays as it is");
     }
 }

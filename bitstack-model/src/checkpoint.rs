@@ -16,8 +16,8 @@ use half::{bf16, f16};
 use ndarray::Array2;
 use serde::Deserialize;
 
-use crate::{Dense, Elements, ModelConfig, ModelError, VectorSpec, WeightSpec};
-use bitstack_io::hostile::printable;
+use crate::{Dense, Elements, ModelConfig, ModelError, VectorSpec, WeightRole, WeightSpec, account};
+use bitstack_io::hostile::{plain_json, printable};
 use bitstack_io::safetensors::{Header, HeaderError, HeaderTensor};
 use bitstack_io::{Dtype, ReadAt};
 
@@ -75,6 +75,9 @@ pub struct Checkpoint {
     limits: CheckpointLimits,
     files: Vec<DataFile>,
     tensors: HashMap<String, Location>,
+    /// Tensors that are not in the file where the index says they are, and what is wrong. It matters for those that are used.
+    misplaced: HashMap<String, String>,
+    remarks: Vec<String>,
 }
 
 #[derive(Clone)]
@@ -124,32 +127,69 @@ impl Checkpoint {
     /// # Errors
     /// As [`open`](Self::open); [`ModelError::FileTooLarge`] and [`ModelError::BadCheckpoint`] for what is beyond `limits`.
     pub fn open_with(dir: impl AsRef<Path>, limits: &CheckpointLimits) -> Result<Self, ModelError> {
+        Self::open_ignoring(dir, &[], limits)
+    }
+
+    /// Opens a directory, and leaves tensors be that the model does not use where their names match one of the patterns `ignored`: `*` stands for any
+    /// characters, `?` for one.
+    ///
+    /// # Errors
+    /// As [`open_with`](Self::open_with).
+    pub fn open_ignoring(
+        dir: impl AsRef<Path>,
+        ignored: &[String],
+        limits: &CheckpointLimits,
+    ) -> Result<Self, ModelError> {
         let checkpoint = Self::open_headers(dir.as_ref(), limits)?;
+        let mut used = HashSet::new();
         for weight in checkpoint.config.weights() {
             checkpoint.locate(&weight.tensor_name(), &weight.tensor_shape())?;
+            used.insert(weight.tensor_name());
         }
         for vector in checkpoint.config.other_tensors() {
             checkpoint.locate(&vector.name, &[vector.len])?;
+            used.insert(vector.name.clone());
         }
+        checkpoint.check_used(&used, ignored)?;
         Ok(checkpoint)
+    }
+
+    /// Checks that no tensor is left over beside those that are `used`: others follow from the config (rotary frequencies), are the head of tied
+    /// embeddings once more, or match one of the patterns `ignored`.
+    ///
+    /// # Errors
+    /// [`ModelError::UnusedTensors`].
+    pub fn check_used(&self, used: &HashSet<String>, ignored: &[String]) -> Result<(), ModelError> {
+        let [_, head] = self.outer_tensors();
+        let names = self.tensor_names().filter(|name| !self.config.tied || *name != head);
+        account::check(&self.dir, names, used, self.config.n_layers(), ignored)
     }
 
     /// Opens a directory whatever its tensors are: each is checked when it is read. For layouts other than that of Hugging Face.
     ///
     /// # Errors
-    /// As [`open_with`](Self::open_with), but nothing about tensors that are missing or of other shapes and types.
+    /// As [`open_with`](Self::open_with), but nothing about tensors that are missing, left over, or of other shapes and types.
     pub fn open_headers(dir: &Path, limits: &CheckpointLimits) -> Result<Self, ModelError> {
         let dir = dir.to_owned();
-        let read_text = |path: &Path| read_text(path, limits.config_bytes);
-        let config_text = read_text(&dir.join("config.json"))?;
+        let config_text = read_text(&dir.join("config.json"), limits.config_bytes)?;
         let mut config = ModelConfig::from_json(&config_text)?;
-        let generation = dir.join("generation_config.json");
-        if exists(&generation)? {
-            config.add_generation_config(&read_text(&generation)?)?;
-        }
-
-        let mut checkpoint =
-            Self { dir, config, config_text, limits: *limits, files: Vec::new(), tensors: HashMap::new() };
+        config.find_end_tokens(|name| {
+            let path = dir.join(name);
+            let is_config = name == "generation_config.json";
+            let limit = if is_config { limits.config_bytes } else { limits.companion_bytes };
+            exists(&path)?.then(|| read_whole(&path, limit)).transpose()
+        })?;
+        let remarks = config.remarks().to_vec();
+        let mut checkpoint = Self {
+            dir,
+            config,
+            config_text,
+            limits: *limits,
+            files: Vec::new(),
+            tensors: HashMap::new(),
+            misplaced: HashMap::new(),
+            remarks,
+        };
         let single = checkpoint.dir.join("model.safetensors");
         let index = checkpoint.dir.join("model.safetensors.index.json");
         if exists(&single)? {
@@ -159,7 +199,60 @@ impl Checkpoint {
         } else {
             return Err(ModelError::NoCheckpoint { dir: checkpoint.dir });
         }
+        checkpoint.untie()?;
         Ok(checkpoint)
+    }
+
+    /// What its user should know of how the checkpoint was read, a line each: nothing, as a rule.
+    pub fn remarks(&self) -> &[String] {
+        &self.remarks
+    }
+
+    /// The names of the tensors of embedding and head.
+    fn outer_tensors(&self) -> [String; 2] {
+        let spec = &self.config.weights()[0];
+        let of = |role| WeightSpec { role, ..spec.clone() }.tensor_name();
+        [of(WeightRole::Embedding), of(WeightRole::Head)]
+    }
+
+    /// A head beside tied embeddings that is another matrix is the head, as for the Hugging Face library. The config then says so, too.
+    fn untie(&mut self) -> Result<(), ModelError> {
+        let [embedding, head] = self.outer_tensors();
+        if !self.config.tied || !self.tensors.contains_key(&head) || !self.tensors.contains_key(&embedding) {
+            return Ok(());
+        }
+        if self.are_equal(&embedding, &head)? {
+            return Ok(());
+        }
+        let is_tied = "tie_word_embeddings";
+        self.remarks.push(format!(
+            "config.json: {is_tied} is true, but {head} is stored and differs from {embedding}; the stored one is used"
+        ));
+        self.config.tied = false;
+        let text = plain_json(self.config_text.as_bytes());
+        let mut json: serde_json::Map<String, serde_json::Value> = serde_json::from_slice(&text)
+            .map_err(|source| ModelError::Json { file: "config.json".to_owned(), source })?;
+        json.insert(is_tied.to_owned(), false.into());
+        self.config_text = format!("{:#}\n", serde_json::Value::Object(json));
+        Ok(())
+    }
+
+    /// Whether two tensors have the same shape and elements.
+    fn are_equal(&self, a: &str, b: &str) -> Result<bool, ModelError> {
+        /// Elements that are compared at a time.
+        const PIECE: usize = 1 << 14;
+        let shape = self.shape(a)?.to_vec();
+        if shape != self.shape(b)? {
+            return Ok(false);
+        }
+        let len: usize = shape.iter().product();
+        for first in (0..len).step_by(PIECE) {
+            let piece = |name| Ok(self.part(name, &shape, first..len.min(first + PIECE))?.into_f32());
+            if piece(a)? != piece(b)? {
+                return Ok(false);
+            }
+        }
+        Ok(true)
     }
 
     /// The directory.
@@ -178,7 +271,7 @@ impl Checkpoint {
         Self { config: self.config.clone().cut_vocabulary(), ..self.clone() }
     }
 
-    /// `config.json` as it stands in the directory.
+    /// `config.json` as it stands in the directory, but for a head that is not tied although the file says so.
     pub fn config_text(&self) -> &str {
         &self.config_text
     }
@@ -191,7 +284,9 @@ impl Checkpoint {
         let mut files = Vec::new();
         for name in COMPANIONS {
             let path = self.dir.join(name);
-            if exists(&path)? {
+            if name == "config.json" {
+                files.push((name.to_owned(), self.config_text.clone().into_bytes()));
+            } else if exists(&path)? {
                 files.push((name.to_owned(), read_whole(&path, self.limits.companion_bytes)?));
             }
         }
@@ -292,8 +387,8 @@ impl Checkpoint {
         for (tensor, shard) in &index.weight_map {
             let found = self.tensors.get(tensor).map(|at| &self.files[at.file].path);
             if found != Some(&self.dir.join(shard)) {
-                let tensor = printable(tensor);
-                return Err(bad(format!("tensor {tensor} is not in {}, where the index says it is", printable(shard))));
+                let reason = format!("tensor {} is not in {}, where it says", printable(tensor), printable(shard));
+                self.misplaced.insert(tensor.clone(), reason);
             }
         }
         Ok(())
@@ -364,6 +459,10 @@ impl Checkpoint {
     }
 
     fn find(&self, tensor: &str) -> Result<&Location, ModelError> {
+        if let Some(reason) = self.misplaced.get(tensor) {
+            let path = self.dir.join("model.safetensors.index.json");
+            return Err(ModelError::BadCheckpoint { path, reason: reason.clone() });
+        }
         let missing = || ModelError::MissingTensor { tensor: tensor.to_owned(), place: self.dir.clone() };
         let location = self.tensors.get(tensor).ok_or_else(missing)?;
         let bytes = location.len_bytes;

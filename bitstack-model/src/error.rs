@@ -36,7 +36,7 @@ pub enum ModelError {
     /// The model's architecture is not one of those the decoder knows.
     #[error("unsupported architecture {found}; supported are {supported}")]
     UnknownArchitecture {
-        /// `architectures[0]` or `model_type` of the config.
+        /// `model_type` of the config, or without one `architectures[0]`.
         found: String,
         /// The names that are accepted.
         supported: String,
@@ -56,6 +56,26 @@ pub enum ModelError {
         found: String,
         /// What would be accepted.
         expected: String,
+    },
+    /// A config has fields about which nothing is known: they may change the arithmetic.
+    #[error("{place}: {found}: not known here; take out what does not change the arithmetic")]
+    UnknownFields {
+        /// The file, or the field that holds them.
+        place: String,
+        /// The first of them with their values, as JSON, and the number of the others.
+        found: String,
+    },
+    /// A checkpoint has tensors that the model which its config describes does not use.
+    #[error("no place for {} of {} in the model that config.json describes: {names}{reason}", tensors(*count), dir.display())]
+    UnusedTensors {
+        /// The checkpoint's directory.
+        dir: PathBuf,
+        /// How many they are.
+        count: usize,
+        /// The first of them.
+        names: String,
+        /// What the first of them is, where its name tells, in brackets; or nothing.
+        reason: String,
     },
     /// A directory holds no checkpoint.
     #[error("no model in {}: neither model.safetensors nor model.safetensors.index.json is there", dir.display())]
@@ -142,4 +162,8 @@ pub enum ModelError {
         /// The model's limit.
         limit: usize,
     },
+}
+
+fn tensors(count: usize) -> String {
+    if count == 1 { "1 tensor".to_owned() } else { format!("{count} tensors") }
 }

@@ -1,6 +1,7 @@
 #![doc = include_str!("../README.md")]
 #![forbid(unsafe_code)]
 
+mod account;
 mod checkpoint;
 pub mod config;
 mod elements;
@@ -11,7 +12,7 @@ pub mod text;
 mod tokenizer;
 
 pub use checkpoint::{Checkpoint, CheckpointLimits};
-pub use config::{Llama3Scaling, ModelConfig, RopeConfig, VectorSpec, WeightRole, WeightSpec};
+pub use config::{ModelConfig, RopeConfig, VectorSpec, WeightRole, WeightSpec};
 pub use elements::{Dense, Elements};
 pub use error::ModelError;
 pub use progress::{Part, Progress};

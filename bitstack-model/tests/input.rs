@@ -5,8 +5,8 @@ mod fixtures;
 
 use std::fs;
 
-use bitstack_model::config::{FeedForwardInput, Mlp, Projections};
-use bitstack_model::{Checkpoint, ModelConfig, ModelError, WeightRole};
+use bitstack_model::config::{DynamicScaling, FeedForwardInput, Mlp, Projections, RopeScaling, YarnScaling};
+use bitstack_model::{Checkpoint, ModelConfig, ModelError, RopeConfig, WeightRole};
 use fixtures::{checkpoint, data, told, with_large_vocabulary};
 use proptest::prelude::*;
 use serde_json::{Value, json};
@@ -28,8 +28,8 @@ fn config_error(name: &str, changes: Value) -> String {
 #[test]
 fn configs_of_all_families_are_read() {
     let llama = config("llama31", json!({})).unwrap();
-    let rope = llama.ropes[0];
-    assert!(llama.tied && rope.theta == 500_000.0 && rope.scaling.unwrap().original_positions == 64.0);
+    let RopeConfig { theta, scaling: Some(RopeScaling::Llama3(scaling)) } = llama.ropes[0] else { unreachable!() };
+    assert!(llama.tied && theta == 500_000.0 && scaling.original_positions == 64.0);
     assert_eq!(llama.eos_tokens, [1]);
     assert_eq!(windows(&config("mistral_window", json!({})).unwrap()), [Some(16); 2]);
     assert_eq!(config("mistral", json!({})).unwrap().layers[0].attention.query_size(), 128);
@@ -78,21 +78,223 @@ fn qwen_windows_apply_from_the_layer_the_config_names() {
     assert!(config_error("qwen3", json!({"layer_types": ["full_attention", "chunked"]})).contains("chunked"));
 }
 
+/// The end tokens of a config with these files beside it.
+fn end_tokens(in_config: Value, files: &[(&str, Value)]) -> Result<Vec<u32>, ModelError> {
+    let mut config = config("llama", json!({"eos_token_id": in_config})).unwrap();
+    config.find_end_tokens(|name| {
+        let file = files.iter().find(|(file, _)| *file == name);
+        Ok::<_, ModelError>(file.map(|(_, value)| value.to_string().into_bytes()))
+    })?;
+    Ok(config.eos_tokens)
+}
+
 #[test]
-fn end_tokens_of_both_configs_are_joined() {
-    let mut config = config("llama", json!({"eos_token_id": [3, 4]})).unwrap();
-    config.add_generation_config(r#"{"eos_token_id": [4, 5]}"#).unwrap();
-    config.add_generation_config(r#"{"eos_token_id": 6}"#).unwrap();
-    assert_eq!(config.eos_tokens, [3, 4, 5, 6]);
-    assert!(config.add_generation_config(r#"{"eos_token_id": "x"}"#).unwrap_err().to_string().contains("eos_token_id"));
+fn end_tokens_are_those_of_the_generation_config_or_else_of_the_config() {
+    let generation = |tokens: Value| [("generation_config.json", json!({"eos_token_id": tokens}))];
+    assert_eq!(end_tokens(json!([3, 4]), &[]).unwrap(), [3, 4]);
+    assert_eq!(end_tokens(json!([3, 4]), &generation(json!([4, 5]))).unwrap(), [4, 5]);
+    assert_eq!(end_tokens(json!(3), &generation(json!(6))).unwrap(), [6]);
+    for nothing in [json!(null), json!([])] {
+        assert_eq!(end_tokens(json!(3), &generation(nothing)).unwrap(), [3]);
+    }
+    let error = end_tokens(json!(3), &generation(json!("x"))).unwrap_err().to_string();
+    assert!(error.contains("eos_token_id"), "{error}");
+}
+
+#[test]
+fn the_last_resort_is_the_end_token_of_the_tokenizer() {
+    let model = json!({"type": "BPE", "vocab": {"a": 0, "</s>": 1, "<|end|>": 2}, "merges": []});
+    let tokenizer = json!({"version": "1.0", "added_tokens": [], "model": model, "normalizer": null, "decoder": null,
+        "pre_tokenizer": null, "post_processor": null, "truncation": null, "padding": null});
+    let tokenizer = ("tokenizer.json", tokenizer);
+    let named = |file, token: Value| (file, json!({"eos_token": token}));
+    let (first, second) = ("tokenizer_config.json", "special_tokens_map.json");
+    for (token, id) in [(json!("</s>"), vec![1]), (json!({"content": "<|end|>"}), vec![2]), (json!("b"), vec![])] {
+        for file in [first, second] {
+            let files = [named(file, token.clone()), tokenizer.clone()];
+            assert_eq!(end_tokens(json!(null), &files).unwrap(), id, "{file}: {token}");
+            assert_eq!(end_tokens(json!(7), &files).unwrap(), [7]);
+        }
+    }
+    let files = [named(first, json!(null)), named(second, json!("</s>")), tokenizer];
+    assert_eq!(end_tokens(json!(null), &files).unwrap(), [1]);
+    assert_eq!(end_tokens(json!(null), &files[..2]).unwrap(), [0; 0]);
+}
+
+#[test]
+fn fields_that_are_left_out_are_those_of_the_class() {
+    let without = |name: &str, changes: Value, absent: &[&str]| {
+        let mut config: Value = serde_json::from_slice(&fs::read(data(name).join("config.json")).unwrap()).unwrap();
+        config.as_object_mut().unwrap().extend(changes.as_object().unwrap().clone());
+        absent.iter().for_each(|field| drop(config.as_object_mut().unwrap().shift_remove(*field)));
+        ModelConfig::from_json(&config.to_string())
+    };
+    let window = |name: &str, changes: Value| windows(&without(name, changes, &["sliding_window"]).unwrap());
+    assert_eq!(window("mistral", json!({})), [Some(4096); 2]);
+    assert_eq!(windows(&config("mistral", json!({"sliding_window": null})).unwrap()), [None; 2]);
+    let used = json!({"use_sliding_window": true, "max_window_layers": 1, "layer_types": null});
+    assert_eq!(window("qwen2", used.clone()), [None, Some(4096)]);
+    let all_below = without("qwen3", used, &["sliding_window", "max_window_layers"]).unwrap();
+    assert_eq!(windows(&all_below), [None; 2]);
+    assert_eq!(window("qwen2", json!({})), [None; 2]);
+
+    let absent = ["max_position_embeddings", "num_key_value_heads", "head_dim", "rms_norm_eps", "rope_theta"];
+    let llama = without("llama", json!({}), &absent).unwrap();
+    let attention = &llama.layers[0].attention;
+    assert_eq!((llama.max_positions, attention.n_kv_heads, attention.head_dim), (2048, 4, 16));
+    assert_eq!((llama.ropes[0].theta, llama.norm.eps), (1e4, 1e-6));
+    let mistral = without("mistral", json!({"num_attention_heads": 16}), &absent).unwrap();
+    assert_eq!((mistral.max_positions, mistral.layers[0].attention.n_kv_heads), (131_072, 8));
+    let qwen3 = without("qwen3", json!({"num_attention_heads": 32}), &absent).unwrap();
+    let attention = &qwen3.layers[0].attention;
+    assert_eq!((qwen3.max_positions, attention.n_kv_heads, attention.head_dim), (32_768, 32, 128));
+    // Four query heads cannot share the thirty-two of the class.
+    assert!(without("qwen2", json!({}), &absent).unwrap_err().to_string().contains("num_key_value_heads is 32"));
+}
+
+#[test]
+fn the_type_says_what_a_model_is_and_the_class_only_without_one() {
+    let qwen = config("llama", json!({"model_type": "qwen3"})).unwrap();
+    assert!(qwen.layers[0].attention.query_norm.is_some());
+    let remark = &qwen.remarks()[0];
+    assert!(remark.contains("LlamaForCausalLM") && remark.contains("qwen3"), "{remark}");
+    let llama = config("llama", json!({})).unwrap();
+    for class in ["LLaMAForCausalLM", "LlamaModel"] {
+        assert_eq!(config("llama", json!({"architectures": [class]})).unwrap(), llama);
+    }
+    assert_eq!(config("llama", json!({"model_type": null})).unwrap(), llama);
+    let neither = config_error("llama", json!({"model_type": null, "architectures": null}));
+    assert_eq!(neither, "config.json has no model_type");
+}
+
+#[test]
+fn what_nobody_knows_is_refused_unless_it_is_off_or_harmless() {
+    for (field, value) in [
+        ("attn_logit_softcapping", json!(50.0)),
+        ("residual_multiplier", json!(0.5)),
+        ("sliding_window", json!(64)),
+        ("attention_chunk_size", json!(8)),
+        ("quantization", json!({"bits": 4})),
+        ("kept_layers", json!([0])),
+    ] {
+        let error = config_error("llama", json!({ field: value.clone() }));
+        assert!(error.contains(&format!("{field} is {value}")), "{error}");
+        assert!(config("llama", json!({ field: null })).is_ok());
+    }
+    assert!(config_error("mistral", json!({"attention_bias": true})).contains("attention_bias is true"));
+    let many = config_error("llama", json!({"a": 1, "b": 2, "c": 3, "d": 4, "e": 5}));
+    assert!(many.contains("a is 1, b is 2, c is 3 and 2 more"), "{many}");
+    for harmless in [
+        json!({"use_mrope": false, "pruned_heads": {}, "torch_dtype": "float16", "hidden_dropout": 0.1}),
+        json!({"pad_token_id": 3, "_name_or_path": "x", "temperature": 0.6, "unsloth_version": "2025.1"}),
+        json!({"transformers_version": "5.24.0", "pretraining_tp": 2, "rope_interleaved": false}),
+    ] {
+        assert_eq!(config("llama", harmless).unwrap(), config("llama", json!({})).unwrap());
+    }
+    // As in the class, where it counts for nothing.
+    assert!(config("qwen2", json!({"sliding_window": 131_072, "max_window_layers": 21})).is_ok());
+}
+
+#[test]
+fn numbers_that_only_python_writes_are_read() {
+    let text = fs::read_to_string(data("llama").join("config.json")).unwrap();
+    let with = |text: &str, field: &str| text.replacen('{', &format!("{{\"{field}\": "), 1);
+    let harmless = with(&text, "temperature").replacen(": ", ": Infinity, \"top_p\": NaN, ", 1);
+    assert_eq!(ModelConfig::from_json(&harmless).unwrap(), ModelConfig::from_json(&text).unwrap());
+    let used = with(&text, "rope_theta")
+        .replacen(": ", ": Infinity, \"x\": null, ", 1)
+        .replace("\"rope_theta\": 10000.0,", "");
+    assert!(ModelConfig::from_json(&used).unwrap_err().to_string().contains("rope_theta"));
+}
+
+/// The rotary table of a Llama of 4 heads of 16 elements and 256 positions.
+fn rope(changes: Value) -> RopeConfig {
+    config("llama", changes).unwrap().ropes.remove(0)
+}
+
+#[test]
+fn rope_scaling_goes_before_rope_parameters() {
+    let plain = json!({"rope_type": "default", "rope_theta": 10000.0});
+    let linear = json!({"type": "linear", "factor": 4.0});
+    let both = rope(json!({"rope_parameters": plain, "rope_scaling": linear}));
+    assert_eq!(both.scaling, Some(RopeScaling::Linear { factor: 4.0 }));
+    assert_eq!(rope(json!({"rope_parameters": linear, "rope_scaling": {}})), both);
+    // The base that the scaling does not repeat would be lost.
+    let lost = json!({"rope_parameters": {"rope_theta": 1e6}, "rope_scaling": linear});
+    let error = config_error("llama", lost);
+    assert!(error.contains("rope_theta") && error.contains("1000000") && error.contains("rope_scaling"), "{error}");
+    let untyped = config_error("llama", json!({"rope_scaling": {"factor": 4.0}}));
+    assert!(untyped.contains("rope_scaling") && untyped.contains("rope_type"), "{untyped}");
+    let error = config_error("llama", json!({"rope_scaling": {"rope_type": "linear", "factor": 4.0, "warp": 2}}));
+    assert!(error.contains("rope_scaling: warp is 2"), "{error}");
+}
+
+#[test]
+fn the_parameters_of_scalings_have_the_defaults_of_the_reference_library() {
+    let yarn = |changes: Value| {
+        let mut parameters = json!({"rope_type": "yarn", "factor": 4.0});
+        parameters.as_object_mut().unwrap().extend(changes.as_object().unwrap().clone());
+        match rope(json!({"rope_scaling": parameters})).scaling {
+            Some(RopeScaling::Yarn(yarn)) => yarn,
+            other => panic!("{other:?}"),
+        }
+    };
+    let amplitude = 0.1 * 4f64.ln() + 1.0;
+    let (factor, original_positions, beta_fast, beta_slow) = (4.0, 256.0, 32.0, 1.0);
+    let plain = YarnScaling { factor, original_positions, beta_fast, beta_slow, truncate: true, amplitude };
+    assert_eq!(yarn(json!({})), plain);
+    assert_eq!(yarn(json!({"beta_fast": 0, "beta_slow": null, "finetuned": true})), plain);
+    assert_eq!(yarn(json!({"attention_factor": 1.5})), YarnScaling { amplitude: 1.5, ..plain });
+    let ratio = (0.1 * 2.0 * 4f64.ln() + 1.0) / (0.1 * 0.5 * 4f64.ln() + 1.0);
+    assert_eq!(yarn(json!({"mscale": 2.0, "mscale_all_dim": 0.5})), YarnScaling { amplitude: ratio, ..plain });
+    let given = yarn(json!({"original_max_position_embeddings": 64, "truncate": false}));
+    assert_eq!(given, YarnScaling { original_positions: 64.0, truncate: false, ..plain });
+    let ratio = yarn(json!({"original_max_position_embeddings": 64, "factor": null}));
+    assert_eq!(ratio, YarnScaling { original_positions: 64.0, ..plain });
+
+    let dynamic = rope(json!({"rope_scaling": {"type": "dynamic", "factor": 2.0}}));
+    assert_eq!(dynamic.scaling, Some(RopeScaling::Dynamic(DynamicScaling { factor: 2.0, original_positions: 256 })));
+    assert_eq!(dynamic.changes_above(), Some(256));
+    let factors = json!(vec![1.5; 8]);
+    let long = |changes: Value| {
+        let mut parameters = json!({"rope_type": "longrope", "short_factor": factors, "long_factor": factors});
+        parameters.as_object_mut().unwrap().extend(changes.as_object().unwrap().clone());
+        json!({"rope_scaling": parameters, "original_max_position_embeddings": 64})
+    };
+    let amplitude = (1.0 + 4f64.ln() / 64f64.ln()).sqrt();
+    assert_eq!((rope(long(json!({}))).amplitude(), rope(long(json!({}))).changes_above()), (amplitude, Some(64)));
+    assert_eq!(rope(long(json!({"factor": 1.0}))).amplitude(), 1.0);
+    assert!(config_error("llama", long(json!({"short_factor": [1.0]}))).contains("a list of 8 numbers"));
+}
+
+#[test]
+fn a_scaled_model_has_the_positions_it_is_scaled_for() {
+    let positions = |scaling: Value| config("llama", json!({"rope_scaling": scaling})).unwrap().max_positions;
+    assert_eq!(positions(json!({"type": "linear", "factor": 4.0})), 1024);
+    assert_eq!(positions(json!({"type": "dynamic", "factor": 2.0})), 512);
+    assert_eq!(positions(json!({"type": "yarn", "factor": 4.0})), 1024);
+    assert_eq!(positions(json!({"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64})), 256);
+    assert_eq!(positions(json!({"type": "linear", "factor": 1e6})), 1 << 24);
+}
+
+#[test]
+fn layers_with_a_window_may_have_a_rotary_table_of_their_own() {
+    let kinds = json!({"full_attention": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e6}, "sliding_attention": {"rope_type": "default"}});
+    let types = json!(["sliding_attention", "full_attention"]);
+    let nested =
+        json!({"rope_parameters": kinds, "layer_types": types, "use_sliding_window": true, "sliding_window": 8});
+    let model = config("qwen3", nested).unwrap();
+    let theta = |layer: usize| model.ropes[model.layers[layer].attention.rope].theta;
+    assert_eq!((theta(0), theta(1), model.max_positions), (1e6, 1e6, 512));
+    assert_eq!(model.layers.iter().map(|layer| layer.attention.rope).collect::<Vec<_>>(), [1, 0]);
+    assert!(model.ropes[1].scaling.is_none() && model.ropes[0].scaling.is_some());
+    assert!(config_error("llama", json!({"rope_parameters": kinds})).contains("layer_types"));
 }
 
 #[test]
 fn unusable_configs_name_the_field_and_its_value() {
-    let error = config_error("llama", json!({"architectures": ["GPT2LMHeadModel"]}));
-    assert!(
-        error.contains("GPT2LMHeadModel") && error.contains("LlamaForCausalLM") && error.contains("Qwen3ForCausalLM")
-    );
+    let error = config_error("llama", json!({"model_type": "gpt2"}));
+    assert!(error.contains("gpt2") && error.contains("LlamaForCausalLM") && error.contains("Qwen3ForCausalLM"));
     for (field, value) in [
         ("hidden_size", json!(0)),
         ("hidden_size", json!(-3)),
@@ -108,6 +310,7 @@ fn unusable_configs_name_the_field_and_its_value() {
         ("rope_theta", json!(0)),
         ("rope_scaling", json!("yes")),
         ("hidden_act", json!("gelu")),
+        ("hidden_act", json!(1)),
         ("tie_word_embeddings", json!("no")),
         ("partial_rotary_factor", json!(0.5)),
         ("eos_token_id", json!(-1)),
@@ -119,9 +322,17 @@ fn unusable_configs_name_the_field_and_its_value() {
         assert_eq!(config_error("llama", json!({ field: null })), format!("config.json has no {field}"));
     }
     assert!(config_error("mistral", json!({"num_key_value_heads": null})).contains("num_key_value_heads"));
-    assert!(config_error("llama", json!({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}})).contains("yarn"));
+    assert!(config_error("llama", json!({"rope_scaling": {"rope_type": "su", "factor": 2.0}})).contains("\"su\""));
     assert!(
         config_error("llama", json!({"rope_scaling": {"type": "llama3", "factor": 2.0}})).contains("low_freq_factor")
+    );
+    assert!(
+        config_error("mistral", json!({"layer_types": ["full_attention", "full_attention"], "sliding_window": 9}))
+            .contains("layer_types")
+    );
+    assert!(
+        config_error("qwen2", json!({"layer_types": ["sliding_attention", "full_attention"]}))
+            .contains("no sliding_window")
     );
     assert!(
         config_error("llama", json!({"quantization_config": {"quant_method": "gptq"}})).contains("quantization_config")

@@ -33,7 +33,7 @@ fuzz_target!(|input: &[u8]| {
     }
     for tensors in [Some(tensors.to_vec()), repaired(tensors)].into_iter().flatten() {
         write("model.safetensors", &tensors);
-        let imported = match import(dir, dir, &()) {
+        let imported = match import(dir, &[], dir, &()) {
             Ok(imported) => imported,
             Err(error) => {
                 assert!(!error.to_string().is_empty());

@@ -1,6 +1,6 @@
 //! The CPU: vector code for each operation, products by `bitstack-cpu` and faer.
 
-use super::{Columns, Context, Device, Done, Routes, Sequence, Weight, angle, inverse_frequencies};
+use super::{Columns, Context, Device, Done, Frequencies, Routes, Sequence, Weight};
 use crate::{EngineError, Operator, linear, math};
 use bitstack_core::Threads;
 use bitstack_cpu::Scratch;
@@ -79,7 +79,7 @@ impl Device for Cpu {
     }
 
     fn rope(&self, config: &RopeConfig, rotary_dim: usize, max_positions: usize) -> Result<Rope, EngineError> {
-        Ok(Rope::new(inverse_frequencies(config, rotary_dim), max_positions))
+        Ok(Rope::new(Frequencies::new(config, rotary_dim), max_positions))
     }
 
     fn reserve(_: &mut CpuQueue, buffer: &mut Vec<f32>, len: usize) -> Done {
@@ -319,8 +319,8 @@ impl Weight<Cpu> for Operator<'_> {
 /// Rotary position embedding.
 #[derive(Debug, Clone)]
 pub struct Rope {
-    inverse_frequencies: Vec<f32>,
-    /// Cosines, then sines, of the first positions; further ones are computed when they come.
+    frequencies: Frequencies,
+    /// Cosines, then sines, of the first positions of sequences that have the first frequencies; others are computed when they come.
     table: Vec<f32>,
 }
 
@@ -328,28 +328,31 @@ impl Rope {
     /// Positions whose angles are kept; 4 MB at a head size of 128.
     const KEPT: usize = 8192;
 
-    pub(crate) fn new(inverse_frequencies: Vec<f32>, max_positions: usize) -> Self {
-        let rotary_dim = 2 * inverse_frequencies.len();
+    pub(crate) fn new(frequencies: Frequencies, max_positions: usize) -> Self {
+        let rotary_dim = 2 * frequencies.first.len();
         let mut table = vec![0.0; max_positions.min(Self::KEPT) * rotary_dim];
         for (position, row) in table.chunks_exact_mut(rotary_dim).enumerate() {
             let (cos, sin) = row.split_at_mut(rotary_dim / 2);
-            for ((f, cos), sin) in inverse_frequencies.iter().zip(cos).zip(sin) {
-                (*cos, *sin) = angle(position, *f);
+            for ((f, cos), sin) in frequencies.first.iter().zip(cos).zip(sin) {
+                (*cos, *sin) = frequencies.angle(position, *f);
             }
         }
-        Self { inverse_frequencies, table }
+        Self { frequencies, table }
     }
 
-    /// Rotates every head of every row of `x`, which has `heads` of them; the first row is at position `past`.
+    /// Rotates every head of every row of `x`, which has `heads` of them; the first row is at position `past`, and the last one ends the sequence.
     pub(crate) fn rotate(&self, x: &mut [f32], [heads, head_dim]: [usize; 2], past: usize) {
-        let half = self.inverse_frequencies.len();
+        let half = self.frequencies.first.len();
+        let long = self.frequencies.of_long(past + x.len() / (head_dim * heads));
+        let table = if long.is_some() { &[][..] } else { &self.table[..] };
+        let frequencies = long.as_ref().unwrap_or(&self.frequencies.first);
         for (token, row) in x.chunks_exact_mut(head_dim * heads).enumerate() {
             let position = past + token;
-            let Some(angles) = self.table.get(position * 2 * half..(position + 1) * 2 * half) else {
+            let Some(angles) = table.get(position * 2 * half..(position + 1) * 2 * half) else {
                 for head in row.chunks_exact_mut(head_dim) {
                     let (a, b) = head[..2 * half].split_at_mut(half);
-                    for ((a, b), f) in a.iter_mut().zip(b).zip(&self.inverse_frequencies) {
-                        let (cos, sin) = angle(position, *f);
+                    for ((a, b), f) in a.iter_mut().zip(b).zip(frequencies) {
+                        let (cos, sin) = self.frequencies.angle(position, *f);
                         (*a, *b) = (*a * cos - *b * sin, *b * cos + *a * sin);
                     }
                 }
@@ -367,7 +370,7 @@ impl Rope {
 
     /// The rotation the other way, of a whole sequence: that of the mirror image, mirrored.
     pub(crate) fn rotate_back(&self, x: &mut [f32], [heads, head_dim]: [usize; 2]) {
-        let half = self.inverse_frequencies.len();
+        let half = self.frequencies.first.len();
         let mirror = |x: &mut [f32]| {
             for head in x.chunks_exact_mut(head_dim) {
                 head[half..2 * half].iter_mut().for_each(|v| *v = -*v);
@@ -475,7 +478,7 @@ mod tests {
 
     #[test]
     fn positions_beyond_the_table_rotate_like_those_in_it() {
-        let frequencies = vec![1.0, 0.1];
+        let frequencies = Frequencies::new(&RopeConfig { theta: 100.0, scaling: None }, 4);
         let (kept, fresh) = (Rope::new(frequencies.clone(), 8), Rope::new(frequencies, 2));
         let x: Vec<f32> = (0..5 * 8).map(|i| i as f32).collect();
         let (mut a, mut b) = (x.clone(), x);

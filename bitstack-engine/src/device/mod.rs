@@ -15,10 +15,12 @@
 mod cache;
 mod cpu;
 mod plain;
+mod rope;
 
 pub use cache::KvCache;
 pub use cpu::{Cpu, CpuQueue, Rope};
 pub use plain::Plain;
+pub use rope::Frequencies;
 
 pub(crate) use cpu::QUERY_BLOCK;
 
@@ -422,26 +424,4 @@ impl Routes {
             }
         }
     }
-}
-
-/// Radians per position of each pair of elements of a head: theta^(-2i / head_dim), in f32 whatever the type of the weights, as the Hugging
-/// Face library computes and keeps them.
-pub(crate) fn inverse_frequencies(config: &RopeConfig, head_dim: usize) -> Vec<f32> {
-    let frequency = |i: usize| config.theta.powf(-((2 * i) as f64) / head_dim as f64);
-    let scaled = |frequency: f64| {
-        let Some(s) = config.scaling else { return frequency };
-        // Llama 3.1: long wavelengths are stretched, short ones kept, those between interpolated.
-        let wavelength = 2.0 * std::f64::consts::PI / frequency;
-        let turns = s.original_positions / wavelength;
-        let kept = ((turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)).clamp(0.0, 1.0);
-        frequency * (kept + (1.0 - kept) / s.factor)
-    };
-    (0..head_dim / 2).map(|i| scaled(frequency(i)) as f32).collect()
-}
-
-/// Cosine and sine of a pair of elements at one position. The angle is rounded to f32 as in the reference implementation, where that rounding is
-/// part of what the model was trained with.
-pub(crate) fn angle(position: usize, inverse_frequency: f32) -> (f32, f32) {
-    let (sin, cos) = f64::from(position as f32 * inverse_frequency).sin_cos();
-    (cos as f32, sin as f32)
 }

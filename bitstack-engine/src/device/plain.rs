@@ -1,6 +1,6 @@
 //! The oracle: every operation as its definition says, in plain loops, sums in f64.
 
-use super::{Columns, Context, Device, Done, Routes, Sequence, Weight, angle, inverse_frequencies};
+use super::{Columns, Context, Device, Done, Frequencies, Routes, Sequence, Weight};
 use crate::{EngineError, Operator};
 use bitstack_core::Threads;
 use bitstack_model::config::{Activation, Attention};
@@ -14,14 +14,14 @@ pub struct Plain;
 impl Device for Plain {
     type Buffer = Vec<f32>;
     type Queue = ();
-    type Rope = Vec<f32>;
+    type Rope = Frequencies;
 
     fn queue(&self, _: Threads) -> Result<(), EngineError> {
         Ok(())
     }
 
-    fn rope(&self, config: &RopeConfig, rotary_dim: usize, _: usize) -> Result<Vec<f32>, EngineError> {
-        Ok(inverse_frequencies(config, rotary_dim))
+    fn rope(&self, config: &RopeConfig, rotary_dim: usize, _: usize) -> Result<Frequencies, EngineError> {
+        Ok(Frequencies::new(config, rotary_dim))
     }
 
     fn reserve((): &mut (), buffer: &mut Vec<f32>, len: usize) -> Done {
@@ -145,18 +145,19 @@ impl Device for Plain {
         x: &mut Vec<f32>,
         heads: usize,
         head_dim: usize,
-        rope: &Vec<f32>,
+        rope: &Frequencies,
         sequences: &[Sequence],
     ) -> Done {
-        let positions = sequences.iter().flat_map(|s| s.past..s.past + s.rows);
-        for (row, position) in positions.enumerate() {
+        let positions = sequences.iter().flat_map(|s| (s.past..s.past + s.rows).map(|p| (p, s.past + s.rows)));
+        for (row, (position, len)) in positions.enumerate() {
             for head in 0..heads {
                 let first = (row * heads + head) * head_dim;
-                for (i, frequency) in rope.iter().enumerate() {
-                    let (cos, sin) = angle(position, *frequency);
-                    let (a, b) = (x[first + i], x[first + rope.len() + i]);
+                for (i, frequency) in rope.of(len).iter().enumerate() {
+                    let (cos, sin) = rope.angle(position, *frequency);
+                    let half = rope.first.len();
+                    let (a, b) = (x[first + i], x[first + half + i]);
                     x[first + i] = a * cos - b * sin;
-                    x[first + rope.len() + i] = b * cos + a * sin;
+                    x[first + half + i] = b * cos + a * sin;
                 }
             }
         }

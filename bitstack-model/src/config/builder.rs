@@ -45,6 +45,7 @@ impl Builder {
             ropes,
             tied: false,
             eos_tokens: Vec::new(),
+            remarks: Vec::new(),
             inner: self.weights,
             vectors: self.vectors,
         }

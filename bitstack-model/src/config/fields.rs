@@ -1,25 +1,85 @@
 //! Typed access to the fields of a `config.json`.
 
 use super::limit;
-use super::rope::{Llama3Scaling, RopeConfig};
 use crate::ModelError;
-use bitstack_io::hostile::printable;
+use bitstack_io::hostile::{plain_json, printable};
 use serde_json::{Map, Value};
+use std::cell::RefCell;
+use std::collections::HashSet;
 
-pub(super) fn parse_object(text: &str, file: &str) -> Result<Map<String, Value>, ModelError> {
-    serde_json::from_str(text).map_err(|source| ModelError::Json { file: file.to_owned(), source })
+/// The object that a text is, as Python reads it: with `NaN` and `Infinity`.
+pub(super) fn parse_object(text: &[u8], file: &str) -> Result<Map<String, Value>, ModelError> {
+    serde_json::from_slice(&plain_json(text)).map_err(|source| ModelError::Json { file: file.to_owned(), source })
 }
 
 pub(super) fn bad(field: &'static str, found: impl ToString, expected: impl Into<String>) -> ModelError {
     ModelError::BadField { field, found: printable(&found.to_string()), expected: expected.into() }
 }
 
-/// Typed access to the fields of a JSON object; `null` counts as absent, as in the Python library.
-pub(super) struct Fields<'a>(pub(super) &'a Map<String, Value>);
+/// Typed access to the fields of a JSON object; `null` counts as absent, but for [`is_null`](Self::is_null). It remembers which fields were asked for:
+/// nobody knows the others ([`check_known`](Self::check_known)).
+pub(super) struct Fields<'a> {
+    map: &'a Map<String, Value>,
+    known: RefCell<HashSet<&'a str>>,
+}
 
-impl Fields<'_> {
-    pub(super) fn get(&self, field: &str) -> Option<&Value> {
-        self.0.get(field).filter(|v| !v.is_null())
+impl<'a> Fields<'a> {
+    pub(super) fn new(map: &'a Map<String, Value>) -> Self {
+        Self { map, known: RefCell::default() }
+    }
+
+    pub(super) fn get(&self, field: &str) -> Option<&'a Value> {
+        let (name, value) = self.map.get_key_value(field)?;
+        self.known.borrow_mut().insert(name);
+        Some(value).filter(|v| !v.is_null())
+    }
+
+    /// Says that a field is known, whatever it holds.
+    pub(super) fn know(&self, fields: &[&str]) {
+        for field in fields {
+            self.get(field);
+        }
+    }
+
+    /// Whether a field is there and `null`.
+    pub(super) fn is_null(&self, field: &str) -> bool {
+        self.get(field).is_none() && self.map.contains_key(field)
+    }
+
+    /// Refuses fields that nobody has asked for, unless they are `null`, `false` or empty, or `is_harmless` says so.
+    pub(super) fn check_known(
+        &self,
+        place: &str,
+        is_harmless: impl Fn(&str, &Value) -> bool,
+    ) -> Result<(), ModelError> {
+        const MOST_SHOWN: usize = 3;
+        let is_empty = |value: &Value| match value {
+            Value::Null | Value::Bool(false) => true,
+            Value::String(text) => text.is_empty(),
+            Value::Array(list) => list.is_empty(),
+            Value::Object(object) => object.is_empty(),
+            _ => false,
+        };
+        let known = self.known.borrow();
+        let is_unknown = |(name, value): &(&String, &Value)| {
+            !known.contains(&name[..]) && !is_empty(value) && !is_harmless(name, value)
+        };
+        let unknown: Vec<_> = self.map.iter().filter(is_unknown).collect();
+        if unknown.is_empty() {
+            return Ok(());
+        }
+        let shown = unknown.iter().take(MOST_SHOWN).map(|(name, value)| printable(&format!("{name} is {value}")));
+        let mut found = shown.collect::<Vec<_>>().join(", ");
+        if unknown.len() > MOST_SHOWN {
+            found.push_str(&format!(" and {} more", unknown.len() - MOST_SHOWN));
+        }
+        Err(ModelError::UnknownFields { place: place.to_owned(), found })
+    }
+
+    /// A field that is an object itself.
+    pub(super) fn object(&self, field: &'static str) -> Result<Fields<'a>, ModelError> {
+        let value = self.get(field).ok_or(ModelError::MissingField { field })?;
+        Ok(Fields::new(value.as_object().ok_or_else(|| self.bad(field, "an object"))?))
     }
 
     pub(super) fn bad(&self, field: &'static str, expected: impl Into<String>) -> ModelError {
@@ -48,6 +108,15 @@ impl Fields<'_> {
         self.number(field, 0.0, 0.0, max)
     }
 
+    /// `len` numbers above 0 and at most `max`.
+    pub(super) fn numbers(&self, field: &'static str, len: usize, max: f64) -> Result<Vec<f64>, ModelError> {
+        let value = self.get(field).ok_or(ModelError::MissingField { field })?;
+        let number = |value: &Value| value.as_f64().filter(|x| *x > 0.0 && *x <= max);
+        let list = value.as_array().filter(|list| list.len() == len);
+        let numbers = list.and_then(|list| list.iter().map(number).collect());
+        numbers.ok_or_else(|| self.bad(field, format!("a list of {len} numbers above 0 and at most {max}")))
+    }
+
     pub(super) fn flag(&self, field: &'static str) -> Result<bool, ModelError> {
         match self.get(field) {
             None => Ok(false),
@@ -55,45 +124,8 @@ impl Fields<'_> {
         }
     }
 
-    /// The class of the model, or failing that its type.
-    pub(super) fn architecture(&self) -> Result<&str, ModelError> {
-        let class = self.get("architectures").and_then(|v| v.get(0)).and_then(Value::as_str);
-        let found = class.or_else(|| self.get("model_type").and_then(Value::as_str));
-        found.ok_or(ModelError::MissingField { field: "architectures" })
-    }
-
     pub(super) fn n_layers(&self) -> Result<usize, ModelError> {
         self.dimension("num_hidden_layers", limit::LAYERS)
-    }
-
-    /// `rope_theta` and `rope_scaling`, or the newer `rope_parameters` which holds both.
-    pub(super) fn rope(&self) -> Result<RopeConfig, ModelError> {
-        const MAX_THETA: f64 = 1e12;
-        let outer_theta = self.number("rope_theta", 10_000.0, 0.0, MAX_THETA)?;
-        let field = if self.get("rope_parameters").is_some() { "rope_parameters" } else { "rope_scaling" };
-        let Some(value) = self.get(field) else { return Ok(RopeConfig { theta: outer_theta, scaling: None }) };
-        let inner = Fields(value.as_object().ok_or_else(|| self.bad(field, "an object"))?);
-        let theta = inner.number("rope_theta", outer_theta, 0.0, MAX_THETA)?;
-        let kind = inner.get("rope_type").or_else(|| inner.get("type"));
-        let scaling = match kind.map(|v| v.as_str()) {
-            None | Some(Some("default")) => None,
-            Some(Some("llama3")) => {
-                let scaling = Llama3Scaling {
-                    factor: inner.required_number("factor", 1e6)?,
-                    low_freq_factor: inner.required_number("low_freq_factor", 1e6)?,
-                    high_freq_factor: inner.required_number("high_freq_factor", 1e6)?,
-                    original_positions: inner
-                        .required_number("original_max_position_embeddings", limit::POSITIONS as f64)?,
-                };
-                if scaling.high_freq_factor <= scaling.low_freq_factor {
-                    let expected = format!("more than low_freq_factor ({})", scaling.low_freq_factor);
-                    return Err(inner.bad("high_freq_factor", expected));
-                }
-                Some(scaling)
-            }
-            Some(_) => return Err(bad("rope_type", kind.unwrap_or(&Value::Null), "\"default\" or \"llama3\"")),
-        };
-        Ok(RopeConfig { theta, scaling })
     }
 
     /// `sliding_window`, where there is one.
@@ -112,7 +144,10 @@ impl Fields<'_> {
         let types = types.ok_or_else(|| self.bad("layer_types", expected.clone()))?;
         let window_of = |kind: &Value| match kind.as_str() {
             Some("full_attention") => Ok(None),
-            Some("sliding_attention") => Ok(window),
+            Some("sliding_attention") if window.is_some() => Ok(window),
+            Some("sliding_attention") => {
+                Err(bad("layer_types", kind, "\"full_attention\": there is no sliding_window"))
+            }
             _ => Err(bad("layer_types", kind, expected.clone())),
         };
         types.iter().map(window_of).collect()
@@ -120,12 +155,10 @@ impl Fields<'_> {
 
     /// The windows of Qwen: only where `use_sliding_window` is set, from layer `max_window_layers` on.
     pub(super) fn windows_if_used(&self) -> Result<Vec<Option<usize>>, ModelError> {
+        self.know(&["sliding_window", "max_window_layers"]);
         let window = if self.flag("use_sliding_window")? { self.window()? } else { None };
-        let first = match self.get("max_window_layers").filter(|_| window.is_some()) {
-            None => 28,
-            Some(value) => value.as_u64().ok_or_else(|| self.bad("max_window_layers", "a whole number"))?,
-        };
-        self.windows(window, first)
+        let first = self.get("max_window_layers").and_then(Value::as_u64);
+        self.windows(window, first.ok_or_else(|| self.bad("max_window_layers", "a whole number"))?)
     }
 
     /// `eos_token_id`: one id, a list, or nothing.

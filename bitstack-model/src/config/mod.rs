@@ -3,8 +3,10 @@
 //! The modules within belong together with this one: they read and build [`ModelConfig`], whose lists are private to them.
 
 mod builder;
+mod ends;
 mod families;
 mod fields;
+mod harmless;
 mod layer;
 mod rope;
 
@@ -13,10 +15,10 @@ pub use layer::{
     Activation, Attention, Experts, FeedForward, FeedForwardInput, Layer, Linear, Mlp, Norm, Projections, VectorId,
     WeightId,
 };
-pub use rope::{Llama3Scaling, RopeConfig};
+pub use rope::{DynamicScaling, Llama3Scaling, LongRopeScaling, RopeConfig, RopeScaling, YarnScaling};
 
 use crate::ModelError;
-use fields::{Fields, parse_object};
+use fields::parse_object;
 use std::ops::Range;
 
 /// Limits on what a config may claim. They are far above every published model of these families, and low enough
@@ -62,6 +64,7 @@ pub struct ModelConfig {
     pub tied: bool,
     /// Tokens that end a text.
     pub eos_tokens: Vec<u32>,
+    remarks: Vec<String>,
     /// The weights of all layers.
     inner: Vec<WeightSpec>,
     vectors: Vec<VectorSpec>,
@@ -148,27 +151,19 @@ const HEAD: &str = "lm_head";
 const PART: &str = ".rows.";
 
 impl ModelConfig {
-    /// Reads the text of a `config.json`.
+    /// Reads the text of a `config.json`. Every field that changes the arithmetic is understood, or refused by name. Fields that are left out have
+    /// the values of their class in the Hugging Face library (5.24).
     ///
     /// # Errors
-    /// Malformed JSON, an architecture or rotary scaling that is not supported, a missing field, or a value out of range;
-    /// each names the field and the value.
+    /// Malformed JSON, an architecture or rotary scaling that is not supported, a missing field, a value out of range, a field about which nothing is
+    /// known; each names the field and the value.
     pub fn from_json(text: &str) -> Result<Self, ModelError> {
-        families::describe(&Fields(&parse_object(text, "config.json")?))
+        families::describe(&parse_object(text.as_bytes(), "config.json")?)
     }
 
-    /// Adds the end tokens of a `generation_config.json`, which for chat models names more of them than `config.json`.
-    ///
-    /// # Errors
-    /// Malformed JSON, or end tokens that are not token ids.
-    pub fn add_generation_config(&mut self, text: &str) -> Result<(), ModelError> {
-        let json = parse_object(text, "generation_config.json")?;
-        for token in Fields(&json).eos_tokens()? {
-            if !self.eos_tokens.contains(&token) {
-                self.eos_tokens.push(token);
-            }
-        }
-        Ok(())
+    /// What its user should know of how the config was read, a line each: nothing, as a rule.
+    pub fn remarks(&self) -> &[String] {
+        &self.remarks
     }
 
     /// Number of decoder layers.

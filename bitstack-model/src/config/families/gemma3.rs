@@ -2,16 +2,18 @@
 //! a window and another for those without.
 
 use super::Fields;
-use super::slots::{Slots, refuse, rope_with_default};
-use super::{Activation, Family, Gated, bad};
+use super::slots::{Slots, refuse};
+use super::{Activation, Family, Gated};
 use crate::ModelError;
-use crate::config::{RopeConfig, limit};
-use serde_json::{Map, Value};
+use crate::config::rope::{RopeConfig, Ropes};
+use crate::config::limit;
 
 pub(super) const FAMILY: Family = Family {
     class: "Gemma3ForCausalLM",
     model_type: "gemma3_text",
+    defaults: r#"{"max_position_embeddings": 131072, "num_key_value_heads": 4, "head_dim": 256, "tie_word_embeddings": true, "sliding_window": 4096, "rope_theta": 1000000.0}"#,
     describe: |fields| {
+        fields.know(&["sliding_window_pattern", "_sliding_window_pattern", "rope_local_base_freq"]);
         for field in ["attn_logit_softcapping", "use_bidirectional_attention"] {
             refuse(fields, field)?;
         }
@@ -26,8 +28,7 @@ pub(super) const FAMILY: Family = Family {
         let cap = fields.get("final_logit_softcapping");
         let cap = cap.map(|_| fields.number("final_logit_softcapping", 1.0, 0.0, 1e9)).transpose()?;
         let family = Gated {
-            default_kv_heads: None,
-            default_head_dim: Some(256),
+            kv_heads_of_null: None,
             qkv_bias: bias,
             output_bias: bias,
             mlp_bias: false,
@@ -40,13 +41,11 @@ pub(super) const FAMILY: Family = Family {
                     Some("post_feedforward_layernorm"),
                 ],
                 norm_offset: 1.0,
-                activation: Activation::GeluTanh,
+                activation: Some(Activation::GeluTanh),
                 score_scale: Some(scalar.powf(-0.5) as f32),
-                ropes: ropes(fields)?,
-                rope_of: windows.iter().map(|window| Some(usize::from(window.is_some()))).collect(),
+                ropes: Some(ropes(fields)?),
                 embedding_scale: Some(width.sqrt() as f32),
                 logit_cap: cap.map(|cap| cap as f32),
-                tied: true,
                 ..Slots::default()
             },
             windows,
@@ -69,20 +68,12 @@ fn windows(fields: &Fields<'_>) -> Result<Vec<Option<usize>>, ModelError> {
 
 /// The table of layers without a window, and that of layers with one: `rope_parameters` by type of layer, or the older `rope_theta`, `rope_scaling`
 /// and `rope_local_base_freq`.
-fn ropes(fields: &Fields<'_>) -> Result<Vec<RopeConfig>, ModelError> {
-    const GLOBAL_THETA: f64 = 1e6;
-    const LOCAL_THETA: f64 = 1e4;
-    let Some(parameters) = fields.get("rope_parameters") else {
-        let theta = fields.number("rope_local_base_freq", LOCAL_THETA, 0.0, 1e12)?;
-        let local = RopeConfig { theta, ..Fields(&Map::new()).rope()? };
-        return Ok(vec![rope_with_default(fields, GLOBAL_THETA)?, local]);
-    };
-    let of_type = |kind: &str, theta: f64| {
-        let expected = "an object with full_attention and sliding_attention";
-        let own = parameters.get(kind).filter(|own| own.is_object());
-        let own = own.ok_or_else(|| bad("rope_parameters", parameters, expected))?;
-        let alone: Map<String, Value> = [("rope_parameters".to_owned(), own.clone())].into_iter().collect();
-        rope_with_default(&Fields(&alone), theta)
-    };
-    Ok(vec![of_type("full_attention", GLOBAL_THETA)?, of_type("sliding_attention", LOCAL_THETA)?])
+fn ropes(fields: &Fields<'_>) -> Result<Ropes, ModelError> {
+    let theta = fields.number("rope_local_base_freq", 1e4, 0.0, 1e12)?;
+    let mut ropes = fields.ropes(fields.dimension("head_dim", limit::HEAD_DIM)?)?;
+    if fields.get("rope_parameters").is_none() {
+        ropes.sliding = ropes.tables.len();
+        ropes.tables.push(RopeConfig { theta, scaling: None });
+    }
+    Ok(ropes)
 }

@@ -7,11 +7,11 @@ use crate::config::limit;
 pub(super) const FAMILY: Family = Family {
     class: "GraniteForCausalLM",
     model_type: "granite",
+    defaults: r#"{"max_position_embeddings": 2048, "num_key_value_heads": null}"#,
     describe: |fields| {
         let bias = fields.flag("attention_bias")?;
         let family = Gated {
-            default_kv_heads: Some(fields.dimension("num_attention_heads", limit::HEADS)?),
-            default_head_dim: None,
+            kv_heads_of_null: Some(fields.dimension("num_attention_heads", limit::HEADS)?),
             qkv_bias: bias,
             output_bias: bias,
             mlp_bias: fields.flag("mlp_bias")?,

@@ -10,15 +10,16 @@ use serde_json::Value;
 pub(super) const FAMILY: Family = Family {
     class: "Qwen3MoeForCausalLM",
     model_type: "qwen3_moe",
+    defaults: r#"{"max_position_embeddings": 32768, "num_key_value_heads": 4, "num_local_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768, "decoder_sparse_step": 1, "sliding_window": 4096}"#,
     describe: |fields| {
         let bias = fields.flag("attention_bias")?;
+        fields.know(&["sliding_window", "max_window_layers", "num_experts", "num_local_experts"]);
         let window = if fields.flag("use_sliding_window")? { fields.window()? } else { None };
         // The library writes the second name since its version 5.
         let count = if fields.get("num_experts").is_some() { "num_experts" } else { "num_local_experts" };
         let [n_experts, n_active] = Mixture::counts(fields, count)?;
         let family = Gated {
-            default_kv_heads: None,
-            default_head_dim: None,
+            kv_heads_of_null: None,
             qkv_bias: bias,
             output_bias: bias,
             mlp_bias: false,

@@ -5,12 +5,11 @@ use super::bad;
 use super::{FeedForward, FeedForwardInput, limit};
 use crate::ModelError;
 use crate::config::layer::{Activation, Experts, Mlp};
-use crate::config::{LayerBuilder, RopeConfig, WeightRole};
+use crate::config::rope::Ropes;
+use crate::config::{LayerBuilder, WeightRole};
 
 /// What stands in the slots; [`Slots::default`] is Llama.
 pub(super) struct Slots {
-    /// Of the norms, where the config leaves it out.
-    pub(super) default_eps: f64,
     /// Names of the norms: in front of the attention, behind it, in front of the feed-forward part, behind it.
     pub(super) norms: [Option<&'static str>; 4],
     /// See [`Norm::offset`](crate::config::Norm::offset).
@@ -19,16 +18,16 @@ pub(super) struct Slots {
     pub(super) heads_together: bool,
     /// Whether queries, keys and values are one weight, and gate and up projection another.
     pub(super) fused: bool,
-    /// The nonlinearity of the feed-forward part; of another than SiLU the family has read the field.
-    pub(super) activation: Activation,
+    /// The nonlinearity of the feed-forward part, where the family has another field for it than `hidden_act`.
+    pub(super) activation: Option<Activation>,
     /// Factor of the scores: `None` for 1 / sqrt(head_dim).
     pub(super) score_scale: Option<f32>,
     /// The share of each head that is turned; of another than 1 the family has read the field.
     pub(super) rotary_share: f64,
-    /// The rotary tables: none for the one that the config describes.
-    pub(super) ropes: Vec<RopeConfig>,
-    /// The table of each layer: none for the first in all.
-    pub(super) rope_of: Vec<Option<usize>>,
+    /// The rotary tables, where the family's fields for them are not the usual ones.
+    pub(super) ropes: Option<Ropes>,
+    /// Whether heads are turned in each layer: empty for all layers.
+    pub(super) turned: Vec<bool>,
     /// See [`Layer::residual_scale`](crate::config::Layer::residual_scale).
     pub(super) residual_scale: Option<f32>,
     /// See [`ModelConfig::embedding_scale`](crate::ModelConfig::embedding_scale).
@@ -39,29 +38,25 @@ pub(super) struct Slots {
     pub(super) logit_cap: Option<f32>,
     /// Experts in the place of feed-forward parts.
     pub(super) mixture: Option<Mixture>,
-    /// Whether the head is the embedding, where the config does not say.
-    pub(super) tied: bool,
 }
 
 impl Default for Slots {
     fn default() -> Self {
         Self {
-            default_eps: 1e-6,
             norms: [Some("input_layernorm"), None, Some("post_attention_layernorm"), None],
             norm_offset: 0.0,
             heads_together: false,
             fused: false,
-            activation: Activation::Silu,
+            activation: None,
             score_scale: None,
             rotary_share: 1.0,
-            ropes: Vec::new(),
-            rope_of: Vec::new(),
+            ropes: None,
+            turned: Vec::new(),
             residual_scale: None,
             embedding_scale: None,
             logit_scale: None,
             logit_cap: None,
             mixture: None,
-            tied: false,
         }
     }
 }
@@ -93,7 +88,7 @@ impl Mixture {
     }
 
     /// The experts of the next layer.
-    pub(super) fn build(&self, layer: &mut LayerBuilder<'_>, hidden_size: usize) -> Mlp {
+    pub(super) fn build(&self, layer: &mut LayerBuilder<'_>, hidden_size: usize, activation: Activation) -> Mlp {
         let &Self { n_active, size, normalised, .. } = self;
         let router = layer.linear(self.router, WeightRole::Router, [self.n_experts, hidden_size], false);
         let expert = |index: usize| {
@@ -103,19 +98,11 @@ impl Mixture {
                 up: layer.linear(&name(1), WeightRole::Up, [size, hidden_size], false),
             };
             let down = layer.linear(&name(2), WeightRole::Down, [hidden_size, size], false);
-            FeedForward { size, input, activation: Activation::Silu, down }
+            FeedForward { size, input, activation, down }
         };
         let experts = (0..self.n_experts).map(expert).collect();
         Mlp::Experts(Experts { router, experts, n_active, normalised })
     }
-}
-
-/// The one rotary table of a config, with another base than that of most families where it names none.
-pub(super) fn rope_with_default(fields: &Fields<'_>, theta: f64) -> Result<RopeConfig, ModelError> {
-    let inside = |field| fields.get(field).is_some_and(|v| v.get("rope_theta").is_some_and(|theta| !theta.is_null()));
-    let is_named = fields.get("rope_theta").is_some() || inside("rope_parameters") || inside("rope_scaling");
-    let rope = fields.rope()?;
-    Ok(if is_named { rope } else { RopeConfig { theta, ..rope } })
 }
 
 /// A factor that stands in a field: positive, 1 where it is absent.

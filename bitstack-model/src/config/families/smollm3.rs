@@ -1,6 +1,6 @@
 //! SmolLM3: heads are not turned in every fourth layer.
 
-use super::slots::{Slots, rope_with_default};
+use super::slots::{Slots};
 use super::{Family, Gated, bad};
 use crate::ModelError;
 use crate::config::fields::Fields;
@@ -10,7 +10,9 @@ use serde_json::Value;
 pub(super) const FAMILY: Family = Family {
     class: "SmolLM3ForCausalLM",
     model_type: "smollm3",
+    defaults: r#"{"max_position_embeddings": 32768, "num_key_value_heads": 4, "rope_theta": 2000000.0, "tie_word_embeddings": true, "no_rope_layer_interval": 4}"#,
     describe: |fields| {
+        fields.know(&["sliding_window", "max_window_layers", "no_rope_layer_interval"]);
         let bias = fields.flag("attention_bias")?;
         let turned = turned(fields)?;
         let window = if fields.flag("use_sliding_window")? { fields.window()? } else { None };
@@ -19,17 +21,14 @@ pub(super) const FAMILY: Family = Family {
             None => turned.iter().map(|turned| window.filter(|_| !turned)).collect(),
         };
         let family = Gated {
-            default_kv_heads: None,
-            default_head_dim: None,
+            kv_heads_of_null: None,
             qkv_bias: bias,
             output_bias: bias,
             mlp_bias: fields.flag("mlp_bias")?,
             qk_norm: false,
             windows,
             slots: Slots {
-                ropes: vec![rope_with_default(fields, 2e6)?],
-                rope_of: turned.into_iter().map(|turned| turned.then_some(0)).collect(),
-                tied: true,
+                turned,
                 ..Slots::default()
             },
         };
