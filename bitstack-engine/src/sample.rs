@@ -243,7 +243,8 @@ impl<'t, D: Device> Continuation<'t, D> {
         }
         rayon::scope(|_| {
             let workspace = std::mem::take(&mut self.workspace);
-            let mut pass = Pass::new().in_workspace(workspace).with_cache(&mut self.cache).with_threads(Threads::Pool);
+            let pass = Pass::new().in_workspace(workspace).with_cache(&mut self.cache);
+            let mut pass = pass.with_length(self.result.prompt_tokens).with_threads(Threads::Pool);
             let done = model.advance(&self.pending[..PIECE], &mut pass);
             self.workspace = pass.into_workspace();
             done
@@ -266,7 +267,7 @@ impl<'t, D: Device> Continuation<'t, D> {
         let token = rayon::scope(|_| {
             let workspace = std::mem::take(&mut self.workspace);
             let pass = Pass::new().in_workspace(workspace).with_cache(&mut self.cache);
-            let mut pass = pass.with_threads(Threads::Pool);
+            let mut pass = pass.with_length(self.result.prompt_tokens).with_threads(Threads::Pool);
             let token = self.sampler.choose(model.last_logits(&self.pending, &mut pass)?);
             self.workspace = pass.into_workspace();
             token

@@ -27,6 +27,8 @@ pub struct Pass<'a, D: Device = Cpu> {
     rows: &'a [usize],
     pub(super) observer: Watch<'a>,
     threads: Threads,
+    /// Positions that sequences will have at least.
+    len: usize,
     pub(super) work: Workspace<D>,
 }
 
@@ -142,7 +144,8 @@ impl<D: Device> Scratch<D> {
 
 impl<D: Device> Default for Pass<'_, D> {
     fn default() -> Self {
-        Self { caches: &mut [], rows: &[], observer: Watch(None), threads: Threads::One, work: Workspace::default() }
+        let (observer, work) = (Watch(None), Workspace::default());
+        Self { caches: &mut [], rows: &[], observer, threads: Threads::One, len: 0, work }
     }
 }
 
@@ -170,6 +173,13 @@ impl<'a, D: Device> Pass<'a, D> {
     /// How many rows each of the sequences has in the next call.
     pub fn with_rows(mut self, rows: &'a [usize]) -> Self {
         self.rows = rows;
+        self
+    }
+
+    /// Turns queries and keys as in sequences of `len` positions where they are shorter so far: a prompt that is run in pieces. It matters for
+    /// models whose rotary frequencies depend on the length ([`bitstack_model::RopeConfig::changes_above`]).
+    pub fn with_length(mut self, len: usize) -> Self {
+        self.len = len;
         self
     }
 
@@ -212,7 +222,7 @@ impl<'a, D: Device> Pass<'a, D> {
             if past + rows > limit {
                 return Err(EngineError::ContextFull { needed: past + rows, limit });
             }
-            self.work.sequences.push(Sequence { past, rows });
+            self.work.sequences.push(Sequence { past, rows, len: self.len.max(past + rows) });
         }
         Ok(())
     }

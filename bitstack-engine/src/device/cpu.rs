@@ -1,16 +1,12 @@
 //! The CPU: vector code for each operation, products by `bitstack-cpu` and faer.
 
-use super::{Columns, Context, Device, Done, Frequencies, Routes, Sequence, Weight};
+use super::{Columns, Context, Device, Done, Frequencies, Routes, Sequence, Weight, attend};
 use crate::{EngineError, Operator, linear, math};
 use bitstack_core::Threads;
 use bitstack_cpu::Scratch;
 use bitstack_model::config::{Activation, Attention};
 use bitstack_model::{Dense, RopeConfig};
-use faer::prelude::ReborrowMut;
-use faer::{MatMut, MatRef};
-use rayon::prelude::*;
 use std::ops::Range;
-use std::sync::{Mutex, PoisonError};
 
 /// The host's memory and the best instructions that its CPU has.
 #[derive(Debug, Clone, Copy, Default)]
@@ -26,18 +22,13 @@ pub struct CpuQueue {
     row: Vec<f32>,
     /// Where a product is made that is then spread over columns.
     spread: Vec<f32>,
-    /// Scores of the attention, for each thread of the pool, and the one outside it.
-    scores: Vec<Mutex<Vec<f32>>>,
+    attention: attend::Workspace,
 }
 
 impl CpuQueue {
     fn new(threads: Threads) -> Self {
-        let n = match threads {
-            Threads::One => 0,
-            Threads::Pool => rayon::current_num_threads(),
-        };
-        let scores = (0..=n).map(|_| Mutex::default()).collect();
-        Self { threads, scratch: Scratch::default(), row: Vec::new(), spread: Vec::new(), scores }
+        let attention = attend::Workspace::new(threads);
+        Self { threads, scratch: Scratch::default(), row: Vec::new(), spread: Vec::new(), attention }
     }
 
     /// A product of `rows` columns, made by `work` in rows without a gap, in the columns of `y` that `place` says.
@@ -62,7 +53,7 @@ impl CpuQueue {
 }
 
 /// The first `len` elements of a buffer that only ever grows; their values are left over from earlier uses.
-fn take(buffer: &mut Vec<f32>, len: usize) -> &mut [f32] {
+pub(super) fn take(buffer: &mut Vec<f32>, len: usize) -> &mut [f32] {
     if buffer.len() < len {
         buffer.resize(len, 0.0);
     }
@@ -207,7 +198,7 @@ impl Device for Cpu {
         let mut rest = &mut x[..];
         for sequence in sequences {
             let (own, behind) = rest.split_at_mut(sequence.rows * heads * head_dim);
-            rope.rotate(own, [heads, head_dim], sequence.past);
+            rope.rotate(own, [heads, head_dim], sequence.past, sequence.len);
             rest = behind;
         }
         Ok(())
@@ -221,15 +212,8 @@ impl Device for Cpu {
         context: Context<'_, Self>,
         out: &mut Vec<f32>,
     ) -> Done {
-        let rows: usize = sequences.iter().map(|s| s.rows).sum();
-        let len = rows * attention.query_size();
-        let work = Attend { attention, context: &context, scores: &queue.scores };
-        let longest = sequences.iter().map(|s| s.past + s.rows).max().unwrap_or(0);
-        let wide = queue.threads == Threads::Pool && attention.query_size() * rows * longest >= SMALL;
-        match sequences {
-            [one] => work.sequence(0, *one, &q[..len], &mut out[..len], wide),
-            _ => work.sequences(0, sequences, &q[..len], &mut out[..len], wide),
-        }
+        let len = sequences.iter().map(|s| s.rows).sum::<usize>() * attention.query_size();
+        queue.attention.run(attention, &q[..len], sequences, &context, &mut out[..len], queue.threads);
         Ok(())
     }
 
@@ -340,10 +324,10 @@ impl Rope {
         Self { frequencies, table }
     }
 
-    /// Rotates every head of every row of `x`, which has `heads` of them; the first row is at position `past`, and the last one ends the sequence.
-    pub(crate) fn rotate(&self, x: &mut [f32], [heads, head_dim]: [usize; 2], past: usize) {
+    /// Rotates every head of every row of `x`, which has `heads` of them; the first row is at position `past` of a sequence of `len`.
+    pub(crate) fn rotate(&self, x: &mut [f32], [heads, head_dim]: [usize; 2], past: usize, len: usize) {
         let half = self.frequencies.first.len();
-        let long = self.frequencies.of_long(past + x.len() / (head_dim * heads));
+        let long = self.frequencies.of_long(len);
         let table = if long.is_some() { &[][..] } else { &self.table[..] };
         let frequencies = long.as_ref().unwrap_or(&self.frequencies.first);
         for (token, row) in x.chunks_exact_mut(head_dim * heads).enumerate() {
@@ -377,98 +361,8 @@ impl Rope {
             }
         };
         mirror(x);
-        self.rotate(x, [heads, head_dim], 0);
+        self.rotate(x, [heads, head_dim], 0, x.len() / (heads * head_dim));
         mirror(x);
-    }
-}
-
-/// Queries per block of the attention: the scores of a block stay in cache, and little is computed above the diagonal.
-pub(crate) const QUERY_BLOCK: usize = 64;
-
-/// Products of queries' elements and positions below which an attention does not earn back the cost of waking other threads.
-const SMALL: usize = 1 << 18;
-
-/// An attention at work.
-#[derive(Clone, Copy)]
-struct Attend<'a> {
-    attention: &'a Attention,
-    context: &'a Context<'a, Cpu>,
-    scores: &'a [Mutex<Vec<f32>>],
-}
-
-impl Attend<'_> {
-    /// Several sequences, the first of them number `first`: shared out by sequence.
-    fn sequences(self, first: usize, sequences: &[Sequence], q: &[f32], out: &mut [f32], wide: bool) {
-        match sequences {
-            [] => {}
-            [one] => self.sequence(first, *one, q, out, false),
-            _ => {
-                let half = sequences.len() / 2;
-                let (front, back) = sequences.split_at(half);
-                let at = front.iter().map(|s| s.rows).sum::<usize>() * self.attention.query_size();
-                let ((q_front, q_back), (out_front, out_back)) = (q.split_at(at), out.split_at_mut(at));
-                let mut do_front = || self.sequences(first, front, q_front, out_front, wide);
-                let mut do_back = || self.sequences(first + half, back, q_back, out_back, wide);
-                if wide {
-                    rayon::join(do_front, do_back);
-                } else {
-                    do_front();
-                    do_back();
-                }
-            }
-        }
-    }
-
-    /// One sequence, number `index`; where `wide`, shared out by head.
-    fn sequence(self, index: usize, sequence: Sequence, q: &[f32], out: &mut [f32], wide: bool) {
-        let (keys, values) = self.context.of(index);
-        let (head_dim, total) = (self.attention.head_dim, sequence.past + sequence.rows);
-        let (q_size, kv_size) = (self.attention.query_size(), self.attention.kv_size());
-        let q = MatRef::from_row_major_slice(q, sequence.rows, q_size);
-        let keys = MatRef::from_row_major_slice(&keys[..total * kv_size], total, kv_size);
-        let values = MatRef::from_row_major_slice(&values[..total * kv_size], total, kv_size);
-        let mut out = MatMut::from_row_major_slice_mut(out, sequence.rows, q_size);
-        let group = self.attention.n_heads / self.attention.n_kv_heads;
-        let one_head = |head: usize, out: MatMut<'_, f32>| {
-            let q = q.subcols(head * head_dim, head_dim);
-            let [keys, values] = [keys, values].map(|x| x.subcols(head / group * head_dim, head_dim));
-            self.head(sequence, [q, keys, values], out);
-        };
-        if wide {
-            out.par_col_chunks_mut(head_dim).enumerate().for_each(|(head, out)| one_head(head, out));
-        } else {
-            for head in 0..self.attention.n_heads {
-                one_head(head, out.rb_mut().subcols_mut(head * head_dim, head_dim));
-            }
-        }
-    }
-
-    fn head(self, sequence: Sequence, [q, keys, values]: [MatRef<'_, f32>; 3], mut out: MatMut<'_, f32>) {
-        let Attention { window, scale, score_cap, .. } = *self.attention;
-        // A thread outside the pool, or of another, takes turns with others like it.
-        let own = rayon::current_thread_index().map_or(0, |i| i + 1) % self.scores.len();
-        let mut scores = self.scores[own].lock().unwrap_or_else(PoisonError::into_inner);
-        for start in (0..sequence.rows).step_by(QUERY_BLOCK) {
-            let rows = QUERY_BLOCK.min(sequence.rows - start);
-            // Keys from the first one the block's first query sees to the block's own last one.
-            let first = window.map_or(0, |w| (sequence.past + start + 1).saturating_sub(w));
-            let span = sequence.past + start + rows - first;
-            let scores = take(&mut scores, rows * span);
-            let products = MatMut::from_row_major_slice_mut(scores, rows, span);
-            math::product(products, q.subrows(start, rows), keys.subrows(first, span).transpose(), scale);
-            if let Some(cap) = score_cap {
-                math::cap(scores, cap);
-            }
-            for (r, row) in scores.chunks_exact_mut(span).enumerate() {
-                let end = sequence.past + start + r + 1 - first;
-                let begin = window.map_or(0, |w| end.saturating_sub(w));
-                row[..begin].fill(0.0);
-                math::softmax(&mut row[begin..end]);
-                row[end..].fill(0.0);
-            }
-            let weights = MatRef::from_row_major_slice(scores, rows, span);
-            math::product(out.rb_mut().subrows_mut(start, rows), weights, values.subrows(first, span), 1.0);
-        }
     }
 }
 
@@ -482,8 +376,8 @@ mod tests {
         let (kept, fresh) = (Rope::new(frequencies.clone(), 8), Rope::new(frequencies, 2));
         let x: Vec<f32> = (0..5 * 8).map(|i| i as f32).collect();
         let (mut a, mut b) = (x.clone(), x);
-        kept.rotate(&mut a, [2, 4], 0);
-        fresh.rotate(&mut b, [2, 4], 0);
+        kept.rotate(&mut a, [2, 4], 0, 5);
+        fresh.rotate(&mut b, [2, 4], 0, 5);
         assert_eq!(a, b);
         // By hand, token 1, first pair of its second head: (12, 14) turned by 1 radian.
         let (sin, cos) = 1.0_f32.sin_cos();

@@ -12,6 +12,7 @@
 //! - Sequences of a pass may have different lengths, and each its own cache ([`Context`]).
 //! - Only [`Device::choose`] (experts) and [`Device::read`] give something to the host; all else can be captured and replayed.
 
+mod attend;
 mod cache;
 mod cpu;
 mod plain;
@@ -22,7 +23,7 @@ pub use cpu::{Cpu, CpuQueue, Rope};
 pub use plain::Plain;
 pub use rope::Frequencies;
 
-pub(crate) use cpu::QUERY_BLOCK;
+pub(crate) use attend::QUERY_BLOCK;
 
 use crate::{EngineError, Operator};
 use bitstack_core::{SignLayout, Threads};
@@ -366,6 +367,8 @@ pub struct Sequence {
     pub past: usize,
     /// How many they are.
     pub rows: usize,
+    /// Positions of the sequence, for rotary angles that depend on it: those so far and these rows, or more where it is known that more come.
+    pub len: usize,
 }
 
 /// The keys (rotated) and values that an attention looks at.

@@ -148,7 +148,7 @@ impl Device for Plain {
         rope: &Frequencies,
         sequences: &[Sequence],
     ) -> Done {
-        let positions = sequences.iter().flat_map(|s| (s.past..s.past + s.rows).map(|p| (p, s.past + s.rows)));
+        let positions = sequences.iter().flat_map(|s| (s.past..s.past + s.rows).map(|p| (p, s.len)));
         for (row, (position, len)) in positions.enumerate() {
             for head in 0..heads {
                 let first = (row * heads + head) * head_dim;

@@ -38,14 +38,15 @@ impl<W: Weight<Cpu> + Transposed> Way<'_, W> {
         let ready = |raw: &[f32], norm, heads| {
             let mut x = self.normed(norm, raw).into_owned();
             if let Some(rope) = &self.decoder.frame.ropes[self.layer] {
-                rope.rotate(&mut x, [heads, attention.head_dim], 0);
+                let len = x.len() / (heads * attention.head_dim);
+                rope.rotate(&mut x, [heads, attention.head_dim], 0, len);
             }
             x
         };
         let q = ready(&q_raw, attention.query_norm, attention.n_heads);
         let keys = ready(&k_raw, attention.key_norm, attention.n_kv_heads);
         let mut mixed = vec![0.0; q.len()];
-        let sequence = [Sequence { past: 0, rows: q.len() / q_size }];
+        let sequence = [Sequence { past: 0, rows: q.len() / q_size, len: q.len() / q_size }];
         let context = Context::Own { keys: &keys, values: &values };
         Cpu::attend(&mut self.queue, attention, &q, &sequence, context, &mut mixed)?;
         let output = self.apply(attention.output, &mixed)?;

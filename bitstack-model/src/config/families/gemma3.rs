@@ -5,8 +5,8 @@ use super::Fields;
 use super::slots::{Slots, refuse};
 use super::{Activation, Family, Gated};
 use crate::ModelError;
-use crate::config::rope::{RopeConfig, Ropes};
 use crate::config::limit;
+use crate::config::rope::{RopeConfig, Ropes};
 
 pub(super) const FAMILY: Family = Family {
     class: "Gemma3ForCausalLM",

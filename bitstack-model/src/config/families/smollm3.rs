@@ -1,6 +1,6 @@
 //! SmolLM3: heads are not turned in every fourth layer.
 
-use super::slots::{Slots};
+use super::slots::Slots;
 use super::{Family, Gated, bad};
 use crate::ModelError;
 use crate::config::fields::Fields;
@@ -27,10 +27,7 @@ pub(super) const FAMILY: Family = Family {
             mlp_bias: fields.flag("mlp_bias")?,
             qk_norm: false,
             windows,
-            slots: Slots {
-                turned,
-                ..Slots::default()
-            },
+            slots: Slots { turned, ..Slots::default() },
         };
         family.describe(fields)
     },
