@@ -284,9 +284,9 @@ fn layers_with_a_window_may_have_a_rotary_table_of_their_own() {
     let nested =
         json!({"rope_parameters": kinds, "layer_types": types, "use_sliding_window": true, "sliding_window": 8});
     let model = config("qwen3", nested).unwrap();
-    let theta = |layer: usize| model.ropes[model.layers[layer].attention.rope].theta;
+    let theta = |layer: usize| model.ropes[model.layers[layer].attention.rope.unwrap()].theta;
     assert_eq!((theta(0), theta(1), model.max_positions), (1e6, 1e6, 512));
-    assert_eq!(model.layers.iter().map(|layer| layer.attention.rope).collect::<Vec<_>>(), [1, 0]);
+    assert_eq!(model.layers.iter().map(|layer| layer.attention.rope).collect::<Vec<_>>(), [Some(1), Some(0)]);
     assert!(model.ropes[1].scaling.is_none() && model.ropes[0].scaling.is_some());
     assert!(config_error("llama", json!({"rope_parameters": kinds})).contains("layer_types"));
 }

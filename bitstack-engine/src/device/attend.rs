@@ -250,7 +250,7 @@ mod tests {
     use bitstack_model::Checkpoint;
 
     /// Values in [-1, 1] without a pattern.
-    fn values(n: usize, seed: usize) -> Vec<f32> {
+    fn random(n: usize, seed: usize) -> Vec<f32> {
         (0..n).map(|i| ((i * 7919 + seed * 104_729) as f32 * 0.618).sin()).collect()
     }
 
@@ -267,8 +267,8 @@ mod tests {
                 for rows in 1..=FEW {
                     let pasts = [0, 3, SPAN - rows, SPAN + 1 - rows, 3 * SPAN + 17];
                     let total = pasts[4] + rows;
-                    let [keys, values] = [1, 2].map(|seed| values(total * n_kv_heads * head_dim, seed));
-                    let q = values(rows * n_heads * head_dim, 3);
+                    let [keys, values] = [1, 2].map(|seed| random(total * n_kv_heads * head_dim, seed));
+                    let q = random(rows * n_heads * head_dim, 3);
                     let context: Context<'_, Cpu> = Context::Own { keys: &keys, values: &values };
                     for past in pasts {
                         let sequence = Sequence { past, rows, len: past + rows };
