@@ -16,6 +16,7 @@ use half::{bf16, f16};
 use ndarray::Array2;
 use serde::Deserialize;
 
+use crate::config::{name_in_text_part, text_part};
 use crate::{Dense, Elements, ModelConfig, ModelError, VectorSpec, WeightSpec};
 use bitstack_io::hostile::printable;
 use bitstack_io::safetensors::{Header, HeaderError, HeaderTensor};
@@ -24,7 +25,8 @@ use bitstack_io::{Dtype, ReadAt};
 /// What a checkpoint may make its reader use.
 ///
 /// Opening takes at most [`CheckpointLimits::OPENING_BYTES_PER_BYTE`] bytes of memory for each byte of the configs, the index and the headers, which
-/// must be there and within their limits before any of them is read, and 1 MiB; reading a tensor its own bytes, which must be in its file.
+/// must be there and within their limits before any of them is read, and 1 MiB (64 MiB where the config names experts, of which there may be 32768 in all);
+/// reading a tensor its own bytes, which must be in its file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct CheckpointLimits {
     /// Most bytes of a config. By default 1 MiB: those in use have some kilobytes.
@@ -72,6 +74,9 @@ pub struct Checkpoint {
     dir: PathBuf,
     config: ModelConfig,
     config_text: String,
+    /// Whether the model is the text model of one of text and images.
+    is_part: bool,
+    remarks: Vec<String>,
     limits: CheckpointLimits,
     files: Vec<DataFile>,
     tensors: HashMap<String, Location>,
@@ -141,15 +146,28 @@ impl Checkpoint {
     pub fn open_headers(dir: &Path, limits: &CheckpointLimits) -> Result<Self, ModelError> {
         let dir = dir.to_owned();
         let read_text = |path: &Path| read_text(path, limits.config_bytes);
-        let config_text = read_text(&dir.join("config.json"))?;
+        let whole = read_text(&dir.join("config.json"))?;
+        let part = text_part(&whole)?;
+        let is_part = part.is_some();
+        let remark = "config.json: a model of text and images; its text model is used, and tensors for images are not";
+        let remarks = Vec::from_iter(is_part.then(|| remark.to_owned()));
+        let config_text = part.unwrap_or(whole);
         let mut config = ModelConfig::from_json(&config_text)?;
         let generation = dir.join("generation_config.json");
         if exists(&generation)? {
             config.add_generation_config(&read_text(&generation)?)?;
         }
 
-        let mut checkpoint =
-            Self { dir, config, config_text, limits: *limits, files: Vec::new(), tensors: HashMap::new() };
+        let mut checkpoint = Self {
+            dir,
+            config,
+            config_text,
+            is_part,
+            remarks,
+            limits: *limits,
+            files: Vec::new(),
+            tensors: HashMap::new(),
+        };
         let single = checkpoint.dir.join("model.safetensors");
         let index = checkpoint.dir.join("model.safetensors.index.json");
         if exists(&single)? {
@@ -178,7 +196,7 @@ impl Checkpoint {
         Self { config: self.config.clone().cut_vocabulary(), ..self.clone() }
     }
 
-    /// `config.json` as it stands in the directory.
+    /// `config.json` as it stands in the directory; where that is a model of text and images, the config of its text model.
     pub fn config_text(&self) -> &str {
         &self.config_text
     }
@@ -191,7 +209,9 @@ impl Checkpoint {
         let mut files = Vec::new();
         for name in COMPANIONS {
             let path = self.dir.join(name);
-            if exists(&path)? {
+            if name == "config.json" {
+                files.push((name.to_owned(), self.config_text.clone().into_bytes()));
+            } else if exists(&path)? {
                 files.push((name.to_owned(), read_whole(&path, self.limits.companion_bytes)?));
             }
         }
@@ -290,7 +310,7 @@ impl Checkpoint {
             self.add_file(self.dir.join(shard))?;
         }
         for (tensor, shard) in &index.weight_map {
-            let found = self.tensors.get(tensor).map(|at| &self.files[at.file].path);
+            let found = self.tensors.get(&self.own_name(tensor.clone())).map(|at| &self.files[at.file].path);
             if found != Some(&self.dir.join(shard)) {
                 let tensor = printable(tensor);
                 return Err(bad(format!("tensor {tensor} is not in {}, where the index says it is", printable(shard))));
@@ -311,6 +331,7 @@ impl Checkpoint {
         for HeaderTensor { name, dtype, shape, begin, end, .. } in header.tensors {
             let (offset_bytes, len_bytes) = (data_start + begin, end - begin);
             let location = Location { file: number, dtype, shape, offset_bytes, len_bytes };
+            let name = self.own_name(name);
             if let Some(other) = self.tensors.get(&name) {
                 let other = self.files[other.file].path.display();
                 return Err(bad(format!("tensor {} is also in {other}", printable(&name))));
@@ -319,6 +340,16 @@ impl Checkpoint {
         }
         self.files.push(DataFile { path, source: Arc::new(file) });
         Ok(())
+    }
+
+    /// The name under which a tensor of the files is known.
+    fn own_name(&self, name: String) -> String {
+        if self.is_part { name_in_text_part(name) } else { name }
+    }
+
+    /// What its user should know of how the checkpoint was read, a line each: nothing, as a rule.
+    pub fn remarks(&self) -> &[String] {
+        &self.remarks
     }
 
     /// The names of all tensors, in no order.

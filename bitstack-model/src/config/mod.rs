@@ -7,12 +7,15 @@ mod families;
 mod fields;
 mod layer;
 mod rope;
+mod text_part;
 
 pub use builder::{Builder, LayerBuilder};
 pub use layer::{
     Activation, Attention, Experts, FeedForward, FeedForwardInput, Layer, Linear, Mlp, Norm, Projections, VectorId,
     WeightId,
 };
+pub(crate) use text_part::{name_in_text_part, text_part};
+
 pub use rope::{Llama3Scaling, RopeConfig};
 
 use crate::ModelError;
