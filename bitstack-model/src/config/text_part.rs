@@ -17,7 +17,7 @@ const DEFAULTS: [(&str, u64); 5] = [
 ];
 
 /// Fields beside `text_config` that hold for the text model where it does not say otherwise.
-const SHARED: [&str; 5] = ["dtype", "eos_token_id", "tie_word_embeddings", "torch_dtype", "transformers_version"];
+const SHARED: [&str; 4] = ["dtype", "eos_token_id", "torch_dtype", "transformers_version"];
 
 /// The config of the text model, where `text` is the config of a model of text and images.
 ///
@@ -40,6 +40,10 @@ pub(crate) fn text_part(text: &str) -> Result<Option<String>, ModelError> {
         }
     }
     DEFAULTS.into_iter().for_each(|(name, value)| default(name, value.into()));
+    // The whole model ties its head by its own field, and caps no logits, whatever its text model would do alone.
+    let tied = whole.get("tie_word_embeddings").cloned().unwrap_or(Value::Bool(true));
+    part.insert("tie_word_embeddings".to_owned(), tied);
+    part.remove("final_logit_softcapping");
     part.insert("architectures".to_owned(), ["Gemma3ForCausalLM"].into_iter().collect());
     part.insert("model_type".to_owned(), "gemma3_text".into());
     Ok(Some(format!("{:#}\n", Value::Object(part))))
