@@ -16,6 +16,7 @@ use half::{bf16, f16};
 use ndarray::Array2;
 use serde::Deserialize;
 
+use crate::config::{is_of_images, name_in_text_part, text_part};
 use crate::{Dense, Elements, ModelConfig, ModelError, VectorSpec, WeightRole, WeightSpec, account};
 use bitstack_io::hostile::{plain_json, printable};
 use bitstack_io::safetensors::{Header, HeaderError, HeaderTensor};
@@ -24,7 +25,8 @@ use bitstack_io::{Dtype, ReadAt};
 /// What a checkpoint may make its reader use.
 ///
 /// Opening takes at most [`CheckpointLimits::OPENING_BYTES_PER_BYTE`] bytes of memory for each byte of the configs, the index and the headers, which
-/// must be there and within their limits before any of them is read, and 1 MiB; reading a tensor its own bytes, which must be in its file.
+/// must be there and within their limits before any of them is read, and 1 MiB (64 MiB where the config names experts, of which there may be 32768 in all);
+/// reading a tensor its own bytes, which must be in its file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct CheckpointLimits {
     /// Most bytes of a config. By default 1 MiB: those in use have some kilobytes.
@@ -72,6 +74,8 @@ pub struct Checkpoint {
     dir: PathBuf,
     config: ModelConfig,
     config_text: String,
+    /// Whether the model is the text model of one of text and images.
+    is_part: bool,
     limits: CheckpointLimits,
     files: Vec<DataFile>,
     tensors: HashMap<String, Location>,
@@ -155,13 +159,14 @@ impl Checkpoint {
     }
 
     /// Checks that no tensor is left over beside those that are `used`: others follow from the config (rotary frequencies), are the head of tied
-    /// embeddings once more, or match one of the patterns `ignored`.
+    /// embeddings once more, are the parts for images of a model of text and images, or match one of the patterns `ignored`.
     ///
     /// # Errors
     /// [`ModelError::UnusedTensors`].
     pub fn check_used(&self, used: &HashSet<String>, ignored: &[String]) -> Result<(), ModelError> {
         let [_, head] = self.outer_tensors();
-        let names = self.tensor_names().filter(|name| !self.config.tied || *name != head);
+        let is_known = |name: &&str| (self.config.tied && **name == head) || (self.is_part && is_of_images(name));
+        let names = self.tensor_names().filter(|name| !is_known(name));
         account::check(&self.dir, names, used, self.config.n_layers(), ignored)
     }
 
@@ -171,7 +176,10 @@ impl Checkpoint {
     /// As [`open_with`](Self::open_with), but nothing about tensors that are missing, left over, or of other shapes and types.
     pub fn open_headers(dir: &Path, limits: &CheckpointLimits) -> Result<Self, ModelError> {
         let dir = dir.to_owned();
-        let config_text = read_text(&dir.join("config.json"), limits.config_bytes)?;
+        let whole = read_text(&dir.join("config.json"), limits.config_bytes)?;
+        let part = text_part(&whole)?;
+        let is_part = part.is_some();
+        let config_text = part.unwrap_or(whole);
         let mut config = ModelConfig::from_json(&config_text)?;
         config.find_end_tokens(|name| {
             let path = dir.join(name);
@@ -179,11 +187,17 @@ impl Checkpoint {
             let limit = if is_config { limits.config_bytes } else { limits.companion_bytes };
             exists(&path)?.then(|| read_whole(&path, limit)).transpose()
         })?;
-        let remarks = config.remarks().to_vec();
+        let mut remarks = config.remarks().to_vec();
+        if is_part {
+            let remark =
+                "config.json: a model of text and images; its text model is used, and tensors for images are not";
+            remarks.push(remark.to_owned());
+        }
         let mut checkpoint = Self {
             dir,
             config,
             config_text,
+            is_part,
             limits: *limits,
             files: Vec::new(),
             tensors: HashMap::new(),
@@ -271,7 +285,8 @@ impl Checkpoint {
         Self { config: self.config.clone().cut_vocabulary(), ..self.clone() }
     }
 
-    /// `config.json` as it stands in the directory, but for a head that is not tied although the file says so.
+    /// `config.json` as it stands in the directory, but for a head that is not tied although the file says so; where that is a model of text and
+    /// images, the config of its text model.
     pub fn config_text(&self) -> &str {
         &self.config_text
     }
@@ -385,10 +400,10 @@ impl Checkpoint {
             self.add_file(self.dir.join(shard))?;
         }
         for (tensor, shard) in &index.weight_map {
-            let found = self.tensors.get(tensor).map(|at| &self.files[at.file].path);
+            let found = self.tensors.get(&self.own_name(tensor.clone())).map(|at| &self.files[at.file].path);
             if found != Some(&self.dir.join(shard)) {
                 let reason = format!("tensor {} is not in {}, where it says", printable(tensor), printable(shard));
-                self.misplaced.insert(tensor.clone(), reason);
+                self.misplaced.insert(self.own_name(tensor.clone()), reason);
             }
         }
         Ok(())
@@ -406,6 +421,7 @@ impl Checkpoint {
         for HeaderTensor { name, dtype, shape, begin, end, .. } in header.tensors {
             let (offset_bytes, len_bytes) = (data_start + begin, end - begin);
             let location = Location { file: number, dtype, shape, offset_bytes, len_bytes };
+            let name = self.own_name(name);
             if let Some(other) = self.tensors.get(&name) {
                 let other = self.files[other.file].path.display();
                 return Err(bad(format!("tensor {} is also in {other}", printable(&name))));
@@ -414,6 +430,11 @@ impl Checkpoint {
         }
         self.files.push(DataFile { path, source: Arc::new(file) });
         Ok(())
+    }
+
+    /// The name under which a tensor of the files is known.
+    fn own_name(&self, name: String) -> String {
+        if self.is_part { name_in_text_part(name) } else { name }
     }
 
     /// The names of all tensors, in no order.

@@ -365,3 +365,22 @@ fn no_value_of_a_tokenizer_makes_a_panic() {
     }
     assert!(n_used > 500, "{n_used}");
 }
+
+#[test]
+fn a_config_that_claims_all_experts_there_may_be_takes_no_more_than_is_stated() {
+    let _turn = alone();
+    let directory = tempfile::tempdir().unwrap();
+    let text = fs::read_to_string(fixtures::data("mixtral").join("config.json")).unwrap();
+    let mut config: Value = serde_json::from_str(&text).unwrap();
+    config["num_hidden_layers"] = json!(1024);
+    let mut open = |n_experts: usize| {
+        config["num_local_experts"] = json!(n_experts);
+        fs::write(directory.path().join("config.json"), config.to_string()).unwrap();
+        fixtures::write_tensors(directory.path(), safetensors::Dtype::BF16, []);
+        metered(|| told(&Checkpoint::open(directory.path()).unwrap_err()))
+    };
+    let (message, peak) = open(32);
+    assert!(message.contains("model.embed_tokens.weight") && peak <= 64 << 20, "{peak} bytes: {message}");
+    let (message, peak) = open(33);
+    assert!(message.contains("num_local_experts") && peak <= 1 << 20, "{peak} bytes: {message}");
+}

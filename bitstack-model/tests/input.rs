@@ -517,3 +517,63 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn newer_families_have_the_parts_that_their_configs_name() {
+    let phi3 = config("phi3", json!({})).unwrap();
+    assert_eq!((phi3.layers[0].attention.head_dim, phi3.layers[0].attention.rotary_dim), (8, 6));
+    // Older configs name the share, and Granite its factors, at the top.
+    let share = json!({"rope_parameters": null, "rope_theta": 1e4, "partial_rotary_factor": 0.75});
+    assert_eq!(config("phi3", share).unwrap(), phi3);
+    let error = config_error("phi3", json!({"rope_parameters": null, "partial_rotary_factor": 0.4}));
+    assert!(error.contains("partial_rotary_factor is 3"), "{error}");
+
+    let ropes = |model: &ModelConfig| model.layers.iter().map(|layer| layer.attention.rope).collect::<Vec<_>>();
+    assert_eq!(ropes(&config("smollm3", json!({})).unwrap()), [Some(0), None, Some(0)]);
+    let second =
+        config("smollm3", json!({"no_rope_layers": null, "no_rope_layer_interval": 3, "rope_parameters": null}));
+    let second = second.unwrap();
+    assert_eq!((ropes(&second), second.ropes[0].theta), (vec![Some(0), Some(0), None], 2e6));
+    for list in [json!([1, 0]), json!([1, 0, 2]), json!("all")] {
+        assert!(config_error("smollm3", json!({"no_rope_layers": list})).contains("no_rope_layers"));
+    }
+
+    let gemma3 = config("gemma3", json!({})).unwrap();
+    assert_eq!(windows(&gemma3), [Some(16), None, Some(16)]);
+    assert!(gemma3.tied && gemma3.norms().all(|norm| norm.offset == 1.0));
+    let old = json!({"rope_parameters": null, "rope_theta": 1e4, "rope_local_base_freq": 100, "layer_types": null,
+        "sliding_window_pattern": 2, "tie_word_embeddings": null});
+    assert_eq!(config("gemma3", old).unwrap(), gemma3);
+    for (field, value) in [
+        ("attn_logit_softcapping", json!(50.0)),
+        ("use_bidirectional_attention", json!(true)),
+        ("hidden_activation", json!("gelu")),
+        ("rope_parameters", json!({"rope_theta": 1e4})),
+    ] {
+        let error = config_error("gemma3", json!({ field: value }));
+        assert!(error.contains(field), "{error}");
+    }
+
+    let experts = |model: &ModelConfig| {
+        let experts = model.layers.iter().map(|layer| match &layer.mlp {
+            Mlp::Dense(_) => 0,
+            Mlp::Experts(experts) => experts.experts.len(),
+        });
+        experts.collect::<Vec<_>>()
+    };
+    let qwen3_moe = config("qwen3_moe", json!({})).unwrap();
+    assert_eq!(experts(&qwen3_moe), [0, 6]);
+    assert_eq!(config("qwen3_moe", json!({"num_local_experts": null, "num_experts": 6})).unwrap(), qwen3_moe);
+    assert_eq!(experts(&config("qwen3_moe", json!({"decoder_sparse_step": 3})).unwrap()), [0, 0]);
+    assert_eq!(experts(&config("mixtral", json!({})).unwrap()), [4, 4]);
+    for (field, value) in [
+        ("num_experts_per_tok", json!(7)),
+        ("num_local_experts", json!(1 << 15)),
+        ("mlp_only_layers", json!([-1])),
+        ("moe_intermediate_size", json!(null)),
+    ] {
+        let error = config_error("qwen3_moe", json!({ field: value }));
+        assert!(error.contains(field), "{error}");
+    }
+    assert!(config_error("granite", json!({"logits_scaling": 0})).contains("logits_scaling"));
+}

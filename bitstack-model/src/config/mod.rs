@@ -9,6 +9,7 @@ mod fields;
 mod harmless;
 mod layer;
 mod rope;
+mod text_part;
 
 pub use builder::{Builder, LayerBuilder};
 pub use layer::{
@@ -16,6 +17,7 @@ pub use layer::{
     WeightId,
 };
 pub use rope::{DynamicScaling, Llama3Scaling, LongRopeScaling, RopeConfig, RopeScaling, YarnScaling};
+pub(crate) use text_part::{is_of_images, name_in_text_part, text_part};
 
 use crate::ModelError;
 use fields::parse_object;

@@ -36,9 +36,17 @@ pub(super) struct Mixture {
     /// Tokens x experts.
     probabilities: Vec<f32>,
     routes: Routes,
-    /// Of each expert that tokens go through: its inputs, what is between, its outputs.
-    experts: Vec<Option<(Vec<f32>, Between, Vec<f32>)>>,
+    /// Of each expert; nothing where no token goes through it.
+    experts: Vec<Option<Expert>>,
     output: Vec<f32>,
+}
+
+/// What an expert came by.
+struct Expert {
+    /// The rows of its tokens.
+    x: Vec<f32>,
+    between: Between,
+    y: Vec<f32>,
 }
 
 impl<W: Weight<Cpu> + Transposed> Way<'_, W> {
@@ -137,11 +145,11 @@ impl<W: Weight<Cpu> + Transposed> Way<'_, W> {
                 experts.push(None);
                 continue;
             }
-            let own = view(x, width).select(Axis(0), rows).into_raw_vec_and_offset().0;
-            let between = self.between(expert, &own)?;
+            let x = view(x, width).select(Axis(0), rows).into_raw_vec_and_offset().0;
+            let between = self.between(expert, &x)?;
             let y = self.apply(expert.down, &between.active)?;
             Cpu::scatter(&mut self.queue, &y, width, rows, shares, &mut output)?;
-            experts.push(Some((own, between, y)));
+            experts.push(Some(Expert { x, between, y }));
         }
         Ok(Mixture { probabilities, routes, experts, output })
     }
@@ -165,7 +173,7 @@ impl<W: Weight<Cpu> + Transposed> Way<'_, W> {
         // Of each token, Σ aᶜ gᶜ and Σ p.
         let mut sums = vec![[0.0f32; 2]; probabilities.len() / n];
         for (e, kept) in experts.into_iter().enumerate() {
-            let Some((own, between, y)) = kept else { continue };
+            let Some(Expert { x: own, between, y }) = kept else { continue };
             let (rows, shares) = (&routes.rows[e], &routes.shares[e]);
             let mut g_y = view(g, width).select(Axis(0), rows);
             for (((row, share), mut g_y), y) in rows.iter().zip(shares).zip(g_y.rows_mut()).zip(y.chunks_exact(width)) {

@@ -127,7 +127,7 @@ impl Gated {
         };
         let slots = &self.slots;
         let rotary_dim = (head_dim as f64 * slots.rotary_share) as usize;
-        if rotary_dim == 0 || rotary_dim % 2 != 0 {
+        if rotary_dim == 0 || !rotary_dim.is_multiple_of(2) {
             let field = if rotary_dim == head_dim { "head_dim" } else { "partial_rotary_factor" };
             let expected = format!("an even number of elements of {head_dim} to turn by rotary positions");
             return Err(bad(field, rotary_dim, expected));
