@@ -21,6 +21,9 @@ struct Expected {
     base: Map<String, Value>,
     families: HashMap<String, Map<String, Value>>,
     cases: Vec<Case>,
+    /// With `n_long` tokens, and the logits of the last.
+    long: Vec<Case>,
+    n_long: usize,
     refused: Vec<Refusal>,
 }
 
@@ -103,39 +106,64 @@ fn write_tensors(dir: &Path, config: &ModelConfig, dtype: &str, shards: usize) {
     }
 }
 
-/// Sums of at most 48 products in f32, in three layers: 1e-4 of the largest logit is some hundred roundings, and any wrong choice is more than ten times that.
+/// Sums of at most 48 products in f32, in three layers: 1e-4 of the largest logit is some hundred roundings.
 const TOLERANCE: f32 = 1e-4;
+
+/// The largest difference of a model's logits from those expected, as a part of the largest of these. `config` says what is opened; the tensors are those of the case.
+fn difference(expected: &Expected, case: &Case, config: &str, tokens: &[u32], positions: &[usize]) -> f32 {
+    let what = format!("{} {}", case.family, Value::Object(case.changes.clone()));
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::write(dir.path().join("config.json"), config).unwrap();
+    let described = ModelConfig::from_json(&expected.config(&case.family, &case.changes));
+    let described = described.unwrap_or_else(|error| panic!("{what}: {error}"));
+    write_tensors(dir.path(), &described, &case.dtype, case.shards);
+    let checkpoint = Checkpoint::open(dir.path()).unwrap_or_else(|error| panic!("{what}: {error}"));
+    let found = Decoder::load(&checkpoint).unwrap().forward(tokens, &mut Pass::new()).unwrap();
+    let scale = case.logits.iter().flatten().fold(0.0_f32, |most, v| most.max(v.abs()));
+    let mut largest = 0.0_f32;
+    for (position, row) in positions.iter().zip(&case.logits) {
+        assert_eq!(row.len(), found.ncols());
+        for (found, wanted) in found.row(*position).iter().zip(row) {
+            let difference = (found - wanted).abs() / scale;
+            assert!(difference < TOLERANCE, "{what}, position {position}: {found}, expected {wanted}");
+            largest = largest.max(difference);
+        }
+    }
+    largest
+}
 
 #[test]
 fn logits_of_all_configurations_are_those_of_the_reference_library() {
     let expected = Expected::read();
     assert!(expected.cases.len() >= 200);
-    let (mut largest, mut where_largest) = (0.0, String::new());
-    for Case { family, changes, dtype, shards, logits } in &expected.cases {
-        let what = format!("{family} {}", Value::Object(changes.clone()));
-        let dir = tempfile::tempdir().unwrap();
-        let config = expected.config(family, changes);
-        std::fs::write(dir.path().join("config.json"), &config).unwrap();
-        let described = ModelConfig::from_json(&config).unwrap_or_else(|error| panic!("{what}: {error}"));
-        write_tensors(dir.path(), &described, dtype, *shards);
-        let checkpoint = Checkpoint::open(dir.path()).unwrap_or_else(|error| panic!("{what}: {error}"));
-        let found = Decoder::load(&checkpoint).unwrap().forward(&expected.tokens, &mut Pass::new()).unwrap();
-        let scale = logits.iter().flatten().fold(0.0_f32, |most, v| most.max(v.abs()));
-        for (position, row) in expected.positions.iter().zip(logits) {
-            assert_eq!(row.len(), found.ncols());
-            for (found, wanted) in found.row(*position).iter().zip(row) {
-                let difference = (found - wanted).abs() / scale;
-                assert!(difference < TOLERANCE, "{what}, position {position}: {found}, expected {wanted}");
-                if difference > largest {
-                    (largest, where_largest) = (difference, what.clone());
-                }
-            }
-        }
+    let of = |case: &Case| {
+        let config = expected.config(&case.family, &case.changes);
+        difference(&expected, case, &config, &expected.tokens, &expected.positions)
+    };
+    let largest = expected.cases.iter().map(of).fold(0.0, f32::max);
+    println!("{} models; the largest difference is {largest:e} of the logits", expected.cases.len());
+}
+
+#[test]
+fn windows_that_a_config_leaves_out_are_those_of_its_class() {
+    let expected = Expected::read();
+    let tokens: Vec<u32> = (0..expected.n_long as u32).map(|i| (7 * i * i + 3 * i + 1) % 40).collect();
+    for case in &expected.long {
+        let config = expected.config(&case.family, &case.changes);
+        difference(&expected, case, &config, &tokens, &[tokens.len() - 1]);
     }
-    println!(
-        "{} models; the largest difference is {largest:e} of the logits, of {where_largest}",
-        expected.cases.len()
-    );
+}
+
+/// The library warns, and keeps the head that is stored.
+#[test]
+fn a_head_that_differs_from_tied_embeddings_is_the_head() {
+    let expected = Expected::read();
+    let untied = |case: &&Case| case.family == "llama" && !case.changes.contains_key("tie_word_embeddings");
+    let case = expected.cases.iter().find(untied).unwrap();
+    let mut changes = case.changes.clone();
+    changes.insert("tie_word_embeddings".to_owned(), true.into());
+    let tied = expected.config("llama", &changes);
+    difference(&expected, case, &tied, &expected.tokens, &expected.positions);
 }
 
 #[test]

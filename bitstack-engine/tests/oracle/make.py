@@ -65,6 +65,7 @@ FAMILIES = {
     },
 }
 
+PLAIN = {"rope_type": "default", "rope_theta": 10000.0}
 LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 
 
@@ -77,12 +78,12 @@ def longrope(dim, **more):
 ROPES = [
     lambda dim: {},
     lambda dim: {"rope_theta": 500.0},
-    lambda dim: {"rope_scaling": {"type": "linear", "factor": 4.0}},
+    lambda dim: {"rope_parameters": PLAIN, "rope_scaling": {"type": "linear", "factor": 4.0}},
     lambda dim: {"rope_parameters": {"rope_type": "linear", "factor": 2.5, "rope_theta": 300.0}},
     # Longer than the trained positions, and not.
     lambda dim: {"rope_scaling": {"type": "dynamic", "factor": 2.0}, "max_position_embeddings": 13},
     lambda dim: {"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}, "max_position_embeddings": 24, "rope_theta": 700.0},
-    lambda dim: {"rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}},
+    lambda dim: {"rope_parameters": PLAIN, "rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}},
     lambda dim: {"rope_scaling": {"rope_type": "yarn", "factor": 8.0}, "max_position_embeddings": 32, "rope_theta": 200.0},
     lambda dim: {"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 8, "attention_factor": 1.5, "rope_theta": 50.0}},
     lambda dim: {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "beta_fast": 4, "beta_slow": 0.5, "mscale": 1.5, "mscale_all_dim": 0.5},
@@ -96,8 +97,22 @@ ROPES = [
     lambda dim: {"rope_parameters": longrope(dim, factor=4.0, original_max_position_embeddings=20, rope_theta=900.0)},
     lambda dim: {"rope_scaling": longrope(dim, attention_factor=1.25, original_max_position_embeddings=8)},
 ]
-ENDS = [{}, {"tie_word_embeddings": True}, {"hidden_act": "gelu_pytorch_tanh"}, {"rms_norm_eps": 1e-3, "tie_word_embeddings": True}]
+# The library goes by model_type, whatever the class is.
+ENDS = [
+    {},
+    {"tie_word_embeddings": True},
+    {"hidden_act": "gelu_pytorch_tanh"},
+    {"rms_norm_eps": 1e-3, "tie_word_embeddings": True},
+    {"architectures": ["LLaMAForCausalLM"]},
+]
 STORED = [("F32", 1), ("BF16", 1), ("F16", 2), ("BF16", 3), ("F32", 2)]
+
+# Windows that a config leaves out, which count beyond their 4096 positions: the number of tokens, and those of the last position are compared.
+N_LONG = 4300
+LONG = [
+    ("mistral", {"num_hidden_layers": 1}),
+    ("qwen2", {"use_sliding_window": True, "max_window_layers": 1, "num_hidden_layers": 2}),
+]
 
 # What is refused here, and why, where the library is no reason: (family, fields, words of the refusal, reason or None where the library fails too).
 REFUSED = [
@@ -156,9 +171,13 @@ def model(config):
     return built
 
 
-def logits(config):
+def logits(config, tokens=TOKENS):
     with torch.no_grad():
-        return model(config)(torch.tensor([TOKENS])).logits[0]
+        return model(config)(torch.tensor([tokens])).logits[0]
+
+
+def rounded(rows):
+    return [[float(f"{x:.5f}") for x in row] for row in rows.tolist()]
 
 
 def config_of(family, changes):
@@ -182,7 +201,7 @@ def cases():
 
 
 def main():
-    out = {"tokens": TOKENS, "positions": POSITIONS, "base": BASE, "families": {}, "cases": [], "refused": []}
+    out = {"tokens": TOKENS, "positions": POSITIONS, "base": BASE, "families": {}, "cases": [], "n_long": N_LONG, "long": [], "refused": []}
     for family, parts in FAMILIES.items():
         out["families"][family] = parts["fields"]
     seen = {}
@@ -193,8 +212,14 @@ def main():
         if key in seen and seen[key] != (family, json.dumps(changes)):
             print("the same logits:", family, changes, "and", *seen[key])
         seen[key] = (family, json.dumps(changes))
-        numbers = [[float(f"{x:.5f}") for x in row] for row in rows.tolist()]
-        out["cases"].append({"family": family, "changes": changes, "dtype": dtype, "shards": shards, "logits": numbers})
+        out["cases"].append({"family": family, "changes": changes, "dtype": dtype, "shards": shards, "logits": rounded(rows)})
+    for family, changes in LONG:
+        changes["max_position_embeddings"] = 8192
+        tokens = [(7 * i * i + 3 * i + 1) % 40 for i in range(N_LONG)]
+        rows = logits(config_of(family, changes), tokens)[-1:]
+        unlimited = logits(config_of(family, {**changes, "sliding_window": None}), tokens)[-1:]
+        assert (rows - unlimited).abs().max() > 0.01, "the window counts"
+        out["long"].append({"family": family, "changes": changes, "dtype": "F32", "shards": 1, "logits": rounded(rows)})
     for family, changes, words, reason in REFUSED:
         try:
             logits(config_of(family, changes))
@@ -206,7 +231,7 @@ def main():
     path = os.path.join(os.path.dirname(os.path.abspath(__file__)), "expected.json")
     with open(path, "w") as file:
         lines = lambda items: "[\n" + ",\n".join(json.dumps(item, separators=(",", ":")) for item in items) + "\n]"
-        file.write("{\n" + ",\n".join(f'"{k}": ' + (lines(v) if k in ("cases", "refused") else json.dumps(v)) for k, v in out.items()) + "\n}\n")
+        file.write("{\n" + ",\n".join(f'"{k}": ' + (lines(v) if k in ("cases", "long", "refused") else json.dumps(v)) for k, v in out.items()) + "\n}\n")
     print(len(out["cases"]), "models,", len(out["refused"]), "refusals, transformers", transformers.__version__)
 
 
