@@ -1,13 +1,15 @@
-//! Reading a Hugging Face model directory, one tensor at a time.
+//! Reading a Hugging Face model directory, or a GGUF file, one tensor at a time.
 //!
 //! A directory holds `config.json` and either `model.safetensors` or an index and its shards. Opening reads the headers
 //! only, and checks that every tensor the config implies is there with the right shape and type. A tensor is then read by
 //! position when it is asked for: no memory map, and never more in memory than the caller keeps.
+//!
+//! A GGUF file presents itself as such a directory (`gguf`): with a config and a tokenizer made of its metadata, and its quantised
+//! tensors in half precision.
 
 use std::collections::{HashMap, HashSet};
 use std::fmt;
-use std::fs::File;
-use std::io::{Error, ErrorKind, Read};
+use std::io::ErrorKind;
 use std::ops::Range;
 use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
@@ -16,7 +18,12 @@ use half::{bf16, f16};
 use ndarray::Array2;
 use serde::Deserialize;
 
+use crate::files::{exists, open_regular, read_head, read_text, read_whole};
+use crate::gguf::{self, is_gguf};
+use crate::recognize::{advice, recognize_head};
+use crate::sentencepiece;
 use crate::{Dense, Elements, ModelConfig, ModelError, VectorSpec, WeightSpec};
+use bitstack_gguf::BlockType;
 use bitstack_io::hostile::printable;
 use bitstack_io::safetensors::{Header, HeaderError, HeaderTensor};
 use bitstack_io::{Dtype, ReadAt};
@@ -31,11 +38,11 @@ pub struct CheckpointLimits {
     pub config_bytes: u64,
     /// Most bytes of the index of the shards. By default 16 MiB: the largest in use have some megabytes.
     pub index_bytes: u64,
-    /// Most bytes of the header of a safetensors file. By default 100 MB, the format's own limit.
+    /// Most bytes of the header of a safetensors file, or of a GGUF file. By default 100 MB, the limit of the former's format.
     pub header_bytes: u64,
     /// Most bytes of another file that is read whole. By default 256 MiB: the largest `tokenizer.json` in use have some tens of megabytes.
     pub companion_bytes: u64,
-    /// Most bytes of one tensor. By default 64 GiB.
+    /// Most bytes of one tensor, as it is read: quantised ones in half precision. By default 64 GiB.
     pub tensor_bytes: u64,
 }
 
@@ -56,6 +63,12 @@ impl Default for CheckpointLimits {
     }
 }
 
+/// What reads text into tokens.
+const TOKENIZER: &str = "tokenizer.json";
+
+/// What it is made of where it is not there.
+const PIECES: &str = "tokenizer.model";
+
 /// The files that make a checkpoint usable and travel with it, in this order.
 const COMPANIONS: [&str; 6] = [
     "config.json",
@@ -66,7 +79,7 @@ const COMPANIONS: [&str; 6] = [
     "chat_template.jinja",
 ];
 
-/// An opened model directory.
+/// An opened model directory, or GGUF file.
 #[derive(Debug, Clone)]
 pub struct Checkpoint {
     dir: PathBuf,
@@ -75,6 +88,8 @@ pub struct Checkpoint {
     limits: CheckpointLimits,
     files: Vec<DataFile>,
     tensors: HashMap<String, Location>,
+    /// The metadata of a GGUF file.
+    gguf: Option<Arc<gguf::Source>>,
 }
 
 #[derive(Clone)]
@@ -103,6 +118,23 @@ struct Location {
     shape: Vec<usize>,
     offset_bytes: u64,
     len_bytes: u64,
+    /// How a quantised tensor is stored; `dtype` is then F16.
+    quantised: Option<BlockType>,
+    /// Heads whose rows are to be put in another order: [`gguf::in_halves`].
+    interleaved_heads: Option<usize>,
+}
+
+impl Location {
+    /// Bytes of the elements, as they are read.
+    fn element_bytes(&self) -> u64 {
+        // The shape was held against the file's length.
+        self.dtype.bytes_of(&self.shape).unwrap_or(u64::MAX)
+    }
+
+    /// The name of the type that it is stored in.
+    fn type_name(&self) -> &'static str {
+        self.quantised.map_or(self.dtype.name(), BlockType::name)
+    }
 }
 
 #[derive(Deserialize)]
@@ -111,7 +143,8 @@ struct Index {
 }
 
 impl Checkpoint {
-    /// Opens a directory with the default [`CheckpointLimits`]: reads its configs and tensor headers, and checks that they fit together.
+    /// Opens a directory or a GGUF file with the default [`CheckpointLimits`]: reads its configs and tensor headers, and checks that they fit
+    /// together.
     ///
     /// # Errors
     /// No or malformed config, unsupported architecture, no checkpoint, damaged header, missing tensor, wrong shape or dtype.
@@ -119,7 +152,13 @@ impl Checkpoint {
         Self::open_with(dir, &CheckpointLimits::default())
     }
 
-    /// Opens a directory.
+    /// Whether a path is one that [`open`](Self::open) is for: a directory, or a file that begins as a GGUF file does, whatever its name.
+    pub fn is_at(path: &Path) -> bool {
+        let head = || open_regular(path).ok().and_then(|file| read_head(&file).ok());
+        path.is_dir() || head().is_some_and(|head| is_gguf(&head))
+    }
+
+    /// Opens a directory or a GGUF file.
     ///
     /// # Errors
     /// As [`open`](Self::open); [`ModelError::FileTooLarge`] and [`ModelError::BadCheckpoint`] for what is beyond `limits`.
@@ -140,7 +179,13 @@ impl Checkpoint {
     /// As [`open_with`](Self::open_with), but nothing about tensors that are missing or of other shapes and types.
     pub fn open_headers(dir: &Path, limits: &CheckpointLimits) -> Result<Self, ModelError> {
         let dir = dir.to_owned();
+        if dir.is_file() {
+            return Self::open_gguf(dir, limits);
+        }
         let read_text = |path: &Path| read_text(path, limits.config_bytes);
+        if dir.is_dir() && !exists(&dir.join("config.json"))? {
+            return Err(ModelError::NoCheckpoint { missing: "config.json is not there", advice: advice(&dir), dir });
+        }
         let config_text = read_text(&dir.join("config.json"))?;
         let mut config = ModelConfig::from_json(&config_text)?;
         let generation = dir.join("generation_config.json");
@@ -149,7 +194,7 @@ impl Checkpoint {
         }
 
         let mut checkpoint =
-            Self { dir, config, config_text, limits: *limits, files: Vec::new(), tensors: HashMap::new() };
+            Self { dir, config, config_text, limits: *limits, files: Vec::new(), tensors: HashMap::new(), gguf: None };
         let single = checkpoint.dir.join("model.safetensors");
         let index = checkpoint.dir.join("model.safetensors.index.json");
         if exists(&single)? {
@@ -157,12 +202,48 @@ impl Checkpoint {
         } else if exists(&index)? {
             checkpoint.add_shards(&index)?;
         } else {
-            return Err(ModelError::NoCheckpoint { dir: checkpoint.dir });
+            return Err(ModelError::NoCheckpoint {
+                missing: "neither model.safetensors nor model.safetensors.index.json is there",
+                advice: advice(&checkpoint.dir),
+                dir: checkpoint.dir,
+            });
         }
         Ok(checkpoint)
     }
 
-    /// The directory.
+    fn open_gguf(path: PathBuf, limits: &CheckpointLimits) -> Result<Self, ModelError> {
+        let file = open_regular(&path)?;
+        let head = read_head(&file).map_err(|source| ModelError::Io { path: path.clone(), source })?;
+        if !is_gguf(&head) {
+            let advice = recognize_head(&head).unwrap_or("no model: give a directory with config.json, or a GGUF file");
+            return Err(ModelError::OtherFile { path, advice: advice.to_owned() });
+        }
+        let (source, named) = gguf::Source::open(&path, &file, limits.header_bytes)?;
+        let config_text = source.config_text().to_owned();
+        let config = ModelConfig::from_json(&config_text);
+        let config = config.map_err(|e| ModelError::GgufConfig { path: path.clone(), source: Box::new(e) })?;
+        let tensors = named.into_iter().map(|gguf::Named { name, interleaved_heads, tensor }| {
+            let quantised = (!tensor.kind.is_float()).then_some(tensor.kind);
+            let dtype =
+                [Dtype::F32, Dtype::BF16].into_iter().find(|d| d.name() == tensor.kind.name()).unwrap_or(Dtype::F16);
+            let (offset_bytes, len_bytes) = (tensor.offset_bytes, tensor.len_bytes);
+            (
+                name,
+                Location { file: 0, dtype, shape: tensor.shape, offset_bytes, len_bytes, quantised, interleaved_heads },
+            )
+        });
+        Ok(Self {
+            config,
+            config_text,
+            limits: *limits,
+            tensors: tensors.collect(),
+            files: vec![DataFile { path: path.clone(), source: Arc::new(file) }],
+            gguf: Some(Arc::new(source)),
+            dir: path,
+        })
+    }
+
+    /// The directory, or the GGUF file.
     pub fn dir(&self) -> &Path {
         &self.dir
     }
@@ -178,47 +259,75 @@ impl Checkpoint {
         Self { config: self.config.clone().cut_vocabulary(), ..self.clone() }
     }
 
-    /// `config.json` as it stands in the directory.
+    /// Whatever somebody who uses the model should know, a line each; nothing of most models.
+    pub fn remarks(&self) -> &[String] {
+        self.gguf.as_ref().map_or(&[], |gguf| &gguf.remarks)
+    }
+
+    /// `config.json` as it stands in the directory, or as a GGUF file's metadata make it.
     pub fn config_text(&self) -> &str {
         &self.config_text
     }
 
-    /// Name and bytes of every file that should travel with the weights and is there: configs, tokenizer, chat template.
+    /// Name and bytes of every file that should travel with the weights and is there, or can be made: configs, tokenizer, chat template.
     ///
     /// # Errors
     /// A file that cannot be read.
     pub fn companions(&self) -> Result<Vec<(String, Vec<u8>)>, ModelError> {
-        let mut files = Vec::new();
-        for name in COMPANIONS {
-            let path = self.dir.join(name);
-            if exists(&path)? {
-                files.push((name.to_owned(), read_whole(&path, self.limits.companion_bytes)?));
-            }
-        }
-        Ok(files)
+        let found =
+            COMPANIONS.into_iter().map(|name| Ok(self.find_companion(name)?.map(|bytes| (name.to_owned(), bytes))));
+        found.filter_map(Result::transpose).collect()
     }
 
-    /// One companion file, such as `tokenizer.json`.
+    /// One companion file, such as `tokenizer.json`. That is made of `tokenizer.model` where only this is there, and of the metadata of a GGUF file.
     ///
     /// # Errors
     /// A file that is missing or cannot be read.
     pub fn companion(&self, name: &str) -> Result<Vec<u8>, ModelError> {
-        read_whole(&self.dir.join(name), self.limits.companion_bytes)
+        self.find_companion(name)?.ok_or_else(|| match name {
+            TOKENIZER => ModelError::NoTokenizer { place: self.dir.clone() },
+            _ => ModelError::Io { path: self.dir.join(name), source: ErrorKind::NotFound.into() },
+        })
     }
 
-    /// Whether there is a companion file of this name.
+    /// Whether there is a companion file of this name, or what it can be made of.
     ///
     /// # Errors
     /// A directory that cannot be looked into.
     pub fn has_companion(&self, name: &str) -> Result<bool, ModelError> {
-        exists(&self.dir.join(name))
+        match &self.gguf {
+            Some(gguf) => Ok(gguf.has_companion(name)),
+            None => Ok(exists(&self.dir.join(name))? || name == TOKENIZER && exists(&self.dir.join(PIECES))?),
+        }
     }
 
-    /// Bytes that the model's tensors take in the checkpoint.
+    fn find_companion(&self, name: &str) -> Result<Option<Vec<u8>>, ModelError> {
+        if let Some(gguf) = &self.gguf {
+            return gguf.companion(name);
+        }
+        let read = |name: &str| {
+            let path = self.dir.join(name);
+            exists(&path)?.then(|| read_whole(&path, self.limits.companion_bytes)).transpose()
+        };
+        match read(name)? {
+            None if name == TOKENIZER => {
+                let Some(pieces) = read(PIECES)? else { return Ok(None) };
+                let bad = |reason| ModelError::BadPieces { path: self.dir.join(PIECES), reason };
+                let config = read("tokenizer_config.json")?.map(|bytes| serde_json::from_slice(&bytes));
+                let config =
+                    config.transpose().map_err(|e| bad(format!("tokenizer_config.json: {e}")))?.unwrap_or_default();
+                let tokenizer = sentencepiece::convert(&pieces, &config).map_err(bad)?;
+                Ok(Some(tokenizer.to_string().into_bytes()))
+            }
+            found => Ok(found),
+        }
+    }
+
+    /// Bytes that the model's tensors take in the types they are read in: in the checkpoint, but for quantised ones, which are read in half precision.
     pub fn stored_bytes(&self) -> u64 {
         let names = self.config.weights().into_iter().filter(|w| w.first_row == 0).map(|w| w.tensor_name());
         let names = names.chain(self.config.other_tensors().iter().map(|v| v.name.clone()));
-        names.filter_map(|name| self.tensors.get(&name)).map(|at| at.len_bytes).sum()
+        names.filter_map(|name| self.tensors.get(&name)).map(Location::element_bytes).sum()
     }
 
     /// Reads one weight matrix, in the type it is stored in.
@@ -261,7 +370,7 @@ impl Checkpoint {
             .ok_or_else(|| ModelError::MissingTensor { tensor: tensor.to_owned(), place: self.dir.clone() })?;
         let file = &self.files[location.file];
         let mut hasher = blake3::Hasher::new();
-        hasher.update(location.dtype.name().as_bytes());
+        hasher.update(location.type_name().as_bytes());
         let mut buffer = vec![0; file.source.best_read_bytes().max(LEAST_PIECE_BYTES)];
         let (mut offset, end) = (location.offset_bytes, location.offset_bytes + location.len_bytes);
         while offset < end {
@@ -305,12 +414,17 @@ impl Checkpoint {
         let file = open_regular(&path)?;
         let (header, data_start) = Header::read(&file, self.limits.header_bytes).map_err(|error| match error {
             HeaderError::Read { source } => ModelError::Io { path: path.clone(), source },
-            broken => bad(broken.to_string()),
+            broken => match read_head(&file).ok().and_then(|head| recognize_head(&head)) {
+                Some(advice) => ModelError::OtherFile { path: path.clone(), advice: advice.to_owned() },
+                None => bad(broken.to_string()),
+            },
         })?;
         let number = self.files.len();
         for HeaderTensor { name, dtype, shape, begin, end, .. } in header.tensors {
             let (offset_bytes, len_bytes) = (data_start + begin, end - begin);
-            let location = Location { file: number, dtype, shape, offset_bytes, len_bytes };
+            let (quantised, interleaved_heads) = (None, None);
+            let location =
+                Location { file: number, dtype, shape, offset_bytes, len_bytes, quantised, interleaved_heads };
             if let Some(other) = self.tensors.get(&name) {
                 let other = self.files[other.file].path.display();
                 return Err(bad(format!("tensor {} is also in {other}", printable(&name))));
@@ -366,7 +480,7 @@ impl Checkpoint {
     fn find(&self, tensor: &str) -> Result<&Location, ModelError> {
         let missing = || ModelError::MissingTensor { tensor: tensor.to_owned(), place: self.dir.clone() };
         let location = self.tensors.get(tensor).ok_or_else(missing)?;
-        let bytes = location.len_bytes;
+        let bytes = location.element_bytes();
         if bytes > self.limits.tensor_bytes {
             let reason = format!("tensor {tensor} has {bytes} bytes; the limit is {}", self.limits.tensor_bytes);
             return Err(ModelError::BadCheckpoint { path: self.files[location.file].path.clone(), reason });
@@ -394,7 +508,12 @@ impl Checkpoint {
             return Ok(());
         }
         let path = self.files[location.file].path.clone();
-        Err(ModelError::WrongDtype { tensor: tensor.to_owned(), path, found: location.dtype.to_string(), expected })
+        Err(ModelError::WrongDtype {
+            tensor: tensor.to_owned(),
+            path,
+            found: location.type_name().to_owned(),
+            expected,
+        })
     }
 
     fn wrong_shape(&self, tensor: &str, location: &Location, expected: &[usize]) -> ModelError {
@@ -422,7 +541,19 @@ impl Checkpoint {
     /// Reads some of the elements of a tensor of this shape, which has them.
     fn part(&self, tensor: &str, shape: &[usize], range: Range<usize>) -> Result<Elements, ModelError> {
         let location = self.locate(tensor, shape)?;
-        // The header was held against the file's length, so this asks for no more memory than the file has bytes.
+        let Some(n_heads) = location.interleaved_heads else { return self.stored(tensor, location, range) };
+        let n_rows = shape[0];
+        if n_heads == 0 || !n_rows.is_multiple_of(2 * n_heads) {
+            return Err(self.wrong_shape(tensor, location, &[2 * n_heads]));
+        }
+        let all = self.stored(tensor, location, 0..shape.iter().product())?;
+        Ok(gguf::in_halves(all, n_rows, n_heads, range))
+    }
+
+    /// Reads some of the elements of a tensor in the order in which they are stored; of a quantised one, whole blocks.
+    fn stored(&self, tensor: &str, location: &Location, range: Range<usize>) -> Result<Elements, ModelError> {
+        // The header was held against the file's length, so this asks for no more memory than the file has bytes; of quantised tensors, for eight
+        // times as much.
         let (first, len) = (range.start, range.len());
         let offset = first * location.dtype.bits() as usize / 8;
         let finite = |first_bad: Option<(usize, f32)>| match first_bad {
@@ -434,6 +565,14 @@ impl Checkpoint {
                 value,
             }),
         };
+        if let Some(kind) = location.quantised {
+            let file = &self.files[location.file];
+            let mut values = vec![f16::ZERO; len];
+            let read = gguf::read_halves(&file.source, kind, location.offset_bytes, first, &mut values);
+            read.map_err(|source| ModelError::Gguf { path: file.path.clone(), source })?;
+            finite(values.iter().position(|v| !v.is_finite()).map(|i| (i, values[i].to_f32())))?;
+            return Ok(Elements::F16(values));
+        }
         // Files are little-endian; `from_le` does nothing on machines that are, too.
         match location.dtype {
             Dtype::F32 => {
@@ -459,41 +598,4 @@ impl Checkpoint {
             }
         }
     }
-}
-
-fn exists(path: &Path) -> Result<bool, ModelError> {
-    path.try_exists().map_err(|source| ModelError::Io { path: path.to_owned(), source })
-}
-
-/// Opens what is a file and nothing else: to open a pipe is to wait for somebody to write to it.
-fn open_regular(path: &Path) -> Result<File, ModelError> {
-    let io = |source| ModelError::Io { path: path.to_owned(), source };
-    if !std::fs::metadata(path).map_err(io)?.is_file() {
-        return Err(io(Error::new(ErrorKind::InvalidInput, "it is not a regular file")));
-    }
-    File::open(path).map_err(io)
-}
-
-fn read_whole(path: &Path, limit: u64) -> Result<Vec<u8>, ModelError> {
-    let io = |source| ModelError::Io { path: path.to_owned(), source };
-    let file = open_regular(path)?;
-    let bytes = file.metadata().map_err(io)?.len();
-    if bytes > limit {
-        return Err(ModelError::FileTooLarge { path: path.to_owned(), bytes, limit });
-    }
-    let mut contents = Vec::with_capacity(bytes as usize);
-    // One more than it had, to notice if it grows.
-    file.take(bytes + 1).read_to_end(&mut contents).map_err(io)?;
-    if contents.len() as u64 > bytes {
-        return Err(io(Error::new(ErrorKind::InvalidData, "it is being written to")));
-    }
-    Ok(contents)
-}
-
-fn read_text(path: &Path, limit: u64) -> Result<String, ModelError> {
-    let text = String::from_utf8(read_whole(path, limit)?);
-    text.map_err(|e| ModelError::Io {
-        path: path.to_owned(),
-        source: Error::new(ErrorKind::InvalidData, e.utf8_error()),
-    })
 }

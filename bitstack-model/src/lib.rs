@@ -5,7 +5,11 @@ mod checkpoint;
 pub mod config;
 mod elements;
 mod error;
+mod files;
+mod gguf;
 mod progress;
+mod recognize;
+mod sentencepiece;
 pub mod text;
 mod tokenizer;
 
@@ -14,4 +18,5 @@ pub use config::{Llama3Scaling, ModelConfig, RopeConfig, VectorSpec, WeightRole,
 pub use elements::{Dense, Elements};
 pub use error::ModelError;
 pub use progress::{Part, Progress};
+pub use recognize::recognize;
 pub use tokenizer::{TextStream, Tokenizer};
