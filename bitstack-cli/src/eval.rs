@@ -2,7 +2,7 @@
 
 use super::args::Eval;
 use super::compress::read_text;
-use super::open::Stack;
+use super::open::{Stack, checkpoint, is_model};
 use super::plot::{Curve, Panel, svg};
 use super::progress::Reporter;
 use super::{print, usage};
@@ -13,7 +13,7 @@ use bitstack_engine::stack::tokenizer;
 use bitstack_engine::{Decoder, ElasticModel, Weight};
 use bitstack_io::{Existing, FileError, write_atomically};
 use bitstack_model::text::{Windows, default_seq_len};
-use bitstack_model::{Checkpoint, Dense, ModelConfig, Progress, Tokenizer};
+use bitstack_model::{Dense, ModelConfig, Progress, Tokenizer};
 use bitstack_runtime::Options;
 use serde_json::{Value, json};
 use std::fmt::Write;
@@ -35,13 +35,13 @@ struct Row {
 pub(crate) fn run(args: &Eval, reporter: &Reporter) -> Result<()> {
     let text = read_text(&args.text)?;
     let reference = match &args.reference {
-        Some(dir) => Some(Decoder::load_with(&Checkpoint::open(dir)?, reporter)?),
+        Some(dir) => Some(Decoder::load_with(&checkpoint(dir, reporter)?, reporter)?),
         None => None,
     };
     let mut rows = Vec::new();
     let mut measure = Measure { args, text: &text, original: reference.as_ref(), reference: None, reporter };
     for file in &args.files {
-        if file.is_dir() { measure.directory(file, &mut rows) } else { measure.stack(file, &mut rows) }
+        if is_model(file) { measure.directory(file, &mut rows) } else { measure.stack(file, &mut rows) }
             .with_context(|| file.display().to_string())?;
     }
     reporter.finish();
@@ -101,7 +101,7 @@ impl Measure<'_> {
 
     /// The uncompressed model.
     fn directory(&mut self, path: &Path, rows: &mut Vec<Row>) -> Result<()> {
-        let checkpoint = Checkpoint::open(path)?;
+        let checkpoint = checkpoint(path, self.reporter)?;
         let bytes = checkpoint.stored_bytes();
         if let Some(budget) = self.args.memory.iter().find(|m| **m < bytes) {
             return Err(usage(format!("--memory {budget}: an uncompressed model has one size, {bytes} bytes")));

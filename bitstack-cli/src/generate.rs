@@ -1,7 +1,7 @@
 //! `bitstack generate`
 
 use super::args::{Generate, Memory};
-use super::open::Stack;
+use super::open::{Stack, checkpoint, is_model};
 use super::progress::Reporter;
 use super::{keys, print, quality, size, usage};
 use anyhow::{Context, Result};
@@ -9,14 +9,14 @@ use bitstack_engine::sample::{self, Generation};
 use bitstack_engine::stack::tokenizer;
 use bitstack_engine::{Decoder, ElasticModel, SamplingOptions};
 use bitstack_io::in_one_line;
-use bitstack_model::{Checkpoint, Tokenizer};
+use bitstack_model::Tokenizer;
 use bitstack_runtime::{Options, Policy, Sensors, Start, Watcher};
 use std::ops::ControlFlow;
 use std::time::Instant;
 
 /// Continues the prompt, on stdout, as it comes.
 pub(crate) fn run(args: &Generate, reporter: &Reporter) -> Result<()> {
-    if args.file.is_dir() { directory(args, reporter) } else { stack(args, reporter) }
+    if is_model(&args.file) { directory(args, reporter) } else { stack(args, reporter) }
         .with_context(|| args.file.display().to_string())
 }
 
@@ -97,7 +97,7 @@ fn stack(args: &Generate, reporter: &Reporter) -> Result<()> {
 }
 
 fn directory(args: &Generate, reporter: &Reporter) -> Result<()> {
-    let checkpoint = Checkpoint::open(&args.file)?;
+    let checkpoint = checkpoint(&args.file, reporter)?;
     let bytes = checkpoint.stored_bytes();
     match args.memory {
         Some(Memory::Bytes(memory)) if memory < bytes => {

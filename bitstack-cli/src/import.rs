@@ -2,6 +2,7 @@
 
 use super::args::Import;
 use super::compress::refuse_existing;
+use super::open::local;
 use super::progress::Reporter;
 use super::size;
 use anyhow::Result;
@@ -16,7 +17,7 @@ pub(crate) fn run(args: &Import, reporter: &Reporter) -> Result<()> {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
         _ => Path::new("."),
     };
-    let mut imported = bitstack_exchange::import(&args.directory, directory, reporter)?;
+    let mut imported = bitstack_exchange::import(&local(&args.directory, reporter)?, directory, reporter)?;
     let name = std::path::absolute(&args.directory)?.file_name().map(|n| n.to_string_lossy().into_owned());
     imported.draft.set_provenance("model", &name.unwrap_or_default())?;
     let made_by =

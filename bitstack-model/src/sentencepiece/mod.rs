@@ -138,6 +138,10 @@ pub(crate) fn to_json(pieces: &[Piece<'_>], added: &[Added], settings: &Settings
     }
     if settings.escape {
         normalizers.push(plain(" ", SPACE));
+        if settings.trim {
+            // At the end, signs in the text itself are dropped too.
+            normalizers.push(regex(r"▁+\z", ""));
+        }
     }
     if settings.prefix == Prefix::Always {
         // What prepends the sign leaves out texts that begin with it; SentencePiece does not.
@@ -219,11 +223,9 @@ fn pairs(pieces: &[Piece<'_>], added: &[Added], settings: &Settings<'_>, whole_w
     }))
 }
 
-/// A text as an expression that matches it.
+/// A text as an expression that matches it. Other signs are not escaped: some of them mean something if they are, as \< does.
 fn escaped(text: &str) -> String {
-    text.chars()
-        .flat_map(|c| (!c.is_alphanumeric() && !c.is_whitespace()).then_some('\\').into_iter().chain([c]))
-        .collect()
+    text.chars().flat_map(|c| r"\.+*?()|[]{}^$".contains(c).then_some('\\').into_iter().chain([c])).collect()
 }
 
 /// Base 64, with padding (RFC 4648).
