@@ -29,7 +29,9 @@ pub(crate) fn local(path: &Path, reporter: &Reporter) -> Result<PathBuf> {
 /// Opens an uncompressed model: a directory, a GGUF file, or one of the Hub. Says what there is to say about it.
 pub(crate) fn checkpoint(path: &Path, reporter: &Reporter) -> Result<Checkpoint> {
     let checkpoint = Checkpoint::open(local(path, reporter)?)?;
-    checkpoint.remarks().iter().for_each(|remark| reporter.say(remark));
+    for remark in checkpoint.remarks() {
+        reporter.say(&format!("warning: {}: {remark}", path.display()));
+    }
     Ok(checkpoint)
 }
 

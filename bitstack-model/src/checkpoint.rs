@@ -7,9 +7,11 @@
 //! A GGUF file presents itself as such a directory (`gguf`): with a config and a tokenizer made of its metadata, and its quantised
 //! tensors in half precision.
 
+mod companions;
+mod from_gguf;
+
 use std::collections::{HashMap, HashSet};
 use std::fmt;
-use std::io::ErrorKind;
 use std::ops::Range;
 use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
@@ -18,15 +20,15 @@ use half::{bf16, f16};
 use ndarray::Array2;
 use serde::Deserialize;
 
-use crate::files::{exists, open_regular, read_head, read_text, read_whole};
+use crate::files::{exists, open_regular, read_head, read_text};
 use crate::gguf::{self, is_gguf};
 use crate::recognize::{advice, recognize_head};
-use crate::sentencepiece;
 use crate::{Dense, Elements, ModelConfig, ModelError, VectorSpec, WeightSpec};
 use bitstack_gguf::BlockType;
 use bitstack_io::hostile::printable;
 use bitstack_io::safetensors::{Header, HeaderError, HeaderTensor};
 use bitstack_io::{Dtype, ReadAt};
+use companions::CONFIG;
 
 /// What a checkpoint may make its reader use.
 ///
@@ -63,28 +65,13 @@ impl Default for CheckpointLimits {
     }
 }
 
-/// What reads text into tokens.
-const TOKENIZER: &str = "tokenizer.json";
-
-/// What it is made of where it is not there.
-const PIECES: &str = "tokenizer.model";
-
-/// The files that make a checkpoint usable and travel with it, in this order.
-const COMPANIONS: [&str; 6] = [
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-];
-
 /// An opened model directory, or GGUF file.
 #[derive(Debug, Clone)]
 pub struct Checkpoint {
     dir: PathBuf,
     config: ModelConfig,
     config_text: String,
+    remarks: Vec<String>,
     limits: CheckpointLimits,
     files: Vec<DataFile>,
     tensors: HashMap<String, Location>,
@@ -183,18 +170,26 @@ impl Checkpoint {
             return Self::open_gguf(dir, limits);
         }
         let read_text = |path: &Path| read_text(path, limits.config_bytes);
-        if dir.is_dir() && !exists(&dir.join("config.json"))? {
+        if dir.is_dir() && !exists(&dir.join(CONFIG))? {
             return Err(ModelError::NoCheckpoint { missing: "config.json is not there", advice: advice(&dir), dir });
         }
-        let config_text = read_text(&dir.join("config.json"))?;
+        let config_text = read_text(&dir.join(CONFIG))?;
         let mut config = ModelConfig::from_json(&config_text)?;
         let generation = dir.join("generation_config.json");
         if exists(&generation)? {
             config.add_generation_config(&read_text(&generation)?)?;
         }
 
-        let mut checkpoint =
-            Self { dir, config, config_text, limits: *limits, files: Vec::new(), tensors: HashMap::new(), gguf: None };
+        let mut checkpoint = Self {
+            dir,
+            config,
+            config_text,
+            remarks: Vec::new(),
+            limits: *limits,
+            files: Vec::new(),
+            tensors: HashMap::new(),
+            gguf: None,
+        };
         let single = checkpoint.dir.join("model.safetensors");
         let index = checkpoint.dir.join("model.safetensors.index.json");
         if exists(&single)? {
@@ -209,38 +204,6 @@ impl Checkpoint {
             });
         }
         Ok(checkpoint)
-    }
-
-    fn open_gguf(path: PathBuf, limits: &CheckpointLimits) -> Result<Self, ModelError> {
-        let file = open_regular(&path)?;
-        let head = read_head(&file).map_err(|source| ModelError::Io { path: path.clone(), source })?;
-        if !is_gguf(&head) {
-            let advice = recognize_head(&head).unwrap_or("no model: give a directory with config.json, or a GGUF file");
-            return Err(ModelError::OtherFile { path, advice: advice.to_owned() });
-        }
-        let (source, named) = gguf::Source::open(&path, &file, limits.header_bytes)?;
-        let config_text = source.config_text().to_owned();
-        let config = ModelConfig::from_json(&config_text);
-        let config = config.map_err(|e| ModelError::GgufConfig { path: path.clone(), source: Box::new(e) })?;
-        let tensors = named.into_iter().map(|gguf::Named { name, interleaved_heads, tensor }| {
-            let quantised = (!tensor.kind.is_float()).then_some(tensor.kind);
-            let dtype =
-                [Dtype::F32, Dtype::BF16].into_iter().find(|d| d.name() == tensor.kind.name()).unwrap_or(Dtype::F16);
-            let (offset_bytes, len_bytes) = (tensor.offset_bytes, tensor.len_bytes);
-            (
-                name,
-                Location { file: 0, dtype, shape: tensor.shape, offset_bytes, len_bytes, quantised, interleaved_heads },
-            )
-        });
-        Ok(Self {
-            config,
-            config_text,
-            limits: *limits,
-            tensors: tensors.collect(),
-            files: vec![DataFile { path: path.clone(), source: Arc::new(file) }],
-            gguf: Some(Arc::new(source)),
-            dir: path,
-        })
     }
 
     /// The directory, or the GGUF file.
@@ -259,68 +222,14 @@ impl Checkpoint {
         Self { config: self.config.clone().cut_vocabulary(), ..self.clone() }
     }
 
-    /// Whatever somebody who uses the model should know, a line each; nothing of most models.
+    /// What its user should know of how the checkpoint was read, a line each: nothing, as a rule.
     pub fn remarks(&self) -> &[String] {
-        self.gguf.as_ref().map_or(&[], |gguf| &gguf.remarks)
+        &self.remarks
     }
 
     /// `config.json` as it stands in the directory, or as a GGUF file's metadata make it.
     pub fn config_text(&self) -> &str {
         &self.config_text
-    }
-
-    /// Name and bytes of every file that should travel with the weights and is there, or can be made: configs, tokenizer, chat template.
-    ///
-    /// # Errors
-    /// A file that cannot be read.
-    pub fn companions(&self) -> Result<Vec<(String, Vec<u8>)>, ModelError> {
-        let found =
-            COMPANIONS.into_iter().map(|name| Ok(self.find_companion(name)?.map(|bytes| (name.to_owned(), bytes))));
-        found.filter_map(Result::transpose).collect()
-    }
-
-    /// One companion file, such as `tokenizer.json`. That is made of `tokenizer.model` where only this is there, and of the metadata of a GGUF file.
-    ///
-    /// # Errors
-    /// A file that is missing or cannot be read.
-    pub fn companion(&self, name: &str) -> Result<Vec<u8>, ModelError> {
-        self.find_companion(name)?.ok_or_else(|| match name {
-            TOKENIZER => ModelError::NoTokenizer { place: self.dir.clone() },
-            _ => ModelError::Io { path: self.dir.join(name), source: ErrorKind::NotFound.into() },
-        })
-    }
-
-    /// Whether there is a companion file of this name, or what it can be made of.
-    ///
-    /// # Errors
-    /// A directory that cannot be looked into.
-    pub fn has_companion(&self, name: &str) -> Result<bool, ModelError> {
-        match &self.gguf {
-            Some(gguf) => Ok(gguf.has_companion(name)),
-            None => Ok(exists(&self.dir.join(name))? || name == TOKENIZER && exists(&self.dir.join(PIECES))?),
-        }
-    }
-
-    fn find_companion(&self, name: &str) -> Result<Option<Vec<u8>>, ModelError> {
-        if let Some(gguf) = &self.gguf {
-            return gguf.companion(name);
-        }
-        let read = |name: &str| {
-            let path = self.dir.join(name);
-            exists(&path)?.then(|| read_whole(&path, self.limits.companion_bytes)).transpose()
-        };
-        match read(name)? {
-            None if name == TOKENIZER => {
-                let Some(pieces) = read(PIECES)? else { return Ok(None) };
-                let bad = |reason| ModelError::BadPieces { path: self.dir.join(PIECES), reason };
-                let config = read("tokenizer_config.json")?.map(|bytes| serde_json::from_slice(&bytes));
-                let config =
-                    config.transpose().map_err(|e| bad(format!("tokenizer_config.json: {e}")))?.unwrap_or_default();
-                let tokenizer = sentencepiece::convert(&pieces, &config).map_err(bad)?;
-                Ok(Some(tokenizer.to_string().into_bytes()))
-            }
-            found => Ok(found),
-        }
     }
 
     /// Bytes that the model's tensors take in the types they are read in: in the checkpoint, but for quantised ones, which are read in half precision.

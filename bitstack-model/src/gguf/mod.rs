@@ -81,8 +81,7 @@ impl Source {
             tensors.retain(|tensor| tensor.name != worse.name);
             embedding = &better.name;
             remarks.push(format!(
-                "{}: {EMBEDDING} ({}) and {HEAD} ({}) are one matrix, up to quantisation; {embedding} serves as both",
-                path.display(),
+                "{EMBEDDING} ({}) and {HEAD} ({}) are one matrix, up to quantisation; {embedding} serves as both",
                 a.kind.name(),
                 b.kind.name()
             ));
@@ -106,10 +105,7 @@ impl Source {
             named.iter().map(|n| n.tensor.kind).filter(|kind| !kind.is_float()).map(BlockType::name).collect();
         if !quantised.is_empty() {
             let kinds = quantised.into_iter().collect::<Vec<_>>().join(", ");
-            remarks.insert(
-                0,
-                format!("{}: quantised already ({kinds}): the model is that, not its original", path.display()),
-            );
+            remarks.insert(0, format!("quantised already ({kinds}): the model is that, not its original"));
         }
         let config_text = format!("{:#}\n", json!(config));
         Ok((Self { path: path.to_owned(), gguf, config_text, remarks }, named))
@@ -126,7 +122,6 @@ impl Source {
     pub(crate) fn companion(&self, name: &str) -> Result<Option<Vec<u8>>, ModelError> {
         let text = |key: &str| self.gguf.get(key).and_then(|value| value.as_str());
         Ok(match name {
-            "config.json" => Some(self.config_text.clone().into_bytes()),
             "tokenizer.json" => tokenizer::json(&self.path, &self.gguf)?,
             "tokenizer_config.json" => tokenizer::config(&self.gguf),
             "chat_template.jinja" => text("tokenizer.chat_template").map(|template| template.as_bytes().to_vec()),
