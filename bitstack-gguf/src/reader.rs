@@ -52,7 +52,7 @@ impl<'s, S: ReadAt + ?Sized> Reader<'s, S> {
 
     /// As [`need`](Self::need), of `n` things of so many bytes each at least.
     pub(crate) fn need_each(&self, n: u64, bytes: u64, what: &dyn Fn() -> String) -> Result<usize, GgufError> {
-        self.need(n.checked_mul(bytes).unwrap_or(u64::MAX), what)?;
+        self.need(n.saturating_mul(bytes), what)?;
         usize::try_from(n).map_err(|_| GgufError::TooLong { limit: self.limit })
     }
 
