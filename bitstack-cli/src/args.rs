@@ -28,7 +28,7 @@ pub(crate) struct Cli {
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
-    /// Compress a Hugging Face model directory into one .bitstack file.
+    /// Compress a Hugging Face model, or a GGUF file, into one .bitstack file.
     Compress(Compress),
     /// Show what is in a file: weights, blocks, sizes, the load order.
     Inspect(Inspect),
@@ -67,11 +67,14 @@ pub(crate) struct Opening {
 Ctrl-C, a full disk, a power cut, the same command goes on from there and writes the same bytes.\n\n\
 At the end the file is measured against the model, from its smallest size to the largest; inspect and plan show it later. Where it is far \
 from the model even as a whole, a warning names the weights that cost most, and the exit status is 3. The file is written all the same.\n\n\
-Example:\n  bitstack compress Llama-3.2-1B -o llama.bitstack --calibration text.txt"
+Models of the Hub are kept in its own cache (HF_HOME, HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE mean what they mean there); a download that \
+breaks off goes on with the same command. hf:OWNER/NAME/FILE.gguf takes one GGUF file.\n\n\
+Examples:\n  bitstack compress Llama-3.2-1B -o llama.bitstack --calibration text.txt\n  \
+bitstack compress hf:HuggingFaceTB/SmolLM2-135M-Instruct -o smollm2.bitstack"
 )]
 pub(crate) struct Compress {
-    /// The model: a directory with config.json, *.safetensors and tokenizer.json.
-    #[arg(value_name = "MODEL_DIR")]
+    /// The model: a directory with config.json, *.safetensors and tokenizer.json; a GGUF file; or hf:OWNER/NAME[@REVISION], which is downloaded.
+    #[arg(value_name = "MODEL")]
     pub(crate) model: PathBuf,
 
     /// The file to write.
@@ -233,7 +236,7 @@ pub(crate) struct Truncate {
 #[command(after_help = "Examples:\n  bitstack eval llama.bitstack --text book.txt --memory 2GB --memory 3GB\n  \
 bitstack eval llama.bitstack --text book.txt --steps 10 --reference Llama-3.2-1B --plot curve.svg")]
 pub(crate) struct Eval {
-    /// A .bitstack file, or a model directory (the uncompressed model); several are measured one after another.
+    /// A .bitstack file, or an uncompressed model as `compress` takes it; several are measured one after another.
     #[arg(required = true, value_name = "FILE")]
     pub(crate) files: Vec<PathBuf>,
     /// Plain text to measure on.
@@ -245,8 +248,8 @@ pub(crate) struct Eval {
     /// Measure at N sizes, evenly spaced from the smallest to the whole file.
     #[arg(long, value_name = "N", conflicts_with = "memory", value_parser = clap::value_parser!(u16).range(1..=1000))]
     pub(crate) steps: Option<u16>,
-    /// The original model's directory: adds KL divergence and top-1 agreement with it.
-    #[arg(long, value_name = "MODEL_DIR")]
+    /// The original model, as `compress` takes it: adds KL divergence and top-1 agreement with it.
+    #[arg(long, value_name = "MODEL")]
     pub(crate) reference: Option<PathBuf>,
     /// Windows of text to measure on, evenly spaced.
     #[arg(long, value_name = "N", default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..))]
@@ -269,7 +272,7 @@ pub(crate) struct Eval {
 bitstack generate llama.bitstack --memory auto --prompt \"Once upon a time\" -n 1000\n\n\
 On a terminal, + and - change the memory size while the text is written.")]
 pub(crate) struct Generate {
-    /// A .bitstack file, or a model directory (the uncompressed model).
+    /// A .bitstack file, or an uncompressed model as `compress` takes it.
     pub(crate) file: PathBuf,
     /// The text to go on from.
     #[arg(long, short)]

@@ -58,11 +58,9 @@ fn write(args: &Compress, reporter: &Reporter) -> Result<()> {
     }
     let started = Instant::now();
     let timings = Timings::new(reporter, Part::Opening);
+    // Before the model, which may have to be downloaded.
+    let text = method.calibration.as_deref().map(|path| read_text(path, reporter)).transpose()?;
     let checkpoint = open::checkpoint(&args.model, &args.opening, reporter)?;
-    let text = match &method.calibration {
-        Some(path) => Some(read_text(path, reporter)?),
-        None => None,
-    };
     let options = options(method);
     if args.restart {
         Journal::discard(&directory)?;
@@ -83,8 +81,7 @@ fn write(args: &Compress, reporter: &Reporter) -> Result<()> {
     let unfinished = Unfinished::announce(&directory);
     let work = || -> Result<_> {
         let mut compressed = journal.compress(&timings)?;
-        let name = std::path::absolute(&args.model)?.file_name().map(|n| n.to_string_lossy().into_owned());
-        compressed.draft.set_provenance("model", &name.unwrap_or_default())?;
+        compressed.draft.set_provenance("model", &name_of(&args.model)?)?;
         compressed.draft.set_provenance("made by", &describe(args, text.is_some()))?;
         let resident = (compressed.order.minimum_bytes(), compressed.order.total_bytes());
         let existing = if args.force { Existing::Replace } else { Existing::Refuse };
@@ -113,6 +110,14 @@ fn write(args: &Compress, reporter: &Reporter) -> Result<()> {
         to_stderr(&table(&timings.so_far()));
     }
     Ok(())
+}
+
+/// A model by the last part of its path, or by its name at the Hub.
+fn name_of(model: &Path) -> Result<String> {
+    match model.to_str().filter(|name| name.starts_with(bitstack_hub::PREFIX)) {
+        Some(name) => Ok(name.to_owned()),
+        None => Ok(std::path::absolute(model)?.file_name().unwrap_or_default().to_string_lossy().into_owned()),
+    }
 }
 
 /// The journal of an output: a directory beside it.

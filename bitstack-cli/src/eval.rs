@@ -2,7 +2,7 @@
 
 use super::args::Eval;
 use super::compress::read_text;
-use super::open::{self, Stack};
+use super::open::{self, Stack, is_model};
 use super::plot::{Curve, Panel, svg};
 use super::progress::Reporter;
 use super::{print, usage};
@@ -41,7 +41,7 @@ pub(crate) fn run(args: &Eval, reporter: &Reporter) -> Result<()> {
     let mut rows = Vec::new();
     let mut measure = Measure { args, text: &text, original: reference.as_ref(), reference: None, reporter };
     for file in &args.files {
-        if file.is_dir() { measure.directory(file, &mut rows) } else { measure.stack(file, &mut rows) }
+        if is_model(file) { measure.directory(file, &mut rows) } else { measure.stack(file, &mut rows) }
             .with_context(|| file.display().to_string())?;
     }
     reporter.finish();

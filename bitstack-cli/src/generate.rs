@@ -1,7 +1,7 @@
 //! `bitstack generate`
 
 use super::args::{Generate, Memory};
-use super::open::{self, Beside, Stack};
+use super::open::{self, Beside, Stack, is_model};
 use super::progress::Reporter;
 use super::{keys, print, quality, size, usage};
 use anyhow::{Context, Result};
@@ -16,7 +16,7 @@ use std::time::Instant;
 
 /// Continues the prompt, on stdout, as it comes.
 pub(crate) fn run(args: &Generate, reporter: &Reporter) -> Result<()> {
-    if args.file.is_dir() { directory(args, reporter) } else { stack(args, reporter) }
+    if is_model(&args.file) { directory(args, reporter) } else { stack(args, reporter) }
         .with_context(|| args.file.display().to_string())
 }
 

@@ -2,7 +2,7 @@
 
 use super::args::Import;
 use super::compress::refuse_existing;
-use super::open::with_advice;
+use super::open::{local, with_advice};
 use super::progress::Reporter;
 use super::size;
 use anyhow::Result;
@@ -19,7 +19,7 @@ pub(crate) fn run(args: &Import, reporter: &Reporter) -> Result<()> {
         _ => Path::new("."),
     };
     let ignored = &args.opening.ignore_tensors;
-    let imported = bitstack_exchange::import(&args.directory, ignored, directory, reporter);
+    let imported = bitstack_exchange::import(&local(&args.directory, reporter)?, ignored, directory, reporter);
     let mut imported = imported.map_err(|error| match &error {
         ExchangeError::Model(inner) => with_advice(inner).unwrap_or_else(|| error.into()),
         _ => error.into(),

@@ -8,10 +8,31 @@ use bitstack_engine::quality::Quality;
 use bitstack_engine::sample::PIECE;
 use bitstack_engine::{KvCache, Workspace};
 use bitstack_format::{BlockSource, StackFile};
-use bitstack_model::{Checkpoint, CheckpointLimits, ModelConfig, ModelError};
+use bitstack_hub::{Hub, PREFIX, Repo};
+use bitstack_model::{Checkpoint, CheckpointLimits, ModelConfig, ModelError, recognize};
 use bitstack_sort::{LoadOrder, Plan, Sizes, SortError};
 use std::fs::File;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+
+/// A path that the user gave, or, of `hf:OWNER/NAME`, where the model is after it has been downloaded as far as it was not there.
+pub(crate) fn local(path: &Path, reporter: &Reporter) -> Result<PathBuf> {
+    let Some(name) = path.to_str().filter(|name| name.starts_with(PREFIX)) else { return Ok(path.to_owned()) };
+    let repo: Repo = name.parse().map_err(|e: bitstack_hub::HubError| usage(e.to_string()))?;
+    let found = Hub::from_environment()?.fetch(&repo, &mut reporter.bytes("download (bytes)"))?;
+    reporter.finish();
+    if found.is_stale {
+        reporter.say(&format!(
+            "{repo}: the Hub cannot be reached; this is the model as it was downloaded ({})",
+            found.commit
+        ));
+    }
+    Ok(found.path)
+}
+
+/// Whether a path is that of an uncompressed model.
+pub(crate) fn is_model(path: &Path) -> bool {
+    path.to_str().is_some_and(|name| name.starts_with(PREFIX)) || Checkpoint::is_at(path)
+}
 
 /// An open file with its load order.
 pub(crate) struct Stack {
@@ -93,7 +114,10 @@ impl Stack {
         if path.is_dir() {
             return Err(usage(format!("{} is a directory, not a .bitstack file", path.display())));
         }
-        let file = StackFile::open_path(path)?;
+        let file = StackFile::open_path(path).map_err(|error| match recognize(path) {
+            Some(advice) => anyhow::anyhow!("{} is {advice}", path.display()),
+            None => error.into(),
+        })?;
         if let Some(missing) = file.missing() {
             reporter.say(&format!("warning: {}: {missing}", path.display()));
         }
@@ -129,12 +153,12 @@ impl Stack {
     }
 }
 
-/// Opens a model directory, and says what its user should know of it.
-pub(crate) fn checkpoint(dir: &Path, opening: &Opening, reporter: &Reporter) -> Result<Checkpoint> {
-    let opened = Checkpoint::open_ignoring(dir, &opening.ignore_tensors, &CheckpointLimits::default());
+/// Opens an uncompressed model: a directory, a GGUF file, or one of the Hub. Says what its user should know of it.
+pub(crate) fn checkpoint(path: &Path, opening: &Opening, reporter: &Reporter) -> Result<Checkpoint> {
+    let opened = Checkpoint::open_ignoring(local(path, reporter)?, &opening.ignore_tensors, &CheckpointLimits::default());
     let checkpoint = opened.map_err(|error| with_advice(&error).unwrap_or_else(|| error.into()))?;
     for remark in checkpoint.remarks() {
-        reporter.say(&format!("warning: {}: {remark}", dir.display()));
+        reporter.say(&format!("warning: {}: {remark}", path.display()));
     }
     Ok(checkpoint)
 }

@@ -1,13 +1,17 @@
-//! Reading a Hugging Face model directory, one tensor at a time.
+//! Reading a Hugging Face model directory, or a GGUF file, one tensor at a time.
 //!
 //! A directory holds `config.json` and either `model.safetensors` or an index and its shards. Opening reads the headers
 //! only, and checks that every tensor the config implies is there with the right shape and type. A tensor is then read by
 //! position when it is asked for: no memory map, and never more in memory than the caller keeps.
+//!
+//! A GGUF file presents itself as such a directory (`gguf`): with a config and a tokenizer made of its metadata, and its quantised
+//! tensors in half precision.
+
+mod companions;
+mod from_gguf;
 
 use std::collections::{HashMap, HashSet};
 use std::fmt;
-use std::fs::File;
-use std::io::{Error, ErrorKind, Read};
 use std::ops::Range;
 use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
@@ -17,10 +21,15 @@ use ndarray::Array2;
 use serde::Deserialize;
 
 use crate::config::{is_of_images, name_in_text_part, text_part};
+use crate::files::{exists, open_regular, read_head, read_text};
+use crate::gguf::{self, is_gguf};
+use crate::recognize::{advice, recognize_head};
 use crate::{Dense, Elements, ModelConfig, ModelError, VectorSpec, WeightRole, WeightSpec, account};
+use bitstack_gguf::BlockType;
 use bitstack_io::hostile::{plain_json, printable};
 use bitstack_io::safetensors::{Header, HeaderError, HeaderTensor};
 use bitstack_io::{Dtype, ReadAt};
+use companions::CONFIG;
 
 /// What a checkpoint may make its reader use.
 ///
@@ -33,11 +42,11 @@ pub struct CheckpointLimits {
     pub config_bytes: u64,
     /// Most bytes of the index of the shards. By default 16 MiB: the largest in use have some megabytes.
     pub index_bytes: u64,
-    /// Most bytes of the header of a safetensors file. By default 100 MB, the format's own limit.
+    /// Most bytes of the header of a safetensors file, or of a GGUF file. By default 100 MB, the limit of the former's format.
     pub header_bytes: u64,
     /// Most bytes of another file that is read whole. By default 256 MiB: the largest `tokenizer.json` in use have some tens of megabytes.
     pub companion_bytes: u64,
-    /// Most bytes of one tensor. By default 64 GiB.
+    /// Most bytes of one tensor, as it is read: quantised ones in half precision. By default 64 GiB.
     pub tensor_bytes: u64,
 }
 
@@ -58,17 +67,7 @@ impl Default for CheckpointLimits {
     }
 }
 
-/// The files that make a checkpoint usable and travel with it, in this order.
-const COMPANIONS: [&str; 6] = [
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-];
-
-/// An opened model directory.
+/// An opened model directory, or GGUF file.
 #[derive(Debug, Clone)]
 pub struct Checkpoint {
     dir: PathBuf,
@@ -82,6 +81,8 @@ pub struct Checkpoint {
     /// Tensors that are not in the file where the index says they are, and what is wrong. It matters for those that are used.
     misplaced: HashMap<String, String>,
     remarks: Vec<String>,
+    /// The metadata of a GGUF file.
+    gguf: Option<Arc<gguf::Source>>,
 }
 
 #[derive(Clone)]
@@ -110,6 +111,23 @@ struct Location {
     shape: Vec<usize>,
     offset_bytes: u64,
     len_bytes: u64,
+    /// How a quantised tensor is stored; `dtype` is then F16.
+    quantised: Option<BlockType>,
+    /// Heads whose rows are to be put in another order: [`gguf::in_halves`].
+    interleaved_heads: Option<usize>,
+}
+
+impl Location {
+    /// Bytes of the elements, as they are read.
+    fn element_bytes(&self) -> u64 {
+        // The shape was held against the file's length.
+        self.dtype.bytes_of(&self.shape).unwrap_or(u64::MAX)
+    }
+
+    /// The name of the type that it is stored in.
+    fn type_name(&self) -> &'static str {
+        self.quantised.map_or(self.dtype.name(), BlockType::name)
+    }
 }
 
 #[derive(Deserialize)]
@@ -118,7 +136,8 @@ struct Index {
 }
 
 impl Checkpoint {
-    /// Opens a directory with the default [`CheckpointLimits`]: reads its configs and tensor headers, and checks that they fit together.
+    /// Opens a directory or a GGUF file with the default [`CheckpointLimits`]: reads its configs and tensor headers, and checks that they fit
+    /// together.
     ///
     /// # Errors
     /// No or malformed config, unsupported architecture, no checkpoint, damaged header, missing tensor, wrong shape or dtype.
@@ -126,7 +145,13 @@ impl Checkpoint {
         Self::open_with(dir, &CheckpointLimits::default())
     }
 
-    /// Opens a directory.
+    /// Whether a path is one that [`open`](Self::open) is for: a directory, or a file that begins as a GGUF file does, whatever its name.
+    pub fn is_at(path: &Path) -> bool {
+        let head = || open_regular(path).ok().and_then(|file| read_head(&file).ok());
+        path.is_dir() || head().is_some_and(|head| is_gguf(&head))
+    }
+
+    /// Opens a directory or a GGUF file.
     ///
     /// # Errors
     /// As [`open`](Self::open); [`ModelError::FileTooLarge`] and [`ModelError::BadCheckpoint`] for what is beyond `limits`.
@@ -176,17 +201,17 @@ impl Checkpoint {
     /// As [`open_with`](Self::open_with), but nothing about tensors that are missing, left over, or of other shapes and types.
     pub fn open_headers(dir: &Path, limits: &CheckpointLimits) -> Result<Self, ModelError> {
         let dir = dir.to_owned();
-        let whole = read_text(&dir.join("config.json"), limits.config_bytes)?;
+        if dir.is_file() {
+            return Self::open_gguf(dir, limits);
+        }
+        if dir.is_dir() && !exists(&dir.join(CONFIG))? {
+            return Err(ModelError::NoCheckpoint { missing: "config.json is not there", advice: advice(&dir), dir });
+        }
+        let whole = read_text(&dir.join(CONFIG), limits.config_bytes)?;
         let part = text_part(&whole)?;
         let is_part = part.is_some();
         let config_text = part.unwrap_or(whole);
-        let mut config = ModelConfig::from_json(&config_text)?;
-        config.find_end_tokens(|name| {
-            let path = dir.join(name);
-            let is_config = name == "generation_config.json";
-            let limit = if is_config { limits.config_bytes } else { limits.companion_bytes };
-            exists(&path)?.then(|| read_whole(&path, limit)).transpose()
-        })?;
+        let config = ModelConfig::from_json(&config_text)?;
         let mut remarks = config.remarks().to_vec();
         if is_part {
             let remark =
@@ -203,7 +228,11 @@ impl Checkpoint {
             tensors: HashMap::new(),
             misplaced: HashMap::new(),
             remarks,
+            gguf: None,
         };
+        let mut config = checkpoint.config.clone();
+        config.find_end_tokens(|name| checkpoint.find_companion(name))?;
+        checkpoint.config = config;
         let single = checkpoint.dir.join("model.safetensors");
         let index = checkpoint.dir.join("model.safetensors.index.json");
         if exists(&single)? {
@@ -211,7 +240,11 @@ impl Checkpoint {
         } else if exists(&index)? {
             checkpoint.add_shards(&index)?;
         } else {
-            return Err(ModelError::NoCheckpoint { dir: checkpoint.dir });
+            return Err(ModelError::NoCheckpoint {
+                missing: "neither model.safetensors nor model.safetensors.index.json is there",
+                advice: advice(&checkpoint.dir),
+                dir: checkpoint.dir,
+            });
         }
         checkpoint.untie()?;
         Ok(checkpoint)
@@ -269,7 +302,7 @@ impl Checkpoint {
         Ok(true)
     }
 
-    /// The directory.
+    /// The directory, or the GGUF file.
     pub fn dir(&self) -> &Path {
         &self.dir
     }
@@ -286,49 +319,16 @@ impl Checkpoint {
     }
 
     /// `config.json` as it stands in the directory, but for a head that is not tied although the file says so; where that is a model of text and
-    /// images, the config of its text model.
+    /// images, the config of its text model; and of a GGUF file what its metadata make.
     pub fn config_text(&self) -> &str {
         &self.config_text
     }
 
-    /// Name and bytes of every file that should travel with the weights and is there: configs, tokenizer, chat template.
-    ///
-    /// # Errors
-    /// A file that cannot be read.
-    pub fn companions(&self) -> Result<Vec<(String, Vec<u8>)>, ModelError> {
-        let mut files = Vec::new();
-        for name in COMPANIONS {
-            let path = self.dir.join(name);
-            if name == "config.json" {
-                files.push((name.to_owned(), self.config_text.clone().into_bytes()));
-            } else if exists(&path)? {
-                files.push((name.to_owned(), read_whole(&path, self.limits.companion_bytes)?));
-            }
-        }
-        Ok(files)
-    }
-
-    /// One companion file, such as `tokenizer.json`.
-    ///
-    /// # Errors
-    /// A file that is missing or cannot be read.
-    pub fn companion(&self, name: &str) -> Result<Vec<u8>, ModelError> {
-        read_whole(&self.dir.join(name), self.limits.companion_bytes)
-    }
-
-    /// Whether there is a companion file of this name.
-    ///
-    /// # Errors
-    /// A directory that cannot be looked into.
-    pub fn has_companion(&self, name: &str) -> Result<bool, ModelError> {
-        exists(&self.dir.join(name))
-    }
-
-    /// Bytes that the model's tensors take in the checkpoint.
+    /// Bytes that the model's tensors take in the types they are read in: in the checkpoint, but for quantised ones, which are read in half precision.
     pub fn stored_bytes(&self) -> u64 {
         let names = self.config.weights().into_iter().filter(|w| w.first_row == 0).map(|w| w.tensor_name());
         let names = names.chain(self.config.other_tensors().iter().map(|v| v.name.clone()));
-        names.filter_map(|name| self.tensors.get(&name)).map(|at| at.len_bytes).sum()
+        names.filter_map(|name| self.tensors.get(&name)).map(Location::element_bytes).sum()
     }
 
     /// Reads one weight matrix, in the type it is stored in.
@@ -371,7 +371,7 @@ impl Checkpoint {
             .ok_or_else(|| ModelError::MissingTensor { tensor: tensor.to_owned(), place: self.dir.clone() })?;
         let file = &self.files[location.file];
         let mut hasher = blake3::Hasher::new();
-        hasher.update(location.dtype.name().as_bytes());
+        hasher.update(location.type_name().as_bytes());
         let mut buffer = vec![0; file.source.best_read_bytes().max(LEAST_PIECE_BYTES)];
         let (mut offset, end) = (location.offset_bytes, location.offset_bytes + location.len_bytes);
         while offset < end {
@@ -415,13 +415,18 @@ impl Checkpoint {
         let file = open_regular(&path)?;
         let (header, data_start) = Header::read(&file, self.limits.header_bytes).map_err(|error| match error {
             HeaderError::Read { source } => ModelError::Io { path: path.clone(), source },
-            broken => bad(broken.to_string()),
+            broken => match read_head(&file).ok().and_then(|head| recognize_head(&head)) {
+                Some(advice) => ModelError::OtherFile { path: path.clone(), advice: advice.to_owned() },
+                None => bad(broken.to_string()),
+            },
         })?;
         let number = self.files.len();
         for HeaderTensor { name, dtype, shape, begin, end, .. } in header.tensors {
             let (offset_bytes, len_bytes) = (data_start + begin, end - begin);
-            let location = Location { file: number, dtype, shape, offset_bytes, len_bytes };
             let name = self.own_name(name);
+            let (quantised, interleaved_heads) = (None, None);
+            let location =
+                Location { file: number, dtype, shape, offset_bytes, len_bytes, quantised, interleaved_heads };
             if let Some(other) = self.tensors.get(&name) {
                 let other = self.files[other.file].path.display();
                 return Err(bad(format!("tensor {} is also in {other}", printable(&name))));
@@ -486,7 +491,7 @@ impl Checkpoint {
         }
         let missing = || ModelError::MissingTensor { tensor: tensor.to_owned(), place: self.dir.clone() };
         let location = self.tensors.get(tensor).ok_or_else(missing)?;
-        let bytes = location.len_bytes;
+        let bytes = location.element_bytes();
         if bytes > self.limits.tensor_bytes {
             let reason = format!("tensor {tensor} has {bytes} bytes; the limit is {}", self.limits.tensor_bytes);
             return Err(ModelError::BadCheckpoint { path: self.files[location.file].path.clone(), reason });
@@ -514,7 +519,12 @@ impl Checkpoint {
             return Ok(());
         }
         let path = self.files[location.file].path.clone();
-        Err(ModelError::WrongDtype { tensor: tensor.to_owned(), path, found: location.dtype.to_string(), expected })
+        Err(ModelError::WrongDtype {
+            tensor: tensor.to_owned(),
+            path,
+            found: location.type_name().to_owned(),
+            expected,
+        })
     }
 
     fn wrong_shape(&self, tensor: &str, location: &Location, expected: &[usize]) -> ModelError {
@@ -542,7 +552,19 @@ impl Checkpoint {
     /// Reads some of the elements of a tensor of this shape, which has them.
     fn part(&self, tensor: &str, shape: &[usize], range: Range<usize>) -> Result<Elements, ModelError> {
         let location = self.locate(tensor, shape)?;
-        // The header was held against the file's length, so this asks for no more memory than the file has bytes.
+        let Some(n_heads) = location.interleaved_heads else { return self.stored(tensor, location, range) };
+        let n_rows = shape[0];
+        if n_heads == 0 || !n_rows.is_multiple_of(2 * n_heads) {
+            return Err(self.wrong_shape(tensor, location, &[2 * n_heads]));
+        }
+        let all = self.stored(tensor, location, 0..shape.iter().product())?;
+        Ok(gguf::in_halves(all, n_rows, n_heads, range))
+    }
+
+    /// Reads some of the elements of a tensor in the order in which they are stored; of a quantised one, whole blocks.
+    fn stored(&self, tensor: &str, location: &Location, range: Range<usize>) -> Result<Elements, ModelError> {
+        // The header was held against the file's length, so this asks for no more memory than the file has bytes; of quantised tensors, for eight
+        // times as much.
         let (first, len) = (range.start, range.len());
         let offset = first * location.dtype.bits() as usize / 8;
         let finite = |first_bad: Option<(usize, f32)>| match first_bad {
@@ -554,6 +576,14 @@ impl Checkpoint {
                 value,
             }),
         };
+        if let Some(kind) = location.quantised {
+            let file = &self.files[location.file];
+            let mut values = vec![f16::ZERO; len];
+            let read = gguf::read_halves(&file.source, kind, location.offset_bytes, first, &mut values);
+            read.map_err(|source| ModelError::Gguf { path: file.path.clone(), source })?;
+            finite(values.iter().position(|v| !v.is_finite()).map(|i| (i, values[i].to_f32())))?;
+            return Ok(Elements::F16(values));
+        }
         // Files are little-endian; `from_le` does nothing on machines that are, too.
         match location.dtype {
             Dtype::F32 => {
@@ -579,41 +609,4 @@ impl Checkpoint {
             }
         }
     }
-}
-
-fn exists(path: &Path) -> Result<bool, ModelError> {
-    path.try_exists().map_err(|source| ModelError::Io { path: path.to_owned(), source })
-}
-
-/// Opens what is a file and nothing else: to open a pipe is to wait for somebody to write to it.
-fn open_regular(path: &Path) -> Result<File, ModelError> {
-    let io = |source| ModelError::Io { path: path.to_owned(), source };
-    if !std::fs::metadata(path).map_err(io)?.is_file() {
-        return Err(io(Error::new(ErrorKind::InvalidInput, "it is not a regular file")));
-    }
-    File::open(path).map_err(io)
-}
-
-fn read_whole(path: &Path, limit: u64) -> Result<Vec<u8>, ModelError> {
-    let io = |source| ModelError::Io { path: path.to_owned(), source };
-    let file = open_regular(path)?;
-    let bytes = file.metadata().map_err(io)?.len();
-    if bytes > limit {
-        return Err(ModelError::FileTooLarge { path: path.to_owned(), bytes, limit });
-    }
-    let mut contents = Vec::with_capacity(bytes as usize);
-    // One more than it had, to notice if it grows.
-    file.take(bytes + 1).read_to_end(&mut contents).map_err(io)?;
-    if contents.len() as u64 > bytes {
-        return Err(io(Error::new(ErrorKind::InvalidData, "it is being written to")));
-    }
-    Ok(contents)
-}
-
-fn read_text(path: &Path, limit: u64) -> Result<String, ModelError> {
-    let text = String::from_utf8(read_whole(path, limit)?);
-    text.map_err(|e| ModelError::Io {
-        path: path.to_owned(),
-        source: Error::new(ErrorKind::InvalidData, e.utf8_error()),
-    })
 }

@@ -78,10 +78,58 @@ pub enum ModelError {
         reason: String,
     },
     /// A directory holds no checkpoint.
-    #[error("no model in {}: neither model.safetensors nor model.safetensors.index.json is there", dir.display())]
+    #[error("no model in {}: {missing}; {advice}", dir.display())]
     NoCheckpoint {
         /// The directory.
         dir: PathBuf,
+        /// What is not there.
+        missing: &'static str,
+        /// What it holds, and what is to be done.
+        advice: String,
+    },
+    /// A file is something else than its name says.
+    #[error("{} is {advice}", path.display())]
+    OtherFile {
+        /// The file.
+        path: PathBuf,
+        /// What it is, and what is to be done.
+        advice: String,
+    },
+    /// A file is a link to nothing.
+    #[error("{} is a link to {}, which is not there: download the model again", path.display(), target.display())]
+    DanglingLink {
+        /// The link.
+        path: PathBuf,
+        /// Where it leads.
+        target: PathBuf,
+    },
+    /// A GGUF file breaks the rules of its format.
+    #[error("cannot read {}", path.display())]
+    Gguf {
+        /// The file.
+        path: PathBuf,
+        /// Which rule.
+        source: bitstack_gguf::GgufError,
+    },
+    /// A key of a GGUF file's metadata has a value that cannot be used.
+    #[error("{}: {key} is {found}, expected {expected}", path.display())]
+    GgufKey {
+        /// The file.
+        path: PathBuf,
+        /// The key, or the tensor.
+        key: String,
+        /// Its value.
+        found: String,
+        /// What would be accepted.
+        expected: String,
+    },
+    /// The config that a GGUF file's metadata make cannot be used.
+    #[error("{}, read as a model directory", path.display())]
+    GgufConfig {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        source: Box<ModelError>,
     },
     /// A safetensors file or shard index breaks the rules of its format.
     #[error("{} is damaged or not a safetensors checkpoint: {reason}", path.display())]
@@ -139,6 +187,20 @@ pub enum ModelError {
     #[error("tokenizer: {reason}")]
     Tokenizer {
         /// What the tokenizer library said.
+        reason: String,
+    },
+    /// There is no tokenizer.
+    #[error("no tokenizer.json in {}, and no tokenizer.model to make it of: save the tokenizer there with save_pretrained of transformers", place.display())]
+    NoTokenizer {
+        /// The checkpoint's directory, or its GGUF file.
+        place: PathBuf,
+    },
+    /// `tokenizer.model` is malformed, or of a kind that is not known here.
+    #[error("{}: {reason}", path.display())]
+    BadPieces {
+        /// The file.
+        path: PathBuf,
+        /// Which rule.
         reason: String,
     },
     /// A text file for calibration or evaluation is empty.

@@ -16,6 +16,8 @@ pub use bitstack_engine as engine;
 pub use bitstack_exchange as exchange;
 #[cfg(feature = "format")]
 pub use bitstack_format as format;
+#[cfg(feature = "model")]
+pub use bitstack_gguf as gguf;
 #[cfg(feature = "format")]
 pub use bitstack_io as io;
 #[cfg(feature = "model")]
