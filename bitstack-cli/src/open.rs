@@ -155,7 +155,8 @@ impl Stack {
 
 /// Opens an uncompressed model: a directory, a GGUF file, or one of the Hub. Says what its user should know of it.
 pub(crate) fn checkpoint(path: &Path, opening: &Opening, reporter: &Reporter) -> Result<Checkpoint> {
-    let opened = Checkpoint::open_ignoring(local(path, reporter)?, &opening.ignore_tensors, &CheckpointLimits::default());
+    let opened =
+        Checkpoint::open_ignoring(local(path, reporter)?, &opening.ignore_tensors, &CheckpointLimits::default());
     let checkpoint = opened.map_err(|error| with_advice(&error).unwrap_or_else(|| error.into()))?;
     for remark in checkpoint.remarks() {
         reporter.say(&format!("warning: {}: {remark}", path.display()));

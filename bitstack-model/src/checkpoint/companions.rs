@@ -18,14 +18,8 @@ const TOKENIZER: &str = "tokenizer.json";
 const PIECES: &str = "tokenizer.model";
 
 /// The files that make a checkpoint usable and travel with it, in this order.
-const COMPANIONS: [&str; 6] = [
-    CONFIG,
-    GENERATION,
-    TOKENIZER,
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-];
+const COMPANIONS: [&str; 6] =
+    [CONFIG, GENERATION, TOKENIZER, "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"];
 
 impl Checkpoint {
     /// Name and bytes of every file that should travel with the weights and is there, or can be made: configs, tokenizer, chat template.
