@@ -1,176 +1,74 @@
 //! `bitstack generate`
 
-use super::args::{Generate, Memory};
-use super::open::Stack;
+use super::args::Generate;
+use super::keys::Interrupt;
+use super::print;
 use super::progress::Reporter;
-use super::{keys, print, quality, size, usage};
+use super::writer::Writer;
 use anyhow::{Context, Result};
-use bitstack_engine::sample::{self, Generation};
-use bitstack_engine::stack::tokenizer;
-use bitstack_engine::{Decoder, ElasticModel, SamplingOptions};
-use bitstack_io::in_one_line;
-use bitstack_model::{Checkpoint, Tokenizer};
-use bitstack_runtime::{Options, Policy, Sensors, Start, Watcher};
+use bitstack_engine::sample::Continuation;
+use bitstack_model::Tokenizer;
+use bitstack_model::chat::{Message, Role};
 use std::ops::ControlFlow;
 use std::time::Instant;
 
 /// Continues the prompt, on stdout, as it comes.
 pub(crate) fn run(args: &Generate, reporter: &Reporter) -> Result<()> {
-    if args.file.is_dir() { directory(args, reporter) } else { stack(args, reporter) }
-        .with_context(|| args.file.display().to_string())
+    write(args, reporter).with_context(|| args.model.file.display().to_string())
 }
 
-fn stack(args: &Generate, reporter: &Reporter) -> Result<()> {
-    let stack = Stack::open(&args.file, reporter)?;
-    let bits = stack.bits;
-    let (least, most) = (stack.order.minimum_bytes(), stack.order.total_bytes());
-    let (budget, policy) = match args.memory {
-        None => (most, None),
-        Some(Memory::Bytes(bytes)) => (bytes, None),
-        Some(Memory::Auto) => {
-            let reading = Sensors::detect().read();
-            let policy = Policy::new(reading.limit_bytes.unwrap_or(0));
-            (policy.first_budget(&reading, least..=most), Some(policy))
+fn write(args: &Generate, reporter: &Reporter) -> Result<()> {
+    let writer = Writer::open(&args.model, reporter)?;
+    let mut options = writer.options(&args.sampling, args.max_tokens)?;
+    let (prompt, shown) = if args.chat {
+        let template = writer.template()?;
+        options = options.end_tokens(template.end_tokens(&writer.tokenizer));
+        (template.encode(&writer.tokenizer, &[Message::new(Role::User, &*args.prompt)])?, "")
+    } else {
+        let prompt = writer.tokenizer.encode(&args.prompt)?;
+        if let Some(token) = doubled(&writer.tokenizer, &args.prompt, &prompt)? {
+            reporter.say(&format!(
+                "warning: the prompt begins with {token}, which the tokenizer adds as well: the model sees it twice; leave it out"
+            ));
         }
+        (prompt, &*args.prompt)
     };
-    let plan = stack.plan(budget)?;
-    let quality = stack.quality;
-    let tokenizer = tokenizer(&stack.file)?;
-    let options =
-        Options { start: if args.progressive { Start::Smallest } else { Start::Whole }, ..Options::default() };
-    let model = ElasticModel::open(stack.file, budget, options, reporter)?;
-    reporter.finish();
-    if let Some(text) = quality::noise(quality.as_ref(), bits, plan.resident_bytes) {
-        reporter.say(&text);
-    }
-    let elastic = model.elastic();
-
-    let _watcher = policy.map(|policy| Watcher::start(elastic, policy)).transpose()?;
-    // A tenth of the way from the smallest size to the largest for every key.
-    let step = ((most - least) / 10).max(1);
-    let on_key = |key: u8| {
-        let budget = elastic.status().budget_bytes.clamp(least, most);
-        let budget = match key {
-            b'+' | b'=' => (budget + step).min(most),
-            b'-' | b'_' => budget.saturating_sub(step).max(least),
-            _ => return,
-        };
-        match elastic.set_budget(budget) {
-            Ok(plan) => {
-                let bits = bits.per_weight(plan.resident_bytes);
-                reporter.say(&format!(
-                    "\n[{} resident, {bits:.2} bits per stacked weight{}]",
-                    size::show(plan.resident_bytes),
-                    quality::brief(quality.as_ref(), plan.resident_bytes)
-                ));
-            }
-            Err(error) => reporter.say(&format!("\n[{}]", in_one_line(&error))),
+    let started = Instant::now();
+    let mut first_text = None;
+    let mut stdout = Ok(());
+    let mut text = Continuation::new(writer.config(), &writer.tokenizer, &prompt, &options)?;
+    writer.write(&mut text, Interrupt::Ends, &mut |piece| {
+        if first_text.is_none() {
+            first_text = Some(Instant::now());
+            stdout = print(shown);
         }
-    };
-    let mut sizes: Option<(u64, u64)> = None;
-    let mut writer = Writer::new(&args.prompt);
-    let result = keys::during(on_key, || {
-        model.generate(&tokenizer, &args.prompt, args.max_tokens, sampling(args), &mut |text, snapshot| {
-            let bytes = snapshot.resident_bytes();
-            let (low, high) = sizes.unwrap_or((bytes, bytes));
-            sizes = Some((low.min(bytes), high.max(bytes)));
-            writer.write(text)
-        })
+        if stdout.is_ok() && !piece.is_empty() {
+            stdout = print(piece);
+        }
+        // Breaks off when nobody reads any more.
+        if stdout.is_ok() { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
     })?;
-    if let Some(error) = elastic.status().error {
-        reporter.say(&format!("warning: {}", in_one_line(&error)));
-    }
-    let (low, high) = sizes.unwrap_or((elastic.status().resident_bytes, elastic.status().resident_bytes));
-    let about = if low == high {
-        let quality = quality::brief(quality.as_ref(), high);
-        format!("{} resident, {:.2} bits per stacked weight{quality}", size::show(high), bits.per_weight(high))
-    } else {
-        format!(
-            "{} to {} resident, {:.2} to {:.2} bits per stacked weight",
-            size::show(low),
-            size::show(high),
-            bits.per_weight(low),
-            bits.per_weight(high)
-        )
-    };
-    writer.finish(&result, &about, reporter)
+    stdout?;
+    print("\n")?;
+    let result = text.finish();
+    let (first, now) = (first_text.unwrap_or(started), Instant::now());
+    let rate = result.tokens.len().saturating_sub(1) as f64 / (now - first).as_secs_f64().max(1e-9);
+    reporter.say(&format!(
+        "{}; prompt of {} tokens in {:.2} s, then {} tokens at {rate:.1} tokens/s",
+        writer.about(),
+        result.prompt_tokens,
+        (first - started).as_secs_f64(),
+        result.tokens.len()
+    ));
+    Ok(())
 }
 
-fn directory(args: &Generate, reporter: &Reporter) -> Result<()> {
-    let checkpoint = Checkpoint::open(&args.file)?;
-    let bytes = checkpoint.stored_bytes();
-    match args.memory {
-        Some(Memory::Bytes(memory)) if memory < bytes => {
-            return Err(usage(format!("--memory {memory}: an uncompressed model has one size, {bytes} bytes")));
-        }
-        Some(Memory::Auto) => {
-            return Err(usage(format!(
-                "--memory auto: an uncompressed model has one size, {bytes} bytes; `bitstack compress` it"
-            )));
-        }
-        _ => {}
+/// The special token that a prompt begins with and the tokenizer adds too.
+fn doubled(tokenizer: &Tokenizer, prompt: &str, tokens: &[u32]) -> Result<Option<String>> {
+    let [first, second, ..] = tokens else { return Ok(None) };
+    if first != second || tokenizer.encode_as_is(prompt)?.len() == tokens.len() {
+        return Ok(None);
     }
-    let about = format!("{} resident, uncompressed", size::show(bytes));
-    let tokenizer = Tokenizer::from_bytes(&checkpoint.companion("tokenizer.json")?)?;
-    let decoder = Decoder::load_with(&checkpoint, reporter)?;
-    reporter.finish();
-    let mut writer = Writer::new(&args.prompt);
-    let on_text = &mut |text: &str| writer.write(text);
-    let result = sample::generate(&decoder, &tokenizer, &args.prompt, args.max_tokens, sampling(args), on_text)?;
-    writer.finish(&result, &about, reporter)
-}
-
-fn sampling(args: &Generate) -> SamplingOptions {
-    let mut sampling = if args.temperature == 0.0 {
-        SamplingOptions::greedy()
-    } else {
-        SamplingOptions::with_temperature(args.temperature, args.seed)
-    };
-    if let Some(k) = args.top_k {
-        sampling = sampling.top_k(k);
-    }
-    if let Some(p) = args.top_p {
-        sampling = sampling.top_p(p);
-    }
-    sampling
-}
-
-/// Puts the text on stdout as it comes, the prompt first, and keeps the time.
-struct Writer<'a> {
-    prompt: &'a str,
-    started: Instant,
-    first_text: Option<Instant>,
-    stdout: Result<()>,
-}
-
-impl<'a> Writer<'a> {
-    fn new(prompt: &'a str) -> Self {
-        Self { prompt, started: Instant::now(), first_text: None, stdout: Ok(()) }
-    }
-
-    /// Breaks off when nobody reads any more.
-    fn write(&mut self, text: &str) -> ControlFlow<()> {
-        if self.first_text.is_none() {
-            self.first_text = Some(Instant::now());
-            self.stdout = print(self.prompt);
-        }
-        if self.stdout.is_ok() && !text.is_empty() {
-            self.stdout = print(text);
-        }
-        if self.stdout.is_ok() { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
-    }
-
-    fn finish(self, result: &Generation, about: &str, reporter: &Reporter) -> Result<()> {
-        self.stdout?;
-        print("\n")?;
-        let (first, now) = (self.first_text.unwrap_or(self.started), Instant::now());
-        let rate = result.tokens.len().saturating_sub(1) as f64 / (now - first).as_secs_f64().max(1e-9);
-        reporter.say(&format!(
-            "{about}; prompt of {} tokens in {:.2} s, then {} tokens at {rate:.1} tokens/s",
-            result.prompt_tokens,
-            (first - self.started).as_secs_f64(),
-            result.tokens.len()
-        ));
-        Ok(())
-    }
+    let special = tokenizer.special_tokens().into_iter();
+    Ok(special.filter(|text| prompt.starts_with(text)).find(|text| tokenizer.special_token_id(text) == Some(*first)))
 }

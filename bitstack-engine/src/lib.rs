@@ -11,7 +11,9 @@ pub mod math;
 mod operator;
 pub mod quality;
 pub mod sample;
+mod sampler;
 pub mod stack;
+mod stop;
 
 pub use bitstack_core::Threads;
 pub use decoder::{Decoder, Frame, Observer, Pass, Visit, Workspace, check_weight};
@@ -20,4 +22,4 @@ pub use elastic::{ElasticModel, OnToken};
 pub use error::EngineError;
 pub use linear::Transposed;
 pub use operator::Operator;
-pub use sample::SamplingOptions;
+pub use sampler::SamplingOptions;

@@ -16,6 +16,7 @@ use half::{bf16, f16};
 use ndarray::Array2;
 use serde::Deserialize;
 
+use crate::chat::ChatTemplate;
 use crate::{Dense, Elements, ModelConfig, ModelError, VectorSpec, WeightSpec};
 use bitstack_io::hostile::printable;
 use bitstack_io::safetensors::{Header, HeaderError, HeaderTensor};
@@ -57,13 +58,14 @@ impl Default for CheckpointLimits {
 }
 
 /// The files that make a checkpoint usable and travel with it, in this order.
-const COMPANIONS: [&str; 6] = [
+const COMPANIONS: [&str; 7] = [
     "config.json",
     "generation_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "chat_template.jinja",
+    "chat_template.json",
 ];
 
 /// An opened model directory.
@@ -212,6 +214,14 @@ impl Checkpoint {
     /// A directory that cannot be looked into.
     pub fn has_companion(&self, name: &str) -> Result<bool, ModelError> {
         exists(&self.dir.join(name))
+    }
+
+    /// The model's chat template, if it has one.
+    ///
+    /// # Errors
+    /// Files that cannot be read; those of [`ChatTemplate::find`].
+    pub fn chat_template(&self) -> Result<Option<ChatTemplate>, ModelError> {
+        ChatTemplate::find(|name| self.has_companion(name)?.then(|| self.companion(name)).transpose())
     }
 
     /// Bytes that the model's tensors take in the checkpoint.

@@ -121,6 +121,12 @@ pub enum ModelError {
         /// What the tokenizer library said.
         reason: String,
     },
+    /// The model's chat template cannot be read, or refuses a conversation.
+    #[error("chat template: {reason}")]
+    ChatTemplate {
+        /// What the template, or the template library, said.
+        reason: String,
+    },
     /// A text file for calibration or evaluation is empty.
     #[error("the text is empty: it gives no tokens")]
     EmptyText,
