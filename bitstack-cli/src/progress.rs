@@ -122,7 +122,7 @@ impl Progress for Reporter {
 
     fn few_windows(&self, found: usize, asked: usize, seq_len: usize) {
         self.say(&format!(
-            "the text gives {found} windows of {seq_len} tokens to calibrate on, not {asked}: a longer one makes a better file"
+"the text gives {found} of the {asked} windows of {seq_len} tokens to calibrate on: a longer one makes a better file"
         ));
     }
 }
