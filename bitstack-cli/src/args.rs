@@ -12,7 +12,7 @@ use std::path::PathBuf;
 #[command(name = "bitstack", version, propagate_version = true, arg_required_else_help = true)]
 #[command(after_help = "Start with `bitstack demo`: it compresses a small built-in model and shows every step.\n\
 Sizes are written 4GiB, 4GB, 300MB or 1500000. Results go to stdout, everything else to stderr.\n\
-Exit status: 0 success, 1 failure, 2 wrong usage, 3 written, but far from the original (compress).")]
+Exit status: 0 success, 1 failure, 2 wrong usage, 3 written, but far from the original (compress), 4 a result is not a number (eval).")]
 pub(crate) struct Cli {
     #[command(subcommand)]
     pub(crate) command: Command,
@@ -42,6 +42,8 @@ pub(crate) enum Command {
     Eval(Eval),
     /// Generate text at a given memory size.
     Generate(Generate),
+    /// Talk with a model, at a memory size that may change meanwhile.
+    Chat(Chat),
     /// Turn a checkpoint of the published implementation into one .bitstack file.
     Import(Import),
     /// Write the model at a given memory size as a directory that other programs load.
@@ -269,37 +271,96 @@ pub(crate) struct Eval {
 
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  bitstack generate llama.bitstack --memory 2GB --prompt \"Once upon a time\"\n  \
-bitstack generate llama.bitstack --memory auto --prompt \"Once upon a time\" -n 1000\n\n\
+bitstack generate llama.bitstack --memory auto --prompt \"Once upon a time\" -n 1000\n  \
+bitstack generate llama.bitstack --chat --prompt \"Why is the sky blue?\"\n\n\
 On a terminal, + and - change the memory size while the text is written.")]
 pub(crate) struct Generate {
+    #[command(flatten)]
+    pub(crate) model: ModelArgs,
+    /// The text to go on from.
+    #[arg(long, short, allow_hyphen_values = true)]
+    pub(crate) prompt: String,
+    /// Take the prompt as a message to the model, in the model's own chat template, and write only the answer.
+    #[arg(long)]
+    pub(crate) chat: bool,
+    /// Tokens to generate at most.
+    #[arg(long, short = 'n', value_name = "N", default_value_t = 128)]
+    pub(crate) max_tokens: usize,
+    #[command(flatten)]
+    pub(crate) sampling: Sampling,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  bitstack chat llama.bitstack --memory 2GB\n  \
+bitstack chat llama.bitstack --memory auto --system \"Answer in one sentence.\"\n\n\
+Type a message and Enter; a line that ends with \\ goes on. /memory SIZE changes the memory size, /reset begins anew, /help lists all commands, \
+/exit or Ctrl-D ends.\nWhile the model writes, + and - change the memory size, and Ctrl-C stops the answer.")]
+pub(crate) struct Chat {
+    #[command(flatten)]
+    pub(crate) model: ModelArgs,
+    /// Tell the model how to answer, in a system message.
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
+    pub(crate) system: Option<String>,
+    /// Tokens of an answer at most [default: as many as the model's context has room for].
+    #[arg(long, short = 'n', value_name = "N")]
+    pub(crate) max_tokens: Option<usize>,
+    #[command(flatten)]
+    pub(crate) sampling: Sampling,
+}
+
+/// A model that writes; shared by `generate` and `chat`.
+#[derive(Debug, Args)]
+pub(crate) struct ModelArgs {
     /// A .bitstack file, or an uncompressed model as `compress` takes it.
     pub(crate) file: PathBuf,
-    /// The text to go on from.
-    #[arg(long, short)]
-    pub(crate) prompt: String,
     /// Memory for weights, keys and values of the text, and scratch together, or `auto`: what the system has to spare, followed up and down
     /// [default: the whole file].
     #[arg(long, short, value_name = "SIZE|auto", value_parser = Memory::parse)]
     pub(crate) memory: Option<Memory>,
-    /// Room for N tokens, prompt and answer together; less room leaves more of --memory to the weights [default: prompt and -n, at most the
-    /// model's limit].
+    /// Room for N tokens, all of the text or the conversation; less room leaves more of --memory to the weights [default: as many as the prompt and
+    /// -n say; of a conversation the model's limit, and with --memory at most 2048].
     #[arg(long, short, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) context: Option<u32>,
     /// Begin as soon as the smallest size is in, and grow while writing. The text then depends on how fast the file is read.
     #[arg(long)]
     pub(crate) progressive: bool,
-    /// Tokens to generate at most.
-    #[arg(long, short = 'n', value_name = "N", default_value_t = 128)]
-    pub(crate) max_tokens: usize,
-    /// 0 takes the likeliest token always; higher is more varied.
-    #[arg(long, value_name = "T", default_value_t = 0.8)]
-    pub(crate) temperature: f32,
-    /// Sample among the K likeliest tokens only.
+    /// A chat template in Jinja to use in place of the model's own.
+    #[arg(long, value_name = "FILE.jinja")]
+    pub(crate) template: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) opening: Opening,
+}
+
+/// How tokens are chosen; shared by `generate` and `chat`. What is not given is as the model's generation_config.json advises, else at its default.
+#[derive(Debug, Args)]
+#[command(
+    next_help_heading = "Sampling (defaults are the model's own, from its generation_config.json, where it has some)"
+)]
+pub(crate) struct Sampling {
+    /// 0 takes the likeliest token always; higher is more varied [default: the model's, else 0.8].
+    #[arg(long, value_name = "T", allow_negative_numbers = true)]
+    pub(crate) temperature: Option<f32>,
+    /// Sample among the K likeliest tokens only [default: the model's, else 0: all].
     #[arg(long, value_name = "K")]
     pub(crate) top_k: Option<usize>,
-    /// Sample among the likeliest tokens that together have this probability.
-    #[arg(long, value_name = "P")]
+    /// Sample among the likeliest tokens that together have this probability [default: the model's, else 1].
+    #[arg(long, value_name = "P", allow_negative_numbers = true)]
     pub(crate) top_p: Option<f32>,
+    /// Sample among tokens with at least this fraction of the likeliest one's probability [default: the model's, else 0].
+    #[arg(long, value_name = "P", allow_negative_numbers = true)]
+    pub(crate) min_p: Option<f32>,
+    /// Divide the positive logits of tokens that were in the prompt or the text by R, and multiply the others [default: the model's, else 1].
+    #[arg(long, value_name = "R", allow_negative_numbers = true)]
+    pub(crate) repetition_penalty: Option<f32>,
+    /// Take A from the logits of tokens that are in the text already [default: 0].
+    #[arg(long, value_name = "A", allow_negative_numbers = true)]
+    pub(crate) presence_penalty: Option<f32>,
+    /// Take A from the logits of tokens once for every time that they are in the text [default: 0].
+    #[arg(long, value_name = "A", allow_negative_numbers = true)]
+    pub(crate) frequency_penalty: Option<f32>,
+    /// End the text before this one; may be given several times.
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
+    pub(crate) stop: Vec<String>,
     /// Seed of the sampling: the same seed gives the same text.
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub(crate) seed: u64,

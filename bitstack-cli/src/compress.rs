@@ -2,6 +2,7 @@
 
 use super::args::{Compress, Method, MethodArgs, Order, Scale};
 use super::open::{self, Stack};
+use super::output::{self, Output};
 use super::progress::{Reporter, to_stderr};
 use super::timings::{Timings, table};
 use super::{print, quality, size, usage};
@@ -54,7 +55,7 @@ fn write(args: &Compress, reporter: &Reporter) -> Result<()> {
     let directory = journal_of(output);
     // A process killed just after it had written the output left both; otherwise an output is not to be touched.
     if args.restart || !Journal::has_output(&directory) {
-        refuse_existing(output, args.force)?;
+        output::check(output, Output::File, args.force)?;
     }
     let started = Instant::now();
     let timings = Timings::new(reporter, Part::Opening);
@@ -76,7 +77,7 @@ fn write(args: &Compress, reporter: &Reporter) -> Result<()> {
         reporter.say(&format!("{}: was complete already", output.display()));
         return Ok(journal.remove()?);
     }
-    refuse_existing(output, args.force)?;
+    output::check(output, Output::File, args.force)?;
 
     let unfinished = Unfinished::announce(&directory);
     let work = || -> Result<_> {
@@ -216,14 +217,6 @@ fn describe(Compress { method: args, opening, .. }: &Compress, from_text: bool) 
         args.seed,
         if from_text { "text of the user's" } else { "text of the model's own" },
     )
-}
-
-/// Refuses to write over a file unless told to, before any work is done.
-pub(crate) fn refuse_existing(path: &Path, force: bool) -> Result<()> {
-    match path.try_exists() {
-        Ok(true) if !force => Err(usage(format!("{} exists; --force replaces it", path.display()))),
-        _ => Ok(()),
-    }
 }
 
 /// Reads a text file; of a long one, parts that are spread over it.

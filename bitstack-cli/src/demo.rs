@@ -60,7 +60,7 @@ fn step(arguments: &[&str], reporter: &Reporter) -> Result<()> {
     print(&format!("\n$ bitstack {}\n", arguments.iter().map(quote).collect::<Vec<_>>().join(" ")))?;
     match Cli::try_parse_from(["bitstack"].iter().chain(arguments))?.command {
         Command::Compress(args) => compress::run(&args, reporter).map(drop),
-        Command::Eval(args) => eval::run(&args, reporter),
+        Command::Eval(args) => eval::run(&args, reporter).map(drop),
         Command::Generate(args) => generate::run(&args, reporter),
         other => unreachable!("the demonstration has no {other:?}"),
     }

@@ -3,8 +3,9 @@
 use super::args::Eval;
 use super::compress::read_text;
 use super::open::{self, Stack, is_model};
+use super::output::{self, Output};
 use super::plot::{Curve, Panel, svg};
-use super::progress::Reporter;
+use super::progress::{Reporter, to_stderr};
 use super::{print, usage};
 use anyhow::{Context, Result};
 use bitstack_engine::device::Cpu;
@@ -18,6 +19,7 @@ use bitstack_runtime::Options;
 use serde_json::{Value, json};
 use std::fmt::Write;
 use std::path::{Path, PathBuf};
+use std::process::ExitCode;
 
 /// Sizes of a curve when nothing else is asked for.
 const STEPS: usize = 8;
@@ -31,8 +33,14 @@ struct Row {
     metrics: Metrics,
 }
 
+/// The exit status when a result is not a number.
+const NOT_A_NUMBER: u8 = 4;
+
 /// Measures every file at every size.
-pub(crate) fn run(args: &Eval, reporter: &Reporter) -> Result<()> {
+pub(crate) fn run(args: &Eval, reporter: &Reporter) -> Result<ExitCode> {
+    if let Some(path) = &args.plot {
+        output::check(path, Output::File, true)?;
+    }
     let text = read_text(&args.text, reporter)?;
     let reference = match &args.reference {
         Some(dir) => Some(Decoder::load_with(&open::checkpoint(dir, &args.opening, reporter)?, reporter)?),
@@ -56,7 +64,17 @@ pub(crate) fn run(args: &Eval, reporter: &Reporter) -> Result<()> {
         write_atomically(path, Existing::Replace, |out| Ok::<_, FileError>(out.write_all(picture.as_bytes())?))?;
         reporter.say(&format!("picture: {}", path.display()));
     }
-    Ok(())
+    let bad = rows.iter().filter(|row| !row.metrics.perplexity.is_finite());
+    let bad: Vec<String> = bad.map(|row| format!("{} at {} bytes", row.file.display(), row.resident_bytes)).collect();
+    if bad.is_empty() {
+        return Ok(ExitCode::SUCCESS);
+    }
+    // Also when quiet: it is the reason of the exit status.
+    to_stderr(&format!(
+        "error: the perplexity is not a finite number, as the model's logits are not ({}); are its weights as they should be?",
+        bad.join(", ")
+    ));
+    Ok(ExitCode::from(NOT_A_NUMBER))
 }
 
 struct Measure<'a> {

@@ -1,8 +1,8 @@
 //! `bitstack export`
 
 use super::args::{Export, Float, Layout};
-use super::compress::refuse_existing;
 use super::open::Stack;
+use super::output::{self, Output};
 use super::progress::Reporter;
 use super::{size, usage};
 use anyhow::Result;
@@ -14,7 +14,7 @@ pub(crate) fn run(args: &Export, reporter: &Reporter) -> Result<()> {
     if args.layout == Layout::Reference && args.dtype.is_some() {
         return Err(usage("--dtype goes with --as hf: the published layout keeps the factors as they are, in f16"));
     }
-    refuse_existing(&args.output, args.force)?;
+    output::check(&args.output, Output::Directory, args.force)?;
     let stack = Stack::open(&args.file, reporter)?;
     let plan = stack.plan(args.memory.unwrap_or(stack.order.total_bytes()))?;
     let existing = if args.force { Existing::Replace } else { Existing::Refuse };

@@ -2,6 +2,7 @@
 
 use super::args::{Inspect, Plan, Truncate, Verify};
 use super::open::Stack;
+use super::output::{self, Output};
 use super::progress::{Reporter, to_stderr};
 use super::{print, quality, size};
 use anyhow::Result;
@@ -178,7 +179,7 @@ pub(crate) fn truncate(args: &Truncate, reporter: &Reporter) -> Result<()> {
     let stack = Stack::open(&args.file, reporter)?;
     let plan = stack.plan(args.memory)?;
     let existing = if args.force { Existing::Replace } else { Existing::Refuse };
-    super::compress::refuse_existing(&args.output, args.force)?;
+    output::check(&args.output, Output::File, args.force)?;
     let mut progress = reporter.bytes("write (bytes)");
     let bytes =
         write_atomically(&args.output, existing, |out| stack.file.write_prefix(plan.n_blocks, out, &mut progress))?;

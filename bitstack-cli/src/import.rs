@@ -1,8 +1,8 @@
 //! `bitstack import`
 
 use super::args::Import;
-use super::compress::refuse_existing;
 use super::open::{local, with_advice};
+use super::output::{self, Output};
 use super::progress::Reporter;
 use super::size;
 use anyhow::Result;
@@ -13,7 +13,7 @@ use std::path::Path;
 
 /// Turns a checkpoint of the published implementation into a file.
 pub(crate) fn run(args: &Import, reporter: &Reporter) -> Result<()> {
-    refuse_existing(&args.output, args.force)?;
+    output::check(&args.output, Output::File, args.force)?;
     let directory = match args.output.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
         _ => Path::new("."),

@@ -4,6 +4,7 @@
 
 mod args;
 mod bench;
+mod chat;
 mod compress;
 mod demo;
 mod eval;
@@ -13,11 +14,13 @@ mod generate;
 mod import;
 mod keys;
 mod open;
+mod output;
 mod plot;
 mod progress;
 mod quality;
 mod size;
 mod timings;
+mod writer;
 
 use anyhow::Result;
 use args::{Bench, Cli, Command};
@@ -70,8 +73,9 @@ fn dispatch(cli: &Cli) -> Result<ExitCode> {
         Command::Verify(args) => return files::verify(args, &reporter),
         Command::Plan(args) => files::plan(args, &reporter),
         Command::Truncate(args) => files::truncate(args, &reporter),
-        Command::Eval(args) => eval::run(args, &reporter),
+        Command::Eval(args) => return eval::run(args, &reporter),
         Command::Generate(args) => generate::run(args, &reporter),
+        Command::Chat(args) => chat::run(args, &reporter),
         Command::Import(args) => import::run(args, &reporter),
         Command::Export(args) => export::run(args, &reporter),
         Command::Bench(Bench::Decompose(args)) => bench::decompose(args, &reporter),

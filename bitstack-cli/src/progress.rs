@@ -119,6 +119,12 @@ impl Progress for Reporter {
     fn resumed(&self, done: u64, total: u64) {
         self.say(&format!("resuming: {done} of {total} weights are there"));
     }
+
+    fn few_windows(&self, found: usize, asked: usize, seq_len: usize) {
+        self.say(&format!(
+"the text gives {found} of the {asked} windows of {seq_len} tokens to calibrate on: a longer one makes a better file"
+        ));
+    }
 }
 
 impl Drop for Reporter {

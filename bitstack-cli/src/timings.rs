@@ -72,6 +72,10 @@ impl Progress for Timings<'_> {
         self.reporter.resumed(done, total);
     }
 
+    fn few_windows(&self, found: usize, asked: usize, seq_len: usize) {
+        self.reporter.few_windows(found, asked, seq_len);
+    }
+
     fn part(&self, part: Part, units: u64) {
         let mut state = self.state();
         state.pass();

@@ -105,6 +105,29 @@ fn plus_and_minus_change_the_size_while_text_is_written() {
     assert!(!shown.contains("error"), "{shown}");
 }
 
+#[test]
+fn a_signal_that_ends_the_command_leaves_the_terminal_as_it_was() {
+    if Command::new("script").arg("--version").output().is_err() {
+        println!("skipped: a terminal needs script(1) of util-linux");
+        return;
+    }
+    for signal in ["TERM", "INT", "HUP"] {
+        let command = format!(
+            "stty -a; timeout --foreground --signal {signal} 2 {} generate {} --prompt The --max-tokens 8000; echo status $?; stty -a",
+            env!("CARGO_BIN_EXE_bitstack"),
+            large_stack().display()
+        );
+        let script = ["--quiet", "--command", &command, "/dev/null"];
+        let output = Command::new("script").args(script).stdin(Stdio::null()).output().unwrap();
+        let shown = String::from_utf8_lossy(&output.stdout);
+        assert!(shown.contains("The") && shown.contains("status 124"), "{shown}");
+        for mode in ["icanon", "echo", "isig"] {
+            let set = shown.split([' ', '\r', '\n']).filter(|word| *word == mode).count();
+            assert_eq!(set, 2, "{mode} after {signal}: {shown}");
+        }
+    }
+}
+
 /// A memory cgroup (version 1 or 2) of its own, removed at the end.
 struct Group {
     path: PathBuf,

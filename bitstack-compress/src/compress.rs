@@ -174,8 +174,18 @@ impl<'a> Making<'a> {
             inputs: Mutex::default(),
             finished: Mutex::default(),
         };
+        for spec in &making.specs {
+            let (rank, rows, cols) = (making.rank(shape(spec)?), spec.rows, spec.cols);
+            if rank == 0 || rank > rows.min(cols) {
+                let source = bitstack_decomp::DecompError::Rank { rank, rows, cols };
+                return Err(CompressError::Decompose { name: spec.name.clone(), source });
+            }
+        }
         if let Some(text) = &making.text {
-            making.windows(text)?;
+            let (found, asked) = (calibration(making.windows(text)?, options.samples).len(), options.samples);
+            if found < asked {
+                progress.few_windows(found, asked, making.seq_len());
+            }
         }
         Ok(making)
     }

@@ -85,38 +85,12 @@ impl<'a> Journal<'a> {
     ) -> Result<Self, CompressError> {
         let dir = dir.as_ref();
         let lock = lock(dir)?;
-        for name in entries(dir)?.filter(|name| name.starts_with('.') && name.ends_with(".tmp")) {
-            remove_file(&dir.join(name))?;
-        }
-        let path = dir.join(RECORD);
-        let old = match fs::read(&path) {
-            // One that is damaged is as good as none. Units say themselves what they are for.
-            Ok(bytes) => serde_json::from_slice::<Record>(&bytes).ok().filter(|old| old.key == hex(key(&old.input))),
-            Err(e) if e.kind() == io::ErrorKind::NotFound => None,
-            Err(source) => return Err(ModelError::Io { path, source }.into()),
-        };
-        let old = old.filter(|old| old.output.is_some() || has_units(dir));
-        let compare = |input: &[(String, String)]| match &old {
-            Some(old) => same(dir, &old.input, input),
-            None => Ok(()),
-        };
-        let mut input = input(checkpoint, text_hash(text), options)?;
-        // The tensors come last, because hashing them takes long; what is wrong before that is told at once.
-        compare(&input)?;
-        input.extend(tensors(checkpoint, progress)?);
-        compare(&input)?;
-        let record = match old {
-            Some(old) if old.input.len() == input.len() => old,
-            Some(old) => {
-                let (what, was) = old.input[input.len()].clone();
-                return Err(CompressError::JournalDiffers { dir: dir.to_owned(), what, was, is: "absent".to_owned() });
+        let record = Record::open(dir, checkpoint, text, options, progress).inspect_err(|_| {
+            if !has_units(dir) && !Self::has_output(dir) {
+                // Nothing is in it that the next try could use.
+                let _ = remove(dir);
             }
-            None => {
-                let record = Record { key: hex(key(&input)), input, output: None };
-                record.write(dir)?;
-                record
-            }
-        };
+        })?;
         let units = Units::new(UnitDirectory::new(dir), *key(&record.input).as_bytes());
         Ok(Self { checkpoint, text, options, record, dir: dir.to_owned(), units, is_removed: false, _lock: lock })
     }
@@ -239,6 +213,48 @@ impl Drop for Journal<'_> {
 }
 
 impl Record {
+    /// That of the journal in `dir`, which must be for the same, or a new one.
+    fn open(
+        dir: &Path,
+        checkpoint: &Checkpoint,
+        text: Option<&str>,
+        options: &CompressOptions,
+        progress: &dyn Progress,
+    ) -> Result<Self, CompressError> {
+        for name in entries(dir)?.filter(|name| name.starts_with('.') && name.ends_with(".tmp")) {
+            remove_file(&dir.join(name))?;
+        }
+        let path = dir.join(RECORD);
+        let old = match fs::read(&path) {
+            // One that is damaged is as good as none. Units say themselves what they are for.
+            Ok(bytes) => serde_json::from_slice::<Record>(&bytes).ok().filter(|old| old.key == hex(key(&old.input))),
+            Err(e) if e.kind() == io::ErrorKind::NotFound => None,
+            Err(source) => return Err(ModelError::Io { path, source }.into()),
+        };
+        let old = old.filter(|old| old.output.is_some() || has_units(dir));
+        let compare = |input: &[(String, String)]| match &old {
+            Some(old) => same(dir, &old.input, input),
+            None => Ok(()),
+        };
+        let mut input = input(checkpoint, text_hash(text), options)?;
+        // The tensors come last, because hashing them takes long; what is wrong before that is told at once.
+        compare(&input)?;
+        input.extend(tensors(checkpoint, progress)?);
+        compare(&input)?;
+        match old {
+            Some(old) if old.input.len() == input.len() => Ok(old),
+            Some(old) => {
+                let (what, was) = old.input[input.len()].clone();
+                Err(CompressError::JournalDiffers { dir: dir.to_owned(), what, was, is: "absent".to_owned() })
+            }
+            None => {
+                let record = Record { key: hex(key(&input)), input, output: None };
+                record.write(dir)?;
+                Ok(record)
+            }
+        }
+    }
+
     fn write(&self, dir: &Path) -> Result<(), FormatError> {
         let json = serde_json::to_vec_pretty(self).expect("strings and numbers");
         write_atomically(dir.join(RECORD), Existing::Replace, |out| Ok(out.write_all(&json)?))

@@ -4,8 +4,8 @@ use std::ops::ControlFlow;
 use std::sync::Arc;
 
 use crate::device::{Cpu, PackedDevice};
-use crate::sample::{Continuation, Generation};
-use crate::{Decoder, EngineError, Frame, SamplingOptions, stack};
+use crate::sample::{Continuation, GenerateOptions, Generation};
+use crate::{Decoder, EngineError, Frame, stack};
 use bitstack_format::{BlockSource, ReadAt, StackFile};
 use bitstack_model::{ModelConfig, Progress, Tokenizer};
 use bitstack_runtime::{Elastic, Options, Snapshot};
@@ -134,20 +134,29 @@ impl<S: ReadAt + Send + Sync + 'static, D: PackedDevice> ElasticModel<S, D> {
     pub fn generate(
         &self,
         tokenizer: &Tokenizer,
-        prompt: &str,
-        max_tokens: usize,
-        sampling: SamplingOptions,
+        prompt: &[u32],
+        options: &GenerateOptions,
         on_token: &mut OnToken<'_, D>,
     ) -> Result<Generation, EngineError> {
-        let mut text = Continuation::<D>::new(self.config(), tokenizer, prompt, max_tokens, sampling)?;
+        let mut text = Continuation::<D>::new(self.config(), tokenizer, prompt, options)?;
+        self.run(&mut text, on_token)?;
+        Ok(text.finish())
+    }
+
+    /// Steps to the end of a text, or until `on_token` stops it; see [`generate`](Self::generate).
+    ///
+    /// # Errors
+    /// As [`Continuation::step`].
+    pub fn run(&self, text: &mut Continuation<'_, D>, on_token: &mut OnToken<'_, D>) -> Result<(), EngineError> {
         loop {
             let snapshot = self.elastic.snapshot();
             let decoder = self.at(&snapshot)?;
             loop {
                 if !text.run_piece(&decoder)? {
-                    let Some(piece) = text.step(&decoder)? else { return Ok(text.finish()) };
+                    let Some(piece) = text.step(&decoder)? else { return Ok(()) };
                     if on_token(&piece, &snapshot).is_break() {
-                        return Ok(text.stopped());
+                        text.stop();
+                        return Ok(());
                     }
                 }
                 if !Arc::ptr_eq(&snapshot, &self.elastic.snapshot()) {

@@ -83,6 +83,9 @@ pub enum EngineError {
         /// What would be accepted.
         expected: &'static str,
     },
+    /// A stop string without a character.
+    #[error("a stop string is empty: it would end every text before it begins")]
+    EmptyStop,
     /// The logits hold no finite number, so no token can be chosen.
     #[error("the model's logits are not finite: no token can be chosen")]
     NoFiniteLogit,

@@ -11,7 +11,9 @@ pub mod math;
 mod operator;
 pub mod quality;
 pub mod sample;
+mod sampler;
 pub mod stack;
+mod stop;
 
 #[cfg(test)]
 #[path = "../../bitstack-model/tests/fixtures/mod.rs"]
@@ -24,4 +26,4 @@ pub use elastic::{ElasticModel, OnToken};
 pub use error::EngineError;
 pub use linear::Transposed;
 pub use operator::Operator;
-pub use sample::SamplingOptions;
+pub use sampler::SamplingOptions;

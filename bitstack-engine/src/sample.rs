@@ -1,56 +1,47 @@
-//! Choosing tokens, and writing text with them.
+//! Writing text, token by token.
 
 use std::ops::ControlFlow;
 
 use bitstack_model::{ModelConfig, Progress, TextStream, Tokenizer};
-use rand::rngs::StdRng;
-use rand::{RngExt, SeedableRng};
 use rayon::prelude::*;
 
 use crate::device::{Cpu, Device, Weight};
-use crate::{Decoder, EngineError, KvCache, Pass, Workspace, math};
+use crate::stop::StopStrings;
+use crate::{Decoder, EngineError, KvCache, Pass, Workspace};
 use bitstack_core::Threads;
 
-/// How a token is chosen from its logits. The default takes the most likely one.
-#[derive(Debug, Clone, Copy, PartialEq)]
+pub use crate::sampler::{Sampler, SamplingOptions};
+
+/// How a text is continued.
+#[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
-pub struct SamplingOptions {
-    /// Logits are divided by this; 0 takes the most likely token.
-    pub temperature: f32,
-    /// Only this many most likely tokens are candidates; 0 for all.
-    pub top_k: usize,
-    /// Only the most likely tokens that together have at least this probability are candidates; 1 for all.
-    pub top_p: f32,
-    /// Seed of the random choice: the same seed, options and logits give the same tokens.
-    pub seed: u64,
+pub struct GenerateOptions {
+    /// Most tokens to choose.
+    pub max_tokens: usize,
+    /// How each is chosen.
+    pub sampling: SamplingOptions,
+    /// The text ends before any of these, however many tokens it spans. One that is the text of a special token ends it at that token, which
+    /// has no text of its own.
+    pub stop: Vec<String>,
+    /// Tokens that end the text, beside the model's own.
+    pub end_tokens: Vec<u32>,
 }
 
-impl Default for SamplingOptions {
-    fn default() -> Self {
-        Self { temperature: 0.0, top_k: 0, top_p: 1.0, seed: 0 }
-    }
-}
-
-impl SamplingOptions {
-    /// The most likely token, always.
-    pub fn greedy() -> Self {
-        Self::default()
+impl GenerateOptions {
+    /// Up to `max_tokens` tokens, without stop strings.
+    pub fn new(max_tokens: usize, sampling: SamplingOptions) -> Self {
+        Self { max_tokens, sampling, stop: Vec::new(), end_tokens: Vec::new() }
     }
 
-    /// Sampling at a temperature from all tokens.
-    pub fn with_temperature(temperature: f32, seed: u64) -> Self {
-        Self { temperature, seed, ..Self::default() }
-    }
-
-    /// Keeps the `top_k` most likely tokens; 0 for all.
-    pub fn top_k(mut self, top_k: usize) -> Self {
-        self.top_k = top_k;
+    /// Ends before any of these texts.
+    pub fn stop(mut self, stop: Vec<String>) -> Self {
+        self.stop = stop;
         self
     }
 
-    /// Keeps the most likely tokens of a total probability of `top_p`.
-    pub fn top_p(mut self, top_p: f32) -> Self {
-        self.top_p = top_p;
+    /// Ends at these tokens too.
+    pub fn end_tokens(mut self, tokens: Vec<u32>) -> Self {
+        self.end_tokens = tokens;
         self
     }
 }
@@ -58,83 +49,17 @@ impl SamplingOptions {
 /// Tokens of a prompt that are run at once: enough for the fastest products, and what a pass works in does not grow with the prompt.
 pub const PIECE: usize = 256;
 
-/// Chooses tokens one after the other.
-#[derive(Debug)]
-pub struct Sampler {
-    options: SamplingOptions,
-    rng: StdRng,
-}
-
-impl Sampler {
-    /// # Errors
-    /// [`EngineError::BadSampling`]: a temperature that is negative or not finite, a `top_p` outside (0, 1].
-    pub fn new(options: SamplingOptions) -> Result<Self, EngineError> {
-        let bad = |option, value: f32, expected| EngineError::BadSampling { option, value: value.into(), expected };
-        if !(options.temperature >= 0.0 && options.temperature.is_finite()) {
-            return Err(bad("temperature", options.temperature, "a number of 0 or more"));
-        }
-        if !(options.top_p > 0.0 && options.top_p <= 1.0) {
-            return Err(bad("top-p", options.top_p, "a number above 0 and at most 1"));
-        }
-        Ok(Self { options, rng: StdRng::seed_from_u64(options.seed) })
-    }
-
-    /// A token for these logits.
-    ///
-    /// # Errors
-    /// [`EngineError::NoFiniteLogit`].
-    pub fn choose(&mut self, logits: &[f32]) -> Result<u32, EngineError> {
-        let best = math::argmax(logits);
-        let top = logits.get(best).copied().filter(|v| v.is_finite()).ok_or(EngineError::NoFiniteLogit)?;
-        if self.options.temperature == 0.0 {
-            return Ok(best as u32);
-        }
-        let inverse = 1.0 / f64::from(self.options.temperature);
-        let mut candidates: Vec<(u32, f64)> = logits
-            .iter()
-            .enumerate()
-            .filter(|(_, v)| !v.is_nan())
-            .map(|(i, &v)| (i as u32, (f64::from(v - top) * inverse).exp()))
-            .collect();
-        // Where all tokens stay candidates their order does not matter; sorting a large vocabulary takes longer than running a small model.
-        if self.options.top_k > 0 || self.options.top_p < 1.0 {
-            // Most likely first, the lower token of equals first, so that the choice is the same everywhere.
-            candidates.sort_unstable_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
-        }
-        if self.options.top_k > 0 {
-            candidates.truncate(self.options.top_k);
-        }
-        let mut kept: f64 = candidates.iter().map(|c| c.1).sum();
-        if self.options.top_p < 1.0 {
-            let enough = f64::from(self.options.top_p) * kept;
-            kept = 0.0;
-            let nucleus = candidates.iter().position(|c| {
-                kept += c.1;
-                kept >= enough
-            });
-            candidates.truncate(nucleus.map_or(candidates.len(), |last| last + 1));
-        }
-        let mut point = self.rng.random::<f64>() * kept;
-        for &(token, weight) in &candidates {
-            point -= weight;
-            if point < 0.0 {
-                return Ok(token);
-            }
-        }
-        // Reached only where rounding leaves the point at the very end.
-        Ok(candidates.last().map_or(best as u32, |c| c.0))
-    }
-}
-
 /// Why a generation ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum StopReason {
     /// The model chose one of its end tokens.
     EndToken,
+    /// The text came to a stop string.
+    StopString,
     /// As many tokens as were asked for.
     MaxTokens,
-    /// The model's last position.
+    /// The model's last position, or the last that the cache has room for.
     ContextFull,
     /// The caller asked to stop.
     Stopped,
@@ -146,15 +71,17 @@ pub enum StopReason {
 pub struct Generation {
     /// Tokens chosen, a final end token left out.
     pub tokens: Vec<u32>,
-    /// Their text.
+    /// Their text, up to a stop string.
     pub text: String,
     /// Why there are no more.
     pub stop: StopReason,
     /// Tokens of the prompt.
     pub prompt_tokens: usize,
+    /// Tokens of the prompt whose keys and values were there already.
+    pub cached_tokens: usize,
 }
 
-/// Continues a prompt by up to `max_tokens` tokens.
+/// Continues a prompt, given in tokens ([`Tokenizer::encode`]).
 ///
 /// `on_text` is given the text as it comes, in pieces of whole characters, and may stop the generation. Products spread
 /// over the current rayon pool.
@@ -164,71 +91,119 @@ pub struct Generation {
 pub fn generate<L: Weight<D>, D: Device>(
     model: &Decoder<L, D>,
     tokenizer: &Tokenizer,
-    prompt: &str,
-    max_tokens: usize,
-    sampling: SamplingOptions,
+    prompt: &[u32],
+    options: &GenerateOptions,
     on_text: &mut dyn FnMut(&str) -> ControlFlow<()>,
 ) -> Result<Generation, EngineError> {
-    let mut text = Continuation::new(model.config(), tokenizer, prompt, max_tokens, sampling)?;
-    while let Some(piece) = text.step(model)? {
-        if !piece.is_empty() && on_text(&piece).is_break() {
-            return Ok(text.stopped());
-        }
-    }
+    let mut text = Continuation::new(model.config(), tokenizer, prompt, options)?;
+    text.run(model, on_text)?;
     Ok(text.finish())
+}
+
+/// Tokens with their keys and values: what a text can be continued from without running it again.
+#[derive(Debug)]
+pub struct Past<D: Device = Cpu> {
+    cache: KvCache<D>,
+    tokens: Vec<u32>,
+    workspace: Workspace<D>,
+}
+
+impl<D: Device> Past<D> {
+    /// Nothing yet, with room for `positions` tokens. Memory grows as they come.
+    ///
+    /// # Errors
+    /// [`EngineError::ContextFull`] when that is more than the model's limit.
+    pub fn new(config: &ModelConfig, positions: usize) -> Result<Self, EngineError> {
+        Ok(Self { cache: KvCache::new(config, positions)?, tokens: Vec::new(), workspace: Workspace::default() })
+    }
+
+    /// The tokens.
+    pub fn tokens(&self) -> &[u32] {
+        &self.tokens
+    }
+
+    /// Tokens there is room for.
+    pub fn capacity(&self) -> usize {
+        self.cache.capacity()
+    }
+
+    /// Forgets all tokens behind those that `prompt` begins with too; at least one token of the prompt is left to run.
+    fn keep_common(&mut self, prompt: &[u32]) {
+        let common = self.tokens.iter().zip(prompt).take_while(|(a, b)| a == b).count();
+        let kept = common.min(prompt.len().saturating_sub(1));
+        self.tokens.truncate(kept);
+        self.cache.truncate(kept);
+    }
 }
 
 /// A text in the making: the tokens so far, their keys and values, and the next token's chooser.
 ///
 /// Every step may run another decoder over the same model's shape, such as the same stack at another level.
 pub struct Continuation<'t, D: Device = Cpu> {
-    cache: KvCache<D>,
-    workspace: Workspace<D>,
+    past: Past<D>,
     sampler: Sampler,
     stream: TextStream<'t>,
+    stop: StopStrings,
     max_tokens: usize,
-    max_positions: usize,
-    eos_tokens: Vec<u32>,
-    /// Tokens that are chosen and not yet run: the prompt at first.
+    end_tokens: Vec<u32>,
+    /// Tokens that are chosen and not yet run: those of the prompt at first.
     pending: Vec<u32>,
     result: Generation,
     ended: bool,
 }
 
 impl<'t, D: Device> Continuation<'t, D> {
-    /// A continuation of `prompt` of up to `max_tokens` tokens; nothing is run yet.
+    /// A continuation of `prompt`; nothing is run yet.
     ///
     /// # Errors
-    /// An empty prompt, one longer than the model's limit, options out of range.
+    /// An empty prompt, options out of range.
     pub fn new(
         config: &ModelConfig,
         tokenizer: &'t Tokenizer,
-        prompt: &str,
-        max_tokens: usize,
-        sampling: SamplingOptions,
+        prompt: &[u32],
+        options: &GenerateOptions,
     ) -> Result<Self, EngineError> {
-        let sampler = Sampler::new(sampling)?;
-        let pending = tokenizer.encode(prompt)?;
-        let positions = pending.len().saturating_add(max_tokens).min(config.max_positions);
-        if pending.is_empty() {
+        let positions = prompt.len().saturating_add(options.max_tokens).min(config.max_positions);
+        Self::after(Past::new(config, positions)?, config, tokenizer, prompt, options)
+    }
+
+    /// A continuation of `prompt`, of which only the tokens are run that `past` does not begin with. The rest of `past` is forgotten.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new).
+    pub fn after(
+        mut past: Past<D>,
+        config: &ModelConfig,
+        tokenizer: &'t Tokenizer,
+        prompt: &[u32],
+        options: &GenerateOptions,
+    ) -> Result<Self, EngineError> {
+        let mut sampler = Sampler::new(options.sampling)?;
+        let stop = StopStrings::new(&options.stop)?;
+        if prompt.is_empty() {
             return Err(EngineError::NoTokens);
         }
+        sampler.read(prompt);
+        past.keep_common(prompt);
+        let mut end_tokens = config.eos_tokens.clone();
+        end_tokens.extend(&options.end_tokens);
+        end_tokens.extend(options.stop.iter().filter_map(|text| tokenizer.special_token_id(text)));
         Ok(Self {
-            cache: KvCache::new(config, positions)?,
-            workspace: Workspace::default(),
             sampler,
-            stream: tokenizer.stream(&pending),
-            max_tokens,
-            max_positions: config.max_positions,
-            eos_tokens: config.eos_tokens.clone(),
+            stream: tokenizer.stream(prompt),
+            stop,
+            max_tokens: options.max_tokens,
+            end_tokens,
+            pending: prompt[past.tokens.len()..].to_vec(),
             result: Generation {
                 tokens: Vec::new(),
                 text: String::new(),
                 stop: StopReason::MaxTokens,
-                prompt_tokens: pending.len(),
+                prompt_tokens: prompt.len(),
+                cached_tokens: past.tokens.len(),
             },
-            pending,
-            ended: max_tokens == 0,
+            past,
+            ended: options.max_tokens == 0,
         })
     }
 
@@ -242,19 +217,19 @@ impl<'t, D: Device> Continuation<'t, D> {
             return Ok(false);
         }
         rayon::scope(|_| {
-            let workspace = std::mem::take(&mut self.workspace);
-            let pass = Pass::new().in_workspace(workspace).with_cache(&mut self.cache);
+            let workspace = std::mem::take(&mut self.past.workspace);
+            let pass = Pass::new().in_workspace(workspace).with_cache(&mut self.past.cache);
             let mut pass = pass.with_length(self.result.prompt_tokens).with_threads(Threads::Pool);
             let done = model.advance(&self.pending[..PIECE], &mut pass);
-            self.workspace = pass.into_workspace();
+            self.past.workspace = pass.into_workspace();
             done
         })?;
-        self.pending.drain(..PIECE);
+        self.past.tokens.extend(self.pending.drain(..PIECE));
         Ok(true)
     }
 
     /// Runs the pending tokens, chooses one more, and gives the text it adds, in whole characters: often none, as a character may
-    /// take several tokens. `None` once there is no more.
+    /// take several tokens, and what may begin a stop string is held back. `None` once there is no more.
     ///
     /// # Errors
     /// Tokens outside the vocabulary; a prompt longer than the model's limit; logits that are not finite.
@@ -265,39 +240,72 @@ impl<'t, D: Device> Continuation<'t, D> {
         while self.run_piece(model)? {}
         // In a thread of the pool: from another, each product would wait to be taken over.
         let token = rayon::scope(|_| {
-            let workspace = std::mem::take(&mut self.workspace);
-            let pass = Pass::new().in_workspace(workspace).with_cache(&mut self.cache);
+            let workspace = std::mem::take(&mut self.past.workspace);
+            let pass = Pass::new().in_workspace(workspace).with_cache(&mut self.past.cache);
             let mut pass = pass.with_length(self.result.prompt_tokens).with_threads(Threads::Pool);
             let token = self.sampler.choose(model.last_logits(&self.pending, &mut pass)?);
-            self.workspace = pass.into_workspace();
+            self.past.workspace = pass.into_workspace();
             token
         })?;
-        let text = if self.eos_tokens.contains(&token) {
+        self.past.tokens.append(&mut self.pending);
+        let new = if self.end_tokens.contains(&token) {
             self.result.stop = StopReason::EndToken;
             self.ended = true;
-            self.stream.finish()?
+            String::new()
         } else {
             self.result.tokens.push(token);
-            self.pending = vec![token];
-            let mut text = self.stream.push(token)?;
+            self.pending.push(token);
             if self.result.tokens.len() == self.max_tokens {
                 self.ended = true;
-            } else if self.result.prompt_tokens + self.result.tokens.len() > self.max_positions {
+            } else if self.past.tokens.len() == self.past.capacity() {
                 self.result.stop = StopReason::ContextFull;
                 self.ended = true;
             }
-            if self.ended {
-                text.push_str(&self.stream.finish()?);
-            }
-            text
+            self.stream.push(token)?
         };
+        let (mut text, found) = self.stop.push(&new);
+        if found {
+            self.result.stop = StopReason::StopString;
+            self.ended = true;
+        } else if self.ended {
+            let (last, found) = self.stop.push(&self.stream.finish()?);
+            text.push_str(&last);
+            if found {
+                self.result.stop = StopReason::StopString;
+            } else {
+                text.push_str(&self.stop.finish());
+            }
+        }
         self.result.text.push_str(&text);
         Ok(Some(text))
     }
 
+    /// Steps to the end of the text, or until `on_text` stops it, which is given every piece that is not empty.
+    ///
+    /// # Errors
+    /// As [`step`](Self::step).
+    pub fn run<L: Weight<D>>(
+        &mut self,
+        model: &Decoder<L, D>,
+        on_text: &mut dyn FnMut(&str) -> ControlFlow<()>,
+    ) -> Result<(), EngineError> {
+        while let Some(piece) = self.step(model)? {
+            if !piece.is_empty() && on_text(&piece).is_break() {
+                self.stop();
+            }
+        }
+        Ok(())
+    }
+
+    /// Ends the text here.
+    pub fn stop(&mut self) {
+        self.result.stop = StopReason::Stopped;
+        self.ended = true;
+    }
+
     /// Bytes of the keys and values so far.
     pub fn cache_bytes(&self) -> u64 {
-        self.cache.len_bytes()
+        self.past.cache.len_bytes()
     }
 
     /// What has been generated.
@@ -305,10 +313,9 @@ impl<'t, D: Device> Continuation<'t, D> {
         self.result
     }
 
-    /// What had been generated when the caller stopped it.
-    pub fn stopped(mut self) -> Generation {
-        self.result.stop = StopReason::Stopped;
-        self.result
+    /// What has been generated, and what a longer text can be continued from.
+    pub fn into_past(self) -> (Generation, Past<D>) {
+        (self.result, self.past)
     }
 }
 

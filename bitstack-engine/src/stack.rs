@@ -2,6 +2,7 @@
 
 use crate::{Decoder, EngineError, Frame};
 use bitstack_format::{BlockSource, Dtype, FormatError, Tensor};
+use bitstack_model::chat::ChatTemplate;
 use bitstack_model::{Dense, Elements, ModelConfig, Progress, Tokenizer, VectorSpec, WeightSpec};
 use half::{bf16, f16};
 use rayon::prelude::*;
@@ -110,6 +111,23 @@ pub fn weight_at<S: BlockSource + ?Sized>(source: &S, spec: &WeightSpec, levels:
 /// No or malformed `tokenizer.json`.
 pub fn tokenizer<S: BlockSource + ?Sized>(source: &S) -> Result<Tokenizer, EngineError> {
     Ok(Tokenizer::from_bytes(&source.read_file("tokenizer.json")?)?)
+}
+
+/// The model's chat template, if the file has one: files that were written without it do not.
+///
+/// # Errors
+/// Damaged files; those of [`ChatTemplate::find`].
+pub fn chat_template<S: BlockSource + ?Sized>(source: &S) -> Result<Option<ChatTemplate>, EngineError> {
+    ChatTemplate::find(|name| companion(source, name))
+}
+
+/// A companion file, if there is one of this name.
+///
+/// # Errors
+/// A damaged file.
+pub fn companion<S: BlockSource + ?Sized>(source: &S, name: &str) -> Result<Option<Vec<u8>>, EngineError> {
+    let is_there = source.files().iter().any(|file| file.name == name);
+    Ok(is_there.then(|| source.read_file(name)).transpose()?)
 }
 
 /// The name of the tensor of a weight that is not stacked. A part of one always is.

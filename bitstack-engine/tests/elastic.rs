@@ -6,7 +6,7 @@ mod fixtures;
 mod stacks;
 
 use bitstack_engine::device::{Columns, Cpu, Device, PackedDevice, Plain};
-use bitstack_engine::sample::StopReason;
+use bitstack_engine::sample::{GenerateOptions, StopReason};
 use bitstack_engine::stack::{self, StackModel};
 use bitstack_engine::{ElasticModel, KvCache, Pass, SamplingOptions, Threads, Weight};
 use bitstack_format::StackFile;
@@ -102,8 +102,9 @@ fn a_text_goes_on_while_the_model_changes_its_size() {
     let model = ElasticModel::open(file, u64::MAX, Default::default(), &()).unwrap();
     let (least, most) = (model.elastic().order().minimum_bytes(), model.elastic().order().total_bytes());
     let mut sizes = Vec::new();
+    let (prompt, options) = (tokenizer.encode("The").unwrap(), GenerateOptions::new(30, SamplingOptions::greedy()));
     let result = model
-        .generate(&tokenizer, "The", 30, SamplingOptions::greedy(), &mut |_, snapshot| {
+        .generate(&tokenizer, &prompt, &options, &mut |_, snapshot| {
             sizes.push(snapshot.resident_bytes());
             if sizes.len() % 10 == 0 {
                 let budget = if sizes.len() == 10 { least } else { most };
@@ -115,7 +116,6 @@ fn a_text_goes_on_while_the_model_changes_its_size() {
         .unwrap();
     assert_eq!(result.tokens.len(), 30);
     assert_eq!(sizes, [[most; 10], [least; 10], [most; 10]].concat());
-    let stopped =
-        model.generate(&tokenizer, "The", 30, SamplingOptions::greedy(), &mut |_, _| ControlFlow::Break(())).unwrap();
+    let stopped = model.generate(&tokenizer, &prompt, &options, &mut |_, _| ControlFlow::Break(())).unwrap();
     assert_eq!((stopped.tokens.len(), stopped.stop), (1, StopReason::Stopped));
 }

@@ -6,7 +6,7 @@ mod fixtures;
 use std::ops::ControlFlow;
 
 use bitstack_engine::eval::{Reference, compare, perplexity};
-use bitstack_engine::sample::{Sampler, SamplingOptions, StopReason, generate};
+use bitstack_engine::sample::{Continuation, GenerateOptions, Past, Sampler, SamplingOptions, StopReason, generate};
 use bitstack_engine::{Decoder, EngineError, Frame};
 use bitstack_model::{Dense, Elements, ModelError};
 use fixtures::{byte_tokenizer, checkpoint};
@@ -33,6 +33,9 @@ fn samples_follow_the_softmax() {
     check(at_one, [0.5, 0.3, 0.15, 0.05]);
     check(at_one.top_k(2), [0.625, 0.375, 0.0, 0.0]);
     check(at_one.top_p(0.75), [0.625, 0.375, 0.0, 0.0]);
+    check(at_one.min_p(0.29), [0.5 / 0.95, 0.3 / 0.95, 0.15 / 0.95, 0.0]);
+    check(at_one.min_p(0.5), [0.625, 0.375, 0.0, 0.0]);
+    check(at_one.top_k(3).min_p(0.61), [1.0, 0.0, 0.0, 0.0]);
     check(at_one.top_p(0.81), [0.5 / 0.95, 0.3 / 0.95, 0.15 / 0.95, 0.0]);
     // At half the temperature probabilities are squared: .25, .09, .0225, .0025 of .365.
     check(SamplingOptions::with_temperature(0.5, 11), [0.25 / 0.365, 0.09 / 0.365, 0.0225 / 0.365, 0.0025 / 0.365]);
@@ -48,6 +51,12 @@ fn unusable_options_and_logits_are_errors() {
         (SamplingOptions::with_temperature(f32::NAN, 0), "temperature"),
         (SamplingOptions::greedy().top_p(0.0), "top-p"),
         (SamplingOptions::greedy().top_p(1.5), "top-p"),
+        (SamplingOptions::greedy().min_p(-0.1), "min-p"),
+        (SamplingOptions::greedy().min_p(f32::NAN), "min-p"),
+        (SamplingOptions::greedy().repetition_penalty(0.0), "repetition-penalty"),
+        (SamplingOptions::greedy().repetition_penalty(f32::INFINITY), "repetition-penalty"),
+        (SamplingOptions::greedy().presence_penalty(2.1), "presence-penalty"),
+        (SamplingOptions::greedy().frequency_penalty(f32::NAN), "frequency-penalty"),
     ] {
         assert!(Sampler::new(options).unwrap_err().to_string().contains(name));
     }
@@ -71,7 +80,8 @@ fn a_seed_decides_the_text_and_the_pieces_are_the_text() {
             ControlFlow::Continue(())
         };
         let sampling = SamplingOptions::with_temperature(temperature, seed);
-        let made = generate(&model, &tokenizer, "Once", 60, sampling, &mut on_text).unwrap();
+        let options = GenerateOptions::new(60, sampling);
+        let made = generate(&model, &tokenizer, &tokenizer.encode("Once").unwrap(), &options, &mut on_text).unwrap();
         assert_eq!(made.text, pieces);
         assert_eq!(made.prompt_tokens, 4);
         made
@@ -97,7 +107,8 @@ fn generation_says_why_it_stopped() {
             pieces += 1;
             if pieces == stop_after { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
         };
-        generate(model, &tokenizer, "Once", max_tokens, SamplingOptions::greedy(), &mut on_text).unwrap()
+        let options = GenerateOptions::new(max_tokens, SamplingOptions::greedy());
+        generate(model, &tokenizer, &tokenizer.encode("Once").unwrap(), &options, &mut on_text).unwrap()
     };
     let endless = with_ends(Vec::new());
     let made = run(&endless, 5, usize::MAX);
@@ -112,8 +123,112 @@ fn generation_says_why_it_stopped() {
     let made = run(&ends, 50, usize::MAX);
     assert_eq!(made.stop, StopReason::EndToken);
     assert!(made.tokens.len() <= 2);
-    let empty = generate(&endless, &tokenizer, "", 5, SamplingOptions::greedy(), &mut |_| ControlFlow::Continue(()));
+    let options = GenerateOptions::new(5, SamplingOptions::greedy());
+    let empty = generate(&endless, &tokenizer, &[], &options, &mut |_| ControlFlow::Continue(()));
     assert!(matches!(empty, Err(EngineError::NoTokens)));
+}
+
+#[test]
+fn a_text_ends_before_a_stop_string_and_what_came_before_is_given_out() {
+    let model = Decoder::load(&checkpoint("llama")).unwrap();
+    let tokenizer = byte_tokenizer(32..128);
+    let prompt = tokenizer.encode("Once").unwrap();
+    let run = |options: &GenerateOptions| {
+        let mut pieces = String::new();
+        let mut on_text = |text: &str| {
+            pieces.push_str(text);
+            ControlFlow::Continue(())
+        };
+        let made = generate(&model, &tokenizer, &prompt, options, &mut on_text).unwrap();
+        assert_eq!(made.text, pieces);
+        made
+    };
+    let options = GenerateOptions::new(40, SamplingOptions::with_temperature(1.0, 3));
+    let whole = run(&options);
+    // A token is a byte here, so every stop string of more than one spans tokens.
+    for len in [1, 2, 5] {
+        let stop = &whole.text[20..20 + len];
+        let at = whole.text.find(stop).unwrap();
+        let made = run(&options.clone().stop(vec!["never in it".to_owned(), stop.to_owned()]));
+        assert_eq!((made.text.as_str(), made.stop), (&whole.text[..at], StopReason::StopString));
+        assert_eq!(made.tokens, whole.tokens[..at + len]);
+    }
+    let made = run(&options.clone().stop(vec!["never in it".to_owned()]));
+    assert_eq!((made.text, made.stop), (whole.text.clone(), StopReason::MaxTokens));
+    let made = run(&options.clone().end_tokens(vec![whole.tokens[10]]));
+    let at = whole.tokens.iter().position(|t| *t == whole.tokens[10]).unwrap();
+    assert_eq!((&made.tokens[..], made.stop), (&whole.tokens[..at], StopReason::EndToken));
+}
+
+#[test]
+fn a_longer_text_runs_only_the_tokens_that_are_new_and_says_the_same() {
+    let model = Decoder::load(&checkpoint("llama")).unwrap();
+    let (tokenizer, config) = (byte_tokenizer(32..128), model.config());
+    let options = GenerateOptions::new(12, SamplingOptions::greedy());
+    let write = |past, prompt: &[u32]| {
+        let mut text = Continuation::after(past, config, &tokenizer, prompt, &options).unwrap();
+        text.run(&model, &mut |_| ControlFlow::Continue(())).unwrap();
+        text.into_past()
+    };
+    let nothing = || Past::new(config, 100).unwrap();
+    let first = tokenizer.encode("Once upon").unwrap();
+    let (one, past) = write(nothing(), &first);
+    // The last token is chosen, but not run.
+    assert_eq!((one.cached_tokens, past.tokens().len()), (0, 9 + 11));
+    let second = [&first[..], &one.tokens, &tokenizer.encode(" and on").unwrap()].concat();
+    let (two, past) = write(past, &second);
+    assert_eq!(two.cached_tokens, 9 + 11);
+    assert_eq!(two.text, write(nothing(), &second).0.text);
+    // A prompt that goes another way keeps what is common; one that was run already runs its last token again.
+    let other = tokenizer.encode("Once or twice").unwrap();
+    let (three, past) = write(past, &other);
+    assert_eq!((three.cached_tokens, &three.text), (5, &write(nothing(), &other).0.text));
+    let (four, _) = write(past, &other);
+    assert_eq!((four.cached_tokens, four.text), (12, three.text));
+}
+
+#[test]
+fn penalties_follow_their_formulas() {
+    // Logits of tokens 0 to 4; the prompt is 0, 3, and the text so far 1, 1, 2, which the sampler has chosen itself.
+    let logits = [2.0, 1.5, 1.0, -1.0, 1.2];
+    let chosen = |options: SamplingOptions, logits: &[f32]| {
+        let mut sampler = Sampler::new(options).unwrap();
+        sampler.read(&[0, 3]);
+        for forced in [1_usize, 1, 2] {
+            let sure: Vec<f32> = (0..5).map(|i| if i == forced { 90.0 } else { 0.0 }).collect();
+            assert_eq!(sampler.choose(&sure).unwrap(), forced as u32);
+        }
+        sampler.choose(logits).unwrap()
+    };
+    let greedy = SamplingOptions::greedy();
+    assert_eq!(chosen(greedy, &logits), 0);
+    // 2 / 2, 1.5 / 2, 1 / 2, -1 * 2 against 1.2.
+    assert_eq!(chosen(greedy.repetition_penalty(2.0), &logits), 4);
+    // Token 0 is in the prompt only: 2 / 1.1 stays ahead.
+    assert_eq!(chosen(greedy.repetition_penalty(1.1), &logits), 0);
+    // A penalty multiplies negative logits: -1 becomes -2, below -1.5.
+    assert_eq!(chosen(greedy.repetition_penalty(2.0), &[-9.0, -9.0, -9.0, -1.0, -1.5]), 4);
+    // Presence and frequency leave the prompt alone.
+    assert_eq!(chosen(greedy.presence_penalty(2.0).frequency_penalty(2.0), &logits), 0);
+    let level = [0.0, 2.0, 1.9, 0.0, 0.0];
+    assert_eq!(chosen(greedy, &level), 1);
+    assert_eq!(chosen(greedy.presence_penalty(1.0), &level), 1);
+    // 2 - 2 * 0.2 = 1.6 against 1.9 - 0.2 = 1.7.
+    assert_eq!(chosen(greedy.frequency_penalty(0.2), &level), 2);
+    // 2 - 0.08 * 2 = 1.84 against 1.9 - 0.08 = 1.82; presence takes the same of both.
+    assert_eq!(chosen(greedy.frequency_penalty(0.08).presence_penalty(2.0), &[-5.0, 2.0, 1.9, -5.0, -5.0]), 1);
+}
+
+#[test]
+fn advice_of_a_generation_config_is_taken_where_it_is_a_number() {
+    let none = SamplingOptions::with_temperature(0.8, 7);
+    assert_eq!(none.advised_by(r#"{"eos_token_id": 2, "temperature": null, "top_k": "many"}"#).unwrap(), none);
+    let advised = none.advised_by(r#"{"temperature": 0.6, "top_k": 20, "top_p": 0.95, "repetition_penalty": 1.05}"#);
+    assert_eq!(
+        advised.unwrap(),
+        SamplingOptions::with_temperature(0.6, 7).top_k(20).top_p(0.95).repetition_penalty(1.05)
+    );
+    assert!(none.advised_by("[]").is_err());
 }
 
 #[test]

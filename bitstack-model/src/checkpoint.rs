@@ -20,6 +20,7 @@ use half::{bf16, f16};
 use ndarray::Array2;
 use serde::Deserialize;
 
+use crate::chat::ChatTemplate;
 use crate::config::{is_of_images, name_in_text_part, text_part};
 use crate::files::{exists, open_regular, read_head, read_text};
 use crate::gguf::{self, is_gguf};
@@ -322,6 +323,14 @@ impl Checkpoint {
     /// images, the config of its text model; and of a GGUF file what its metadata make.
     pub fn config_text(&self) -> &str {
         &self.config_text
+    }
+
+    /// The model's chat template, if it has one.
+    ///
+    /// # Errors
+    /// Files that cannot be read; those of [`ChatTemplate::find`].
+    pub fn chat_template(&self) -> Result<Option<ChatTemplate>, ModelError> {
+        ChatTemplate::find(|name| self.has_companion(name)?.then(|| self.companion(name)).transpose())
     }
 
     /// Bytes that the model's tensors take in the types they are read in: in the checkpoint, but for quantised ones, which are read in half precision.

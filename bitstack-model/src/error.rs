@@ -203,6 +203,12 @@ pub enum ModelError {
         /// Which rule.
         reason: String,
     },
+    /// The model's chat template cannot be read, or refuses a conversation.
+    #[error("chat template: {reason}")]
+    ChatTemplate {
+        /// What the template, or the template library, said.
+        reason: String,
+    },
     /// A text file for calibration or evaluation is empty.
     #[error("the text is empty: it gives no tokens")]
     EmptyText,

@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 mod account;
+pub mod chat;
 mod checkpoint;
 pub mod config;
 mod elements;

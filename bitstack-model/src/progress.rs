@@ -9,6 +9,9 @@ pub trait Progress: Sync {
     /// Of an interrupted compression that goes on, `done` of `total` weights are there.
     fn resumed(&self, _done: u64, _total: u64) {}
 
+    /// A text gives fewer windows of `seq_len` tokens to calibrate on than were asked for.
+    fn few_windows(&self, _found: usize, _asked: usize, _seq_len: usize) {}
+
     /// From here to the next call, the time belongs to `part`, and does so many more of its units. Parts alternate where layers do.
     fn part(&self, _part: Part, _units: u64) {}
 }

@@ -138,6 +138,14 @@ impl Tokenizer {
         })
     }
 
+    /// Tokens of a text that has all special tokens in it, as a chat template writes it: the tokenizer adds none.
+    ///
+    /// # Errors
+    /// [`ModelError::Tokenizer`] when the tokenizer fails.
+    pub fn encode_as_is(&self, text: &str) -> Result<Vec<u32>, ModelError> {
+        guarded(|| Ok(self.inner.encode_fast(text, false)?.get_ids().to_vec()))
+    }
+
     /// Text of some tokens, special ones left out. Bytes that are not UTF-8 become U+FFFD.
     ///
     /// # Errors
@@ -153,6 +161,19 @@ impl Tokenizer {
     /// The id of a token given as text, such as `</s>`.
     pub fn token_id(&self, token: &str) -> Option<u32> {
         self.inner.token_to_id(token)
+    }
+
+    /// The id of a special token given as text; none of an ordinary one.
+    pub fn special_token_id(&self, token: &str) -> Option<u32> {
+        self.token_id(token).filter(|_| self.inner.get_added_vocabulary().is_special_token(token))
+    }
+
+    /// The texts of all special tokens, the longest first.
+    pub fn special_tokens(&self) -> Vec<String> {
+        let tokens = self.inner.get_added_vocabulary().get_added_tokens_decoder();
+        let mut texts: Vec<String> = tokens.values().filter(|t| t.special).map(|t| t.content.clone()).collect();
+        texts.sort_by(|a, b| b.len().cmp(&a.len()).then(a.cmp(b)));
+        texts
     }
 
     /// A decoder for tokens that come one at a time, after `prompt`.
