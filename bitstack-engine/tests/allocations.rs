@@ -6,7 +6,7 @@ mod stacks;
 
 use allocation_counter::measure;
 use bitstack_engine::device::Cpu;
-use bitstack_engine::sample::{Continuation, PIECE};
+use bitstack_engine::sample::{Continuation, GenerateOptions, PIECE};
 use bitstack_engine::{Decoder, ElasticModel, KvCache, Pass, SamplingOptions, Workspace, stack};
 use bitstack_format::StackFile;
 use bitstack_model::Checkpoint;
@@ -67,7 +67,9 @@ fn a_long_prompt_takes_no_more_memory_than_is_said_before() {
     let pool = rayon::ThreadPoolBuilder::new().num_threads(1).use_current_thread().build().unwrap();
     pool.install(|| {
         let said = KvCache::full_bytes(&config, n + 4) + Workspace::most_bytes(&config, PIECE, n + 4);
-        let new = || Continuation::<Cpu>::new(&config, &tokenizer, &prompt, 4, SamplingOptions::greedy()).unwrap();
+        let tokens = tokenizer.encode(&prompt).unwrap();
+        let options = GenerateOptions::new(4, SamplingOptions::greedy());
+        let new = || Continuation::<Cpu>::new(&config, &tokenizer, &tokens, &options).unwrap();
         let run = || {
             let mut text = new();
             while text.step(&decoder).unwrap().is_some() {}

@@ -7,6 +7,7 @@ mod fixtures;
 use bitstack_compress::{CompressOptions, OrderBy, compress};
 use bitstack_engine::device::Cpu;
 use bitstack_engine::eval::compare;
+use bitstack_engine::sample::GenerateOptions;
 use bitstack_engine::stack::StackModel;
 use bitstack_engine::{Decoder, ElasticModel, Pass, SamplingOptions};
 use bitstack_exchange::{ExportOptions, FloatType, export_dense, export_reference};
@@ -73,8 +74,9 @@ fn every_family_is_compressed_measured_run_and_exported() {
         // Token by token, from a cache: greedy tokens are those of the largest logits of a pass over all of them.
         let tokenizer = byte_tokenizer(32..128);
         let mut go_on = |_: &str, _: &_| ControlFlow::Continue(());
-        let text = model.generate(&tokenizer, "Once", 8, SamplingOptions::greedy(), &mut go_on).unwrap();
         let mut all = tokenizer.encode("Once").unwrap();
+        let options = GenerateOptions::new(8, SamplingOptions::greedy());
+        let text = model.generate(&tokenizer, &all, &options, &mut go_on).unwrap();
         let n_prompt = all.len();
         all.extend(&text.tokens);
         let logits = rebuilt.decoder().forward(&all, &mut Pass::new()).unwrap();
