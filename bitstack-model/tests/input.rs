@@ -542,7 +542,7 @@ fn newer_families_have_the_parts_that_their_configs_name() {
     assert_eq!(windows(&gemma3), [Some(16), None, Some(16)]);
     assert!(gemma3.tied && gemma3.norms().all(|norm| norm.offset == 1.0));
     let old = json!({"rope_parameters": null, "rope_theta": 1e4, "rope_local_base_freq": 100, "layer_types": null,
-        "sliding_window_pattern": 2, "tie_word_embeddings": null});
+        "sliding_window_pattern": 2});
     assert_eq!(config("gemma3", old).unwrap(), gemma3);
     for (field, value) in [
         ("attn_logit_softcapping", json!(50.0)),
