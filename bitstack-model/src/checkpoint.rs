@@ -23,7 +23,7 @@ use serde::Deserialize;
 use crate::chat::ChatTemplate;
 use crate::config::{is_of_images, name_in_text_part, text_part};
 use crate::files::{exists, open_regular, read_head, read_text};
-use crate::gguf::{self, is_gguf};
+use crate::gguf::{self, Differs, is_gguf};
 use crate::recognize::{advice, recognize_head};
 use crate::{Dense, Elements, ModelConfig, ModelError, VectorSpec, WeightRole, WeightSpec, account};
 use bitstack_gguf::BlockType;
@@ -114,8 +114,8 @@ struct Location {
     len_bytes: u64,
     /// How a quantised tensor is stored; `dtype` is then F16.
     quantised: Option<BlockType>,
-    /// Heads whose rows are to be put in another order: [`gguf::in_halves`].
-    interleaved_heads: Option<usize>,
+    /// By what the elements differ from those of a directory.
+    differs: Differs,
 }
 
 impl Location {
@@ -433,9 +433,8 @@ impl Checkpoint {
         for HeaderTensor { name, dtype, shape, begin, end, .. } in header.tensors {
             let (offset_bytes, len_bytes) = (data_start + begin, end - begin);
             let name = self.own_name(name);
-            let (quantised, interleaved_heads) = (None, None);
-            let location =
-                Location { file: number, dtype, shape, offset_bytes, len_bytes, quantised, interleaved_heads };
+            let (quantised, differs) = (None, Differs::Not);
+            let location = Location { file: number, dtype, shape, offset_bytes, len_bytes, quantised, differs };
             if let Some(other) = self.tensors.get(&name) {
                 let other = self.files[other.file].path.display();
                 return Err(bad(format!("tensor {} is also in {other}", printable(&name))));
@@ -561,13 +560,16 @@ impl Checkpoint {
     /// Reads some of the elements of a tensor of this shape, which has them.
     fn part(&self, tensor: &str, shape: &[usize], range: Range<usize>) -> Result<Elements, ModelError> {
         let location = self.locate(tensor, shape)?;
-        let Some(n_heads) = location.interleaved_heads else { return self.stored(tensor, location, range) };
         let n_rows = shape[0];
-        if n_heads == 0 || !n_rows.is_multiple_of(2 * n_heads) {
-            return Err(self.wrong_shape(tensor, location, &[2 * n_heads]));
+        match location.differs {
+            Differs::Not => return self.stored(tensor, location, range),
+            Differs::Interleaved(heads) if heads == 0 || !n_rows.is_multiple_of(2 * heads) => {
+                return Err(self.wrong_shape(tensor, location, &[2 * heads]));
+            }
+            _ => {}
         }
         let all = self.stored(tensor, location, 0..shape.iter().product())?;
-        Ok(gguf::in_halves(all, n_rows, n_heads, range))
+        Ok(location.differs.undone(all, n_rows, range))
     }
 
     /// Reads some of the elements of a tensor in the order in which they are stored; of a quantised one, whole blocks.

@@ -23,15 +23,12 @@ impl Checkpoint {
         let config_text = source.config_text().to_owned();
         let config = ModelConfig::from_json(&config_text);
         let config = config.map_err(|e| ModelError::GgufConfig { path: path.clone(), source: Box::new(e) })?;
-        let tensors = named.into_iter().map(|Named { name, interleaved_heads, tensor }| {
+        let tensors = named.into_iter().map(|Named { name, differs, tensor }| {
             let quantised = (!tensor.kind.is_float()).then_some(tensor.kind);
             let dtype =
                 [Dtype::F32, Dtype::BF16].into_iter().find(|d| d.name() == tensor.kind.name()).unwrap_or(Dtype::F16);
             let (offset_bytes, len_bytes) = (tensor.offset_bytes, tensor.len_bytes);
-            (
-                name,
-                Location { file: 0, dtype, shape: tensor.shape, offset_bytes, len_bytes, quantised, interleaved_heads },
-            )
+            (name, Location { file: 0, dtype, shape: tensor.shape, offset_bytes, len_bytes, quantised, differs })
         });
         Ok(Self {
             config,

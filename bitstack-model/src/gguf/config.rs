@@ -1,5 +1,6 @@
 //! The metadata as the fields of a `config.json`. Every key of the architecture is read here or refused: none is left out in silence.
 
+use super::Differs;
 use crate::ModelError;
 use bitstack_gguf::{Gguf, Value};
 use bitstack_io::hostile::printable;
@@ -8,10 +9,11 @@ use std::f64::consts::TAU;
 use std::path::Path;
 
 /// An architecture, the class of models that it is in a directory, and that class's `model_type`.
-const ARCHITECTURES: [(&str, &str, &str); 3] = [
+const ARCHITECTURES: [(&str, &str, &str); 4] = [
     ("llama", "LlamaForCausalLM", "llama"),
     ("qwen2", "Qwen2ForCausalLM", "qwen2"),
     ("qwen3", "Qwen3ForCausalLM", "qwen3"),
+    ("gemma3", "Gemma3ForCausalLM", "gemma3_text"),
 ];
 
 /// Keys of an architecture that say nothing about the arithmetic, or nothing that other keys and the tensors do not say.
@@ -79,8 +81,26 @@ impl<'g> Keys<'g> {
         self.gguf.tensors().iter().any(|t| t.name == tensor)
     }
 
+    fn is_gemma(&self) -> bool {
+        self.architecture == "gemma3"
+    }
+
+    /// Whether attention and feed-forward part have norms behind them.
+    pub(super) fn has_post_norms(&self) -> bool {
+        self.is_gemma()
+    }
+
+    /// By what a tensor of this name in a directory differs from that one.
+    pub(super) fn differs(&self, name: &str) -> Differs {
+        match self.interleaved_heads(name) {
+            Some(heads) => Differs::Interleaved(heads),
+            None if self.is_gemma() && name.ends_with("norm.weight") => Differs::PlusOne,
+            None => Differs::Not,
+        }
+    }
+
     /// Heads whose rows are interleaved in a tensor of this name in a directory.
-    pub(super) fn interleaved_heads(&self, name: &str) -> Option<usize> {
+    fn interleaved_heads(&self, name: &str) -> Option<usize> {
         let key = match name.strip_prefix("model.layers.")?.split_once('.')?.1 {
             "self_attn.q_proj.weight" | "self_attn.q_proj.bias" => "attention.head_count",
             "self_attn.k_proj.weight" | "self_attn.k_proj.bias" => "attention.head_count_kv",
@@ -126,7 +146,11 @@ impl<'g> Keys<'g> {
         set("num_attention_heads", json!(heads));
         set("num_key_value_heads", json!(self.whole("attention.head_count_kv")?.unwrap_or(heads)));
         set("head_dim", json!(head_dim));
-        set("hidden_act", json!("silu"));
+        if self.is_gemma() {
+            self.gemma(&mut set, hidden, heads, head_dim)?;
+        } else {
+            set("hidden_act", json!("silu"));
+        }
         let embedding = self.gguf.tensors().iter().find(|tensor| tensor.name == super::EMBEDDING);
         let vocab = embedding.and_then(|tensor| tensor.shape.first().copied());
         let missing = || ModelError::MissingTensor { tensor: super::EMBEDDING.to_owned(), place: self.path.to_owned() };
@@ -136,7 +160,7 @@ impl<'g> Keys<'g> {
         let eps = self.number("attention.layer_norm_rms_epsilon")?;
         let eps = eps.ok_or_else(|| self.bad("attention.layer_norm_rms_epsilon", "not there", "a number"))?;
         set("rms_norm_eps", json!(eps));
-        let theta = self.number("rope.freq_base")?.unwrap_or(10_000.0);
+        let theta = self.number("rope.freq_base")?.unwrap_or(if self.is_gemma() { 1e6 } else { 10_000.0 });
         set("rope_theta", json!(theta));
         if let Some(scaling) = self.rope_scaling(theta, head_dim, positions, rope_factors)? {
             set("rope_scaling", scaling);
@@ -146,7 +170,7 @@ impl<'g> Keys<'g> {
         }
         match (self.architecture, window) {
             ("qwen2" | "qwen3", None) => set("use_sliding_window", json!(false)),
-            ("llama", Some(window)) => set("sliding_window", json!(window)),
+            ("llama" | "gemma3", Some(window)) => set("sliding_window", json!(window)),
             (_, None) => {}
             (_, Some(window)) => {
                 return Err(self.bad("attention.sliding_window", window, "0: which layers it is for is not said"));
@@ -175,6 +199,27 @@ impl<'g> Keys<'g> {
         }
         self.refuse_others()?;
         Ok(config)
+    }
+
+    /// Fields that only Gemma 3 has. The metadata do not say how scores are scaled: by the size of a head, but in the model of 62 layers, where it is an
+    /// equal share of the width.
+    fn gemma(
+        &self,
+        set: &mut impl FnMut(&str, serde_json::Value),
+        hidden: u64,
+        heads: u64,
+        head_dim: u64,
+    ) -> Result<(), ModelError> {
+        const LARGEST_LAYERS: u64 = 62;
+        set("hidden_activation", json!("gelu_pytorch_tanh"));
+        let is_largest = self.required("block_count")? == LARGEST_LAYERS;
+        set("query_pre_attn_scalar", json!(if is_largest { hidden / heads.max(1) } else { head_dim }));
+        set("rope_local_base_freq", json!(self.number("rope.freq_base_swa")?.unwrap_or(10_000.0)));
+        set("sliding_window_pattern", json!(self.whole("attention.sliding_window_pattern")?.unwrap_or(6)));
+        if let Some(cap) = self.number("final_logit_softcapping")?.filter(|cap| *cap > 0.0) {
+            set("final_logit_softcapping", json!(cap));
+        }
+        Ok(())
     }
 
     /// Scaling of rotary wavelengths: by the metadata, or by Llama 3.1's rule, whose factors stand in a tensor.
@@ -229,13 +274,16 @@ impl<'g> Keys<'g> {
             "rope.scaling.original_context_length",
             "attention.causal",
         ];
+        const OF_GEMMA: [&str; 3] =
+            ["rope.freq_base_swa", "attention.sliding_window_pattern", "final_logit_softcapping"];
         for (key, value) in self.gguf.metadata() {
             let Some(rest) = key.strip_prefix(self.architecture).and_then(|rest| rest.strip_prefix('.')) else {
                 continue;
             };
             let zero = value.as_f64() == Some(0.0) && rest.starts_with("expert_");
             let causal = rest != "attention.causal" || value.as_bool() == Some(true);
-            if !causal || !(zero || READ.contains(&rest) || WITHOUT_MEANING.contains(&rest)) {
+            let gemma = self.is_gemma() && OF_GEMMA.contains(&rest);
+            if !causal || !(zero || gemma || READ.contains(&rest) || WITHOUT_MEANING.contains(&rest)) {
                 return Err(self.bad(
                     key,
                     shown(value),

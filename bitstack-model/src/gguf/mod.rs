@@ -21,8 +21,11 @@ const EMBEDDING: &str = "token_embd.weight";
 /// Factors of the rotary wavelengths, which the metadata do not have: [`config::llama3`].
 const ROPE_FACTORS: &str = "rope_freqs.weight";
 
-/// Names within a layer: here, and in a directory.
-const PARTS: [(&str, &str); 11] = [
+/// Names within a layer: here, and in a directory. Where a name stands twice, the first is that of models with norms behind their parts.
+const PARTS: [(&str, &str); 14] = [
+    ("post_attention_norm", "post_attention_layernorm"),
+    ("post_ffw_norm", "post_feedforward_layernorm"),
+    ("ffn_norm", "pre_feedforward_layernorm"),
     ("attn_norm", "input_layernorm"),
     ("attn_q", "self_attn.q_proj"),
     ("attn_k", "self_attn.k_proj"),
@@ -46,10 +49,22 @@ pub(crate) struct Source {
     pub(crate) remarks: Vec<String>,
 }
 
-/// A tensor with its name in a directory, and by how many heads its rows are to be put in another order: [`in_halves`].
+/// By what a tensor's elements differ from those in a directory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Differs {
+    /// By nothing.
+    Not,
+    /// The rows of so many heads have their two halves interleaved, as the first release of Llama had: row 2 i + j of a head here is its row
+    /// j · size / 2 + i there.
+    Interleaved(usize),
+    /// They are factors, where a directory has differences from 1 (Gemma).
+    PlusOne,
+}
+
+/// A tensor with its name in a directory.
 pub(crate) struct Named {
     pub(crate) name: String,
-    pub(crate) interleaved_heads: Option<usize>,
+    pub(crate) differs: Differs,
     pub(crate) tensor: TensorInfo,
 }
 
@@ -90,15 +105,18 @@ impl Source {
         let factors = tensor(ROPE_FACTORS).map(|tensor| read_f32(file, tensor).map_err(broken)).transpose()?;
         let config = keys.config(twins.is_some() || tensor(HEAD).is_none(), factors.as_deref())?;
         let named = tensors.iter().map(|tensor| {
-            let name =
-                if tensor.name == embedding { Some("model.embed_tokens.weight".into()) } else { name_of(&tensor.name) };
+            let name = if tensor.name == embedding {
+                Some("model.embed_tokens.weight".into())
+            } else {
+                name_of(&tensor.name, keys.has_post_norms())
+            };
             let name = name.ok_or_else(|| ModelError::GgufKey {
                 path: path.to_owned(),
                 key: format!("tensor {}", printable(&tensor.name)),
                 found: "there".to_owned(),
                 expected: format!("only tensors that a model of architecture {} has", keys.architecture()),
             })?;
-            Ok(Named { interleaved_heads: keys.interleaved_heads(&name), name, tensor: (*tensor).clone() })
+            Ok(Named { differs: keys.differs(&name), name, tensor: (*tensor).clone() })
         });
         let named = named.collect::<Result<Vec<_>, ModelError>>()?;
         let quantised: BTreeSet<&str> =
@@ -141,7 +159,7 @@ impl Source {
 }
 
 /// The name in a directory of a tensor; `None` where there is none.
-fn name_of(name: &str) -> Option<String> {
+fn name_of(name: &str, has_post_norms: bool) -> Option<String> {
     match name {
         HEAD => return Some("lm_head.weight".into()),
         "output_norm.weight" => return Some("model.norm.weight".into()),
@@ -151,7 +169,8 @@ fn name_of(name: &str) -> Option<String> {
     let (layer, part, kind) = (parts.next()?, parts.next()?, parts.next()?);
     let is_plain = parts.next().is_none() && matches!(kind, "weight" | "bias");
     let layer: usize = layer.parse().ok().filter(|n: &usize| is_plain && n.to_string() == layer)?;
-    let (_, part) = PARTS.iter().find(|(here, _)| *here == part)?;
+    let parts = if has_post_norms { &PARTS[..] } else { &PARTS[3..] };
+    let (_, part) = parts.iter().find(|(here, _)| *here == part)?;
     Some(format!("model.layers.{layer}.{part}.{kind}"))
 }
 
@@ -223,14 +242,17 @@ fn same_matrix(file: &dyn ReadAt, a: &TensorInfo, b: &TensorInfo) -> Result<bool
     Ok(difference <= (allowed(a) + allowed(b)) * norm)
 }
 
-/// Some of the elements of a query or key projection, rows in a directory's order. Files of the Llama architecture have the two halves of each head's rows
-/// interleaved, as the first release of that model had: row 2 i + j of a head here is its row j · size / 2 + i there. `all` are `n_rows`
-/// rows of any length, `n_rows` a multiple of twice the heads.
-pub(crate) fn in_halves(all: Elements, n_rows: usize, n_heads: usize, range: Range<usize>) -> Elements {
-    match all {
-        Elements::F32(values) => Elements::F32(halves(&values, n_rows, n_heads)[range].to_vec()),
-        Elements::F16(values) => Elements::F16(halves(&values, n_rows, n_heads)[range].to_vec()),
-        Elements::Bf16(values) => Elements::Bf16(halves(&values, n_rows, n_heads)[range].to_vec()),
+impl Differs {
+    /// Some of a tensor's elements as a directory has them, from all of them: `n_rows` rows of any length, of interleaved heads a multiple of twice
+    /// their number.
+    pub(crate) fn undone(self, all: Elements, n_rows: usize, range: Range<usize>) -> Elements {
+        match (self, all) {
+            (Self::Not, all) => all,
+            (Self::Interleaved(heads), Elements::F32(v)) => Elements::F32(halves(&v, n_rows, heads)[range].to_vec()),
+            (Self::Interleaved(heads), Elements::F16(v)) => Elements::F16(halves(&v, n_rows, heads)[range].to_vec()),
+            (Self::Interleaved(heads), Elements::Bf16(v)) => Elements::Bf16(halves(&v, n_rows, heads)[range].to_vec()),
+            (Self::PlusOne, all) => Elements::F32(all.into_f32()[range].iter().map(|factor| factor - 1.0).collect()),
+        }
     }
 }
 
