@@ -275,7 +275,7 @@ fn an_option_that_no_weight_can_have_leaves_no_journal() {
 fn a_text_with_few_windows_to_calibrate_on_gets_a_remark() {
     let dir = tempfile::tempdir().unwrap();
     let (short, out) = (dir.path().join("short.txt"), dir.path().join("out.bitstack"));
-    fs::write(&short, &fs::read(demo("text.txt")).unwrap()[..3000]).unwrap();
+    fs::write(&short, &fs::read(demo("text.txt")).unwrap()[..1200]).unwrap();
     let output = command(&demo("tiny-llama"), Some(&short), &out, OPTIONS).output().unwrap();
     succeeds(&output);
     assert!(stderr(&output).contains("of the 4 windows of 128 tokens to calibrate on"), "{}", stderr(&output));
