@@ -259,3 +259,27 @@ fn an_interrupted_run_says_how_to_go_on() {
     succeeds(&output);
     assert!(stderr(&output).contains("resuming: "));
 }
+
+#[test]
+fn an_option_that_no_weight_can_have_leaves_no_journal() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("out.bitstack");
+    for (options, words) in [("--method avd --rank 129", "rank 129 for a 512 x 128 weight"), ("--seq-len 513", "513")] {
+        let output = command(&demo("tiny-llama"), Some(&demo("text.txt")), &out, options).output().unwrap();
+        fails(&output, 1, &[words]);
+        assert!(names(dir.path()).is_empty(), "{options}: {:?}", names(dir.path()));
+    }
+}
+
+#[test]
+fn a_text_with_few_windows_to_calibrate_on_gets_a_remark() {
+    let dir = tempfile::tempdir().unwrap();
+    let (short, out) = (dir.path().join("short.txt"), dir.path().join("out.bitstack"));
+    fs::write(&short, &fs::read(demo("text.txt")).unwrap()[..1200]).unwrap();
+    let output = command(&demo("tiny-llama"), Some(&short), &out, OPTIONS).output().unwrap();
+    succeeds(&output);
+    assert!(stderr(&output).contains("of the 4 windows of 128 tokens to calibrate on"), "{}", stderr(&output));
+    let output =
+        command(&demo("tiny-llama"), Some(&demo("text.txt")), &out, &format!("{OPTIONS} --force")).output().unwrap();
+    assert!(!stderr(&output).contains("to calibrate on"), "{}", stderr(&output));
+}

@@ -90,7 +90,7 @@ impl SamplingOptions {
         self
     }
 
-    /// Makes tokens of the prompt and the text less likely: see [`SamplingOptions::repetition_penalty`].
+    /// Makes tokens of the prompt and the text less likely.
     pub fn repetition_penalty(mut self, penalty: f32) -> Self {
         self.repetition_penalty = penalty;
         self
