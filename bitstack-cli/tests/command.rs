@@ -286,7 +286,7 @@ fn bad_model_directories_are_named_with_what_is_wrong() {
             Some(text.replace(from, to).into_bytes())
         })
     };
-    fails(&compress(config("LlamaForCausalLM", "GPT2LMHeadModel").path()), 1, &["GPT2LMHeadModel", "Llama"]);
+    fails(&compress(config("\"llama\"", "\"gpt2\"").path()), 1, &["gpt2", "Llama"]);
     fails(&compress(config("\"hidden_size\": 128", "\"hidden_size\": 0").path()), 1, &["config.json", "hidden_size"]);
     fails(&compress(config("\"hidden_size\": 128", "\"hidden_size\": 64").path()), 1, &["shape", "128", "64"]);
     fails(&compress(config("{", "[").path()), 1, &["config.json", "JSON"]);

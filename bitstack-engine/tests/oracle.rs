@@ -2,10 +2,12 @@
 //!
 //! `oracle/make.py` says how they are made. A model's elements depend on the names and places of its tensors alone, so only configs and logits are stored;
 //! here each is written as a directory, whole or in shards, and opened as a user's directory is.
+#![expect(clippy::print_stdout, reason = "the largest difference is worth seeing")]
 
-use bitstack_engine::{Decoder, Pass};
-use bitstack_model::{Checkpoint, ModelConfig};
+use bitstack_engine::{Decoder, KvCache, Pass};
+use bitstack_model::{Checkpoint, Dense, ModelConfig};
 use half::{bf16, f16};
+use ndarray::ArrayView1;
 use safetensors::Dtype;
 use safetensors::tensor::TensorView;
 use serde::Deserialize;
@@ -24,6 +26,9 @@ struct Expected {
     /// With `n_long` tokens, and the logits of the last.
     long: Vec<Case>,
     n_long: usize,
+    /// With a cache: `n_first` tokens at first, then one after another.
+    stepped: Vec<Case>,
+    n_first: usize,
     refused: Vec<Refusal>,
 }
 
@@ -109,8 +114,8 @@ fn write_tensors(dir: &Path, config: &ModelConfig, dtype: &str, shards: usize) {
 /// Sums of at most 48 products in f32, in three layers: 1e-4 of the largest logit is some hundred roundings.
 const TOLERANCE: f32 = 1e-4;
 
-/// The largest difference of a model's logits from those expected, as a part of the largest of these. `config` says what is opened; the tensors are those of the case.
-fn difference(expected: &Expected, case: &Case, config: &str, tokens: &[u32], positions: &[usize]) -> f32 {
+/// The model of a case, opened with this config.
+fn decoder(expected: &Expected, case: &Case, config: &str) -> Decoder<Dense> {
     let what = format!("{} {}", case.family, Value::Object(case.changes.clone()));
     let dir = tempfile::tempdir().unwrap();
     std::fs::write(dir.path().join("config.json"), config).unwrap();
@@ -118,28 +123,36 @@ fn difference(expected: &Expected, case: &Case, config: &str, tokens: &[u32], po
     let described = described.unwrap_or_else(|error| panic!("{what}: {error}"));
     write_tensors(dir.path(), &described, &case.dtype, case.shards);
     let checkpoint = Checkpoint::open(dir.path()).unwrap_or_else(|error| panic!("{what}: {error}"));
-    let found = Decoder::load(&checkpoint).unwrap().forward(tokens, &mut Pass::new()).unwrap();
+    Decoder::load(&checkpoint).unwrap()
+}
+
+/// The largest difference of rows of logits from those expected, as a part of the largest of these.
+fn difference<'l>(case: &Case, rows: impl Iterator<Item = ArrayView1<'l, f32>>) -> f32 {
     let scale = case.logits.iter().flatten().fold(0.0_f32, |most, v| most.max(v.abs()));
     let mut largest = 0.0_f32;
-    for (position, row) in positions.iter().zip(&case.logits) {
-        assert_eq!(row.len(), found.ncols());
-        for (found, wanted) in found.row(*position).iter().zip(row) {
+    for (i, (found, wanted)) in rows.zip(&case.logits).enumerate() {
+        assert_eq!(found.len(), wanted.len());
+        for (found, wanted) in found.iter().zip(wanted) {
             let difference = (found - wanted).abs() / scale;
-            assert!(difference < TOLERANCE, "{what}, position {position}: {found}, expected {wanted}");
+            let Case { family, changes, .. } = case;
+            assert!(difference < TOLERANCE, "{family} {changes:?}, row {i}: {found}, expected {wanted}");
             largest = largest.max(difference);
         }
     }
     largest
 }
 
+/// [`difference`] of one pass over the tokens, at the positions.
+fn difference_of_pass(expected: &Expected, case: &Case, config: &str) -> f32 {
+    let logits = decoder(expected, case, config).forward(&expected.tokens, &mut Pass::new()).unwrap();
+    difference(case, expected.positions.iter().map(|position| logits.row(*position)))
+}
+
 #[test]
 fn logits_of_all_configurations_are_those_of_the_reference_library() {
     let expected = Expected::read();
     assert!(expected.cases.len() >= 200);
-    let of = |case: &Case| {
-        let config = expected.config(&case.family, &case.changes);
-        difference(&expected, case, &config, &expected.tokens, &expected.positions)
-    };
+    let of = |case: &Case| difference_of_pass(&expected, case, &expected.config(&case.family, &case.changes));
     let largest = expected.cases.iter().map(of).fold(0.0, f32::max);
     println!("{} models; the largest difference is {largest:e} of the logits", expected.cases.len());
 }
@@ -149,8 +162,24 @@ fn windows_that_a_config_leaves_out_are_those_of_its_class() {
     let expected = Expected::read();
     let tokens: Vec<u32> = (0..expected.n_long as u32).map(|i| (7 * i * i + 3 * i + 1) % 40).collect();
     for case in &expected.long {
-        let config = expected.config(&case.family, &case.changes);
-        difference(&expected, case, &config, &tokens, &[tokens.len() - 1]);
+        let model = decoder(&expected, case, &expected.config(&case.family, &case.changes));
+        let logits = model.forward(&tokens, &mut Pass::new()).unwrap();
+        difference(case, std::iter::once(logits.row(tokens.len() - 1)));
+    }
+}
+
+#[test]
+fn frequencies_that_change_with_the_length_do_so_token_by_token() {
+    let expected = Expected::read();
+    for case in &expected.stepped {
+        let model = decoder(&expected, case, &expected.config(&case.family, &case.changes));
+        let mut cache = KvCache::new(model.config(), expected.tokens.len()).unwrap();
+        let (first, rest) = expected.tokens.split_at(expected.n_first);
+        let pieces = std::iter::once(first).chain(rest.chunks(1));
+        let logits: Vec<_> =
+            pieces.map(|piece| model.forward(piece, &mut Pass::new().with_cache(&mut cache)).unwrap()).collect();
+        let rows: Vec<_> = logits.iter().flat_map(|logits| logits.rows()).collect();
+        difference(case, expected.positions.iter().map(|position| rows[*position]));
     }
 }
 
@@ -163,7 +192,7 @@ fn a_head_that_differs_from_tied_embeddings_is_the_head() {
     let mut changes = case.changes.clone();
     changes.insert("tie_word_embeddings".to_owned(), true.into());
     let tied = expected.config("llama", &changes);
-    difference(&expected, case, &tied, &expected.tokens, &expected.positions);
+    difference_of_pass(&expected, case, &tied);
 }
 
 #[test]

@@ -84,6 +84,10 @@ pub fn import(
     let outer = specs.iter().filter(|s| s.layer.is_none()).map(|s| (s.tensor_name(), vec![s.rows, s.cols]));
     let whole: Vec<_> = plain.chain(outer).collect();
     let mut used: HashSet<String> = whole.iter().map(|(name, _)| name.clone()).collect();
+    // A dense checkpoint has no blocks, and everything in it would be left over.
+    for spec in &stacked {
+        checkpoint.shape(&part_name(&spec.name, BASIS, 0))?;
+    }
     // Parts of what is no weight of the model were refused when they were counted.
     used.extend(checkpoint.tensor_names().filter(|name| part_of(name).is_some()).map(str::to_owned));
     checkpoint.check_used(&used, ignored)?;

@@ -273,6 +273,11 @@ fn tensors_that_are_missing_or_wrong_are_named() {
         t.insert("model.layers.2.mlp.up_proj.qweight_0".to_owned(), one);
     });
     fails(&stray, &["model.layers.2.mlp.up_proj", "does not know"]);
+    let left_over = with_tensors(|t| {
+        let one = t["model.norm.weight"].clone();
+        t.insert("model.layers.0.self_attn.q_norm.weight".to_owned(), one);
+    });
+    fails(&left_over, &["no place for 1 tensor", "model.layers.0.self_attn.q_norm.weight"]);
 
     // up_proj is 384 x 128 at rank 4.
     let reshape = |name: &str, shape: Vec<usize>| {

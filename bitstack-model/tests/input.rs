@@ -162,6 +162,10 @@ fn the_type_says_what_a_model_is_and_the_class_only_without_one() {
     for class in ["LLaMAForCausalLM", "LlamaModel"] {
         assert_eq!(config("llama", json!({"architectures": [class]})).unwrap(), llama);
     }
+    assert!(
+        config("llama", json!({"architectures": ["GPT2LMHeadModel"]})).unwrap().remarks()[0]
+            .contains("GPT2LMHeadModel")
+    );
     assert_eq!(config("llama", json!({"model_type": null})).unwrap(), llama);
     let neither = config_error("llama", json!({"model_type": null, "architectures": null}));
     assert_eq!(neither, "config.json has no model_type");

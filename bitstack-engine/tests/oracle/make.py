@@ -114,6 +114,13 @@ LONG = [
     ("qwen2", {"use_sliding_window": True, "max_window_layers": 1, "num_hidden_layers": 2}),
 ]
 
+# Frequencies that change while a sequence grows: its first ten tokens in one pass with a cache, then one after another.
+N_FIRST = 10
+STEPPED = [
+    ("llama", {"rope_scaling": {"type": "dynamic", "factor": 2.0}, "max_position_embeddings": 13}),
+    ("qwen3", {"rope_scaling": longrope(8, original_max_position_embeddings=16)}),
+]
+
 # What is refused here, and why, where the library is no reason: (family, fields, words of the refusal, reason or None where the library fails too).
 REFUSED = [
     ("llama", {"rope_scaling": {"factor": 4.0}}, "rope_scaling", "the library forgets the factor without a type"),
@@ -176,6 +183,14 @@ def logits(config, tokens=TOKENS):
         return model(config)(torch.tensor([tokens])).logits[0]
 
 
+def stepped_logits(config):
+    built, cache = model(config), transformers.DynamicCache()
+    pieces = [TOKENS[:N_FIRST]] + [[token] for token in TOKENS[N_FIRST:]]
+    with torch.no_grad():
+        rows = [built(torch.tensor([piece]), cache=cache, use_cache=True).logits[0] for piece in pieces]
+    return torch.cat(rows)
+
+
 def rounded(rows):
     return [[float(f"{x:.5f}") for x in row] for row in rows.tolist()]
 
@@ -201,7 +216,7 @@ def cases():
 
 
 def main():
-    out = {"tokens": TOKENS, "positions": POSITIONS, "base": BASE, "families": {}, "cases": [], "n_long": N_LONG, "long": [], "refused": []}
+    out = {"tokens": TOKENS, "positions": POSITIONS, "base": BASE, "families": {}, "cases": [], "n_long": N_LONG, "long": [], "n_first": N_FIRST, "stepped": [], "refused": []}
     for family, parts in FAMILIES.items():
         out["families"][family] = parts["fields"]
     seen = {}
@@ -220,6 +235,11 @@ def main():
         unlimited = logits(config_of(family, {**changes, "sliding_window": None}), tokens)[-1:]
         assert (rows - unlimited).abs().max() > 0.01, "the window counts"
         out["long"].append({"family": family, "changes": changes, "dtype": "F32", "shards": 1, "logits": rounded(rows)})
+    for family, changes in STEPPED:
+        config = config_of(family, changes)
+        rows = stepped_logits(config)[POSITIONS]
+        assert (rows - logits(config)[POSITIONS]).abs().max() > 0.01, "a pass of its own for each token is another model"
+        out["stepped"].append({"family": family, "changes": changes, "dtype": "F32", "shards": 1, "logits": rounded(rows)})
     for family, changes, words, reason in REFUSED:
         try:
             logits(config_of(family, changes))
@@ -231,7 +251,7 @@ def main():
     path = os.path.join(os.path.dirname(os.path.abspath(__file__)), "expected.json")
     with open(path, "w") as file:
         lines = lambda items: "[\n" + ",\n".join(json.dumps(item, separators=(",", ":")) for item in items) + "\n]"
-        file.write("{\n" + ",\n".join(f'"{k}": ' + (lines(v) if k in ("cases", "long", "refused") else json.dumps(v)) for k, v in out.items()) + "\n}\n")
+        file.write("{\n" + ",\n".join(f'"{k}": ' + (lines(v) if k in ("cases", "long", "stepped", "refused") else json.dumps(v)) for k, v in out.items()) + "\n}\n")
     print(len(out["cases"]), "models,", len(out["refused"]), "refusals, transformers", transformers.__version__)
 
 

@@ -75,10 +75,14 @@ pub(super) fn describe(config: &Map<String, Value>) -> Result<ModelConfig, Model
     }
     let mut model = (family.describe)(&fields)?;
     fields.check_known("config.json", |name, value| is_harmless(name) || defaults.get(name) == Some(value))?;
-    if let Some(class) =
-        class.filter(|class| FAMILIES.iter().any(|other| other.class == class && other.class != family.class))
-    {
-        let model_type = family.model_type;
+    // Another spelling of the same family is nothing to remark on.
+    let own = family.class.to_lowercase().replace("forcausallm", "");
+    let is_other = |class: &String| {
+        let is_of_another = FAMILIES.iter().any(|other| other.class == class && other.class != family.class);
+        is_of_another || !class.to_lowercase().starts_with(&own)
+    };
+    if let Some(class) = class.filter(is_other) {
+        let (class, model_type) = (printable(&class), family.model_type);
         let remark = format!("config.json: architectures is {class}, but model_type {model_type}; read as the latter");
         model.remarks.push(remark);
     }
