@@ -155,7 +155,12 @@ pub fn export_reference<S: BlockSource + Sync + ?Sized>(
         return Err(misplaced(order.len()));
     }
     let is_kept = |spec: &WeightSpec| spec.layer.is_some() && source.weight_index(&spec.name).is_none();
-    if let Some(spec) = stack::config(source)?.weights().into_iter().find(is_kept) {
+    // Blocks without a config are taken as they are.
+    let weights = match stack::companion(source, CONFIG)? {
+        Some(_) => stack::config(source)?.weights(),
+        None => Vec::new(),
+    };
+    if let Some(spec) = weights.into_iter().find(is_kept) {
         let reason = "there all weights of a layer are stacked, and this one is kept as it was".to_owned();
         return Err(ExchangeError::NotInReferenceLayout { name: spec.name, reason });
     }

@@ -154,7 +154,8 @@ fn whatever_may_change_the_arithmetic_is_refused_by_its_name() {
         &with_tensors(File::default().text("general.architecture", "llama"), BlockType::F32),
         "llama.embedding_length is not there",
     );
-    refused(&whole().text("llama.rope.scaling.type", "longrope"), "longrope");
+    // Its factors are in tensors of their own there.
+    refused(&whole().text("llama.rope.scaling.type", "longrope"), "short_factor");
     let experts =
         [[&4u32.to_le_bytes()[..], &2u64.to_le_bytes()].concat(), [2u32.to_le_bytes(), 3u32.to_le_bytes()].concat()]
             .concat();
