@@ -74,6 +74,8 @@ fn ropes(fields: &Fields<'_>) -> Result<Ropes, ModelError> {
     if fields.get("rope_parameters").is_none() {
         ropes.sliding = ropes.tables.len();
         ropes.tables.push(RopeConfig { theta, scaling: None });
+    } else if ropes.tables.len() != 2 {
+        return Err(fields.bad("rope_parameters", "an object with full_attention and sliding_attention"));
     }
     Ok(ropes)
 }
