@@ -364,8 +364,6 @@ pub(crate) struct Sampling {
     /// Seed of the sampling: the same seed gives the same text.
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub(crate) seed: u64,
-    #[command(flatten)]
-    pub(crate) opening: Opening,
 }
 
 #[derive(Debug, Args)]

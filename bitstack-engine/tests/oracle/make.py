@@ -63,6 +63,32 @@ FAMILIES = {
         "fields": {"architectures": ["Qwen3ForCausalLM"], "head_dim": 8},
         "choices": [HEADS[:4], WINDOWS_OF_QWEN, [{}, {"attention_bias": True}]],
     },
+    "phi3": {
+        "fields": {"architectures": ["Phi3ForCausalLM"], "pad_token_id": 0},
+        "turns": 1,
+        # The class allows no other kind.
+        "ropes": [0, 1, 13, 14, 15, 16],
+        "choices": [HEADS[:3] + [{"num_key_value_heads": None}], [{}, {"sliding_window": 5}], [{"partial_rotary_factor": 0.5}, {}]],
+    },
+    "smollm3": {
+        "fields": {"architectures": ["SmolLM3ForCausalLM"], "pad_token_id": 0},
+        "turns": 1,
+        "choices": [HEADS[:3], [{}, {"no_rope_layers": [0, 1, 1]}, {"no_rope_layer_interval": 2}], [{}, {"attention_bias": True}, {"mlp_bias": True}]],
+    },
+    "olmo2": {
+        "fields": {"architectures": ["Olmo2ForCausalLM"], "pad_token_id": 0},
+        "turns": 1,
+        "choices": [HEADS[:3] + [{"num_key_value_heads": None}], [{}, {"attention_bias": True}]],
+    },
+    "granite": {
+        "fields": {"architectures": ["GraniteForCausalLM"]},
+        "turns": 1,
+        "choices": [
+            HEADS[:3] + [{"num_key_value_heads": None}],
+            [{}, {"attention_bias": True}, {"mlp_bias": True}],
+            [{"attention_multiplier": 0.2}, {"residual_multiplier": 0.5, "logits_scaling": 2.0}, {"embedding_multiplier": 3.0}],
+        ],
+    },
 }
 
 PLAIN = {"rope_type": "default", "rope_theta": 10000.0}
@@ -200,8 +226,10 @@ def config_of(family, changes):
 
 
 def cases():
-    """Every rotary kind with every family, four times, the other choices taken in turn so that all pairs of neighbours meet."""
+    """Every rotary kind with every family, four times or as often as it says, the other choices taken in turn so that all pairs of neighbours meet."""
     for family, (turn, rope) in itertools.product(FAMILIES, itertools.product(range(4), range(len(ROPES)))):
+        if turn >= FAMILIES[family].get("turns", 4) or rope not in FAMILIES[family].get("ropes", range(len(ROPES))):
+            continue
         number = turn * len(ROPES) + rope
         changes = {}
         lists = FAMILIES[family]["choices"] + [ENDS]
@@ -210,6 +238,7 @@ def cases():
         # A field that the class does not have is not written.
         merged = config_of(family, changes)
         dim = merged.get("head_dim") or merged["hidden_size"] // merged["num_attention_heads"]
+        dim = int(dim * merged.get("partial_rotary_factor", 1))
         changes.update(ROPES[rope](dim))
         dtype, shards = STORED[number % len(STORED)]
         yield family, changes, dtype, shards

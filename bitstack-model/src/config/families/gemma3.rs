@@ -70,12 +70,15 @@ fn windows(fields: &Fields<'_>) -> Result<Vec<Option<usize>>, ModelError> {
 /// and `rope_local_base_freq`.
 fn ropes(fields: &Fields<'_>) -> Result<Ropes, ModelError> {
     let theta = fields.number("rope_local_base_freq", 1e4, 0.0, 1e12)?;
+    let base = |kind| fields.get("rope_parameters").and_then(|v| v.get(kind)?.get("rope_theta"));
     let mut ropes = fields.ropes(fields.dimension("head_dim", limit::HEAD_DIM)?)?;
     if fields.get("rope_parameters").is_none() {
         ropes.sliding = ropes.tables.len();
         ropes.tables.push(RopeConfig { theta, scaling: None });
-    } else if ropes.tables.len() != 2 {
-        return Err(fields.bad("rope_parameters", "an object with full_attention and sliding_attention"));
+    } else if ropes.tables.len() != 2 || base("sliding_attention").is_none() {
+        // A base that is left out has another value for each type of layer.
+        let expected = "an object with full_attention and sliding_attention, each with a rope_theta";
+        return Err(fields.bad("rope_parameters", expected));
     }
     Ok(ropes)
 }
