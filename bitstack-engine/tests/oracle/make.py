@@ -73,6 +73,8 @@ FAMILIES = {
     "smollm3": {
         "fields": {"architectures": ["SmolLM3ForCausalLM"], "pad_token_id": 0},
         "turns": 1,
+        # In two kinds the library forgets the base beside them, and takes the class's, which is not that of the others.
+        "ropes": [rope for rope in range(17) if rope not in (2, 6)],
         "choices": [HEADS[:3], [{}, {"no_rope_layers": [0, 1, 1]}, {"no_rope_layer_interval": 2}], [{}, {"attention_bias": True}, {"mlp_bias": True}]],
     },
     "olmo2": {

@@ -208,6 +208,7 @@ impl Fields<'_> {
         let max_positions = self.dimension("max_position_embeddings", limit::POSITIONS)?;
         // In a set for all layers the number beside it wins.
         let outer = self.get("original_max_position_embeddings").filter(|_| is_whole);
+        inner.know(&["original_max_position_embeddings"]);
         let original = |default: usize| match outer {
             Some(_) => self.dimension("original_max_position_embeddings", limit::POSITIONS),
             None if inner.get("original_max_position_embeddings").is_none() => Ok(default),
