@@ -62,6 +62,12 @@ fn write(args: &Compress, reporter: &Reporter) -> Result<()> {
     // Before the model, which may have to be downloaded.
     let text = method.calibration.as_deref().map(|path| read_text(path, reporter)).transpose()?;
     let checkpoint = open::checkpoint(&args.model, &args.opening, reporter)?;
+    if !checkpoint.has_companion("tokenizer.json")? {
+        reporter.say(&format!(
+            "warning: {}: there is no tokenizer; the new file will hold none, and eval, generate and chat need one",
+            args.model.display()
+        ));
+    }
     let options = options(method);
     if args.restart {
         Journal::discard(&directory)?;

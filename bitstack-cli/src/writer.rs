@@ -93,6 +93,11 @@ impl<'r> Writer<'r> {
     ) -> Result<Self> {
         let stack = Stack::open(&args.file, reporter)?;
         let (least, most) = (stack.order.minimum_bytes(), stack.order.total_bytes());
+        if stack::companion(&stack.file, "tokenizer.json")?.is_none() {
+            return Err(anyhow!(
+                "there is no tokenizer in this file: compress the model again with its tokenizer.json beside the weights"
+            ));
+        }
         let tokenizer = stack::tokenizer(&stack.file)?;
         let template = template(args, |name| Ok(stack::companion(&stack.file, name)?))?;
         let config = stack::config(&stack.file)?;

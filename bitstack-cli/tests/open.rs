@@ -77,3 +77,20 @@ fn a_head_that_is_not_tied_although_the_config_says_so_is_used_with_a_warning() 
     assert!(tied.status.success() && plain.status.success());
     assert_eq!(tied.stdout, plain.stdout);
 }
+
+#[test]
+fn a_model_without_a_tokenizer_is_compressed_with_a_warning_and_cannot_write() {
+    let dir = model(json!({}), None);
+    fs::remove_file(dir.path().join("tokenizer.json")).unwrap();
+    let file = dir.path().join("out.bitstack");
+    let out = file.to_str().unwrap();
+    let made = bitstack("compress", &dir, &["-o", out, "--blocks", "1", "--samples", "1", "--seq-len", "32"]);
+    let said = str::from_utf8(&made.stderr).unwrap();
+    assert!(said.contains("warning: ") && said.contains("there is no tokenizer"), "{said}");
+    let written = Command::new(env!("CARGO_BIN_EXE_bitstack")).args(["generate", out, "-p", "The"]).output().unwrap();
+    let said = str::from_utf8(&written.stderr).unwrap();
+    assert!(
+        !written.status.success() && said.contains("no tokenizer in this file: compress the model again"),
+        "{said}"
+    );
+}

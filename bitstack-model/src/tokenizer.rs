@@ -28,6 +28,11 @@ struct Place {
     end: usize,
 }
 
+/// The last boundary of a character at or before byte `at`, or the end of the text.
+fn boundary(text: &str, at: usize) -> usize {
+    (0..=at.min(text.len())).rev().find(|at| text.is_char_boundary(*at)).unwrap_or(0)
+}
+
 /// How a long text is cut.
 #[derive(Debug, Clone, Copy)]
 struct Pieces {
@@ -95,12 +100,12 @@ impl Tokenizer {
     /// The tokens of a text, encoded piece by piece. Where two pieces overlap, the first ends and the second begins where both have had the same
     /// tokens at the same places for a while: a tokenizer looks no further back than that. Where there is no such place, at once.
     fn encode_in(&self, pieces: Pieces, text: &str) -> Result<Vec<u32>, ModelError> {
-        let Some((mut tokens, behind)) = self.frame()? else { return self.encode_at_once(text, true) };
-        let mut end = text.floor_char_boundary(pieces.bytes);
+        let Some([mut tokens, behind]) = self.frame()? else { return self.encode_at_once(text, true) };
+        let mut end = boundary(text, pieces.bytes);
         let mut piece = self.places(text, 0..end)?;
         while end < text.len() {
-            let start = text.floor_char_boundary(end - pieces.overlap);
-            let next_end = text.floor_char_boundary(start + pieces.bytes);
+            let start = boundary(text, end - pieces.overlap);
+            let next_end = boundary(text, start + pieces.bytes);
             let next = self.places(text, start..next_end)?;
             let margin = pieces.overlap / 4;
             let Some((ours, theirs)) = pieces.meeting(&piece, &next, start + margin, end - margin) else {
@@ -117,13 +122,13 @@ impl Tokenizer {
     }
 
     /// The tokens that the tokenizer itself adds in front of a text and behind it; `None` where it does not leave a text's own as they are.
-    fn frame(&self) -> Result<Option<(Vec<u32>, Vec<u32>)>, ModelError> {
+    fn frame(&self) -> Result<Option<[Vec<u32>; 2]>, ModelError> {
         let (own, mut all) = (self.encode_at_once("a", false)?, self.encode_at_once("a", true)?);
         let found = all.windows(own.len().max(1)).position(|part| part == own);
         Ok(found.map(|at| {
             let behind = all.split_off(at + own.len());
             all.truncate(at);
-            (all, behind)
+            [all, behind]
         }))
     }
 
