@@ -1,10 +1,11 @@
 //! `bitstack demo`: everything once, on a model small enough to travel with the program.
 
 use super::args::{Cli, Command, Demo};
-use super::open::Stack;
+use super::open::{Beside, Stack};
 use super::progress::Reporter;
 use super::{compress, eval, generate, print};
 use anyhow::{Context, Result};
+use bitstack_engine::stack::{config, tokenizer};
 use clap::Parser;
 use std::fs;
 use std::path::Path;
@@ -19,6 +20,8 @@ const MODEL: [(&str, &[u8]); 6] = [
     ("tokenizer_config.json", include_bytes!("../demo/tiny-llama/tokenizer_config.json")),
 ];
 const TEXT: &[u8] = include_bytes!("../demo/text.txt");
+/// Tokens that it writes at each size.
+const TOKENS: usize = 60;
 const PROMPT: &str = "The old man looked at the river, and";
 
 /// Unpacks the built-in model and runs the commands on it that a user would, saying which.
@@ -42,10 +45,25 @@ pub(crate) fn run(args: &Demo, reporter: &Reporter) -> Result<()> {
     )?;
     let stack = Stack::open(&file, reporter)?;
     let (least, most) = (stack.order.minimum_bytes(), stack.order.total_bytes());
-    for memory in [least, least + (most - least) / 4, most] {
-        let memory = memory.to_string();
+    // The weights of three sizes, and what a text of this length takes beside them.
+    let prompt = tokenizer(&stack.file)?.encode(PROMPT)?.len();
+    let beside = Beside::new(&config(&stack.file)?, prompt, prompt + TOKENS);
+    let tokens = TOKENS.to_string();
+    for weights in [least, least + (most - least) / 4, most] {
+        let memory = (weights + beside.bytes()).to_string();
         step(
-            &["generate", &file_name, "--memory", &memory, "--max-tokens", "60", "--top-p", "0.9", "--prompt", PROMPT],
+            &[
+                "generate",
+                &file_name,
+                "--memory",
+                &memory,
+                "--max-tokens",
+                &tokens,
+                "--top-p",
+                "0.9",
+                "--prompt",
+                PROMPT,
+            ],
             reporter,
         )?;
     }
