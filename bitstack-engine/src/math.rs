@@ -109,17 +109,17 @@ fn inverse_rms(x: &[f32], eps: f32) -> f32 {
     1.0 / (sum_by(x, |v| v * v) / x.len() as f32 + eps).sqrt()
 }
 
-/// Scores of queries with keys that are `stride` apart, times `scale`: `q` is queries x dim, `out` queries x keys. Sums depend on the width of the CPU's
-/// vectors.
-pub(crate) fn scores(q: &[f32], dim: usize, keys: &[f32], stride: usize, scale: f32, out: &mut [f32]) {
-    Arch::new().dispatch(Scores { q, dim, keys, stride, scale, out });
+/// Scores of queries with keys, times `scale`: `q` is heads x dim, `keys` positions x `width`, a head of keys for each group of queries; `out` is heads x
+/// positions. Sums depend on the width of the CPU's vectors.
+pub(crate) fn scores(q: &[f32], dim: usize, keys: &[f32], width: usize, scale: f32, out: &mut [f32]) {
+    Arch::new().dispatch(Scores { q, dim, keys, width, scale, out });
 }
 
 struct Scores<'a> {
     q: &'a [f32],
     dim: usize,
     keys: &'a [f32],
-    stride: usize,
+    width: usize,
     scale: f32,
     out: &'a mut [f32],
 }
@@ -129,33 +129,38 @@ impl WithSimd for Scores<'_> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
-        let Self { q, dim, keys, stride, scale, out } = self;
-        let span = keys.len().div_ceil(stride);
-        for (p, key) in keys.chunks(stride).enumerate() {
-            let (key, key_rest) = S::as_simd_f32s(&key[..dim]);
-            for (q, out) in q.chunks_exact(dim).zip(out.chunks_exact_mut(span)) {
-                let (q, q_rest) = S::as_simd_f32s(q);
-                let mut sum = simd.splat_f32s(0.0);
-                for (&a, &b) in q.iter().zip(key) {
-                    sum = simd.mul_add_f32s(a, b, sum);
+        let Self { q, dim, keys, width, scale, out } = self;
+        let span = keys.len() / width;
+        let group = q.len() / width;
+        // Row by row: memory is read in the order in which it lies.
+        for (p, row) in keys.chunks_exact(width).enumerate() {
+            let groups = q.chunks_exact(group * dim).zip(out.chunks_exact_mut(group * span));
+            for (key, (q, out)) in row.chunks_exact(dim).zip(groups) {
+                let (key, key_rest) = S::as_simd_f32s(key);
+                for (q, out) in q.chunks_exact(dim).zip(out.chunks_exact_mut(span)) {
+                    let (q, q_rest) = S::as_simd_f32s(q);
+                    let mut sum = simd.splat_f32s(0.0);
+                    for (&a, &b) in q.iter().zip(key) {
+                        sum = simd.mul_add_f32s(a, b, sum);
+                    }
+                    let rest: f32 = q_rest.iter().zip(key_rest).map(|(a, b)| a * b).sum();
+                    out[p] = (simd.reduce_sum_f32s(sum) + rest) * scale;
                 }
-                let rest: f32 = q_rest.iter().zip(key_rest).map(|(a, b)| a * b).sum();
-                out[p] = (simd.reduce_sum_f32s(sum) + rest) * scale;
             }
         }
     }
 }
 
-/// Σ weight · value over values that are `stride` apart: `weights` is queries x values, `out` queries x dim. Sums depend on the width of the CPU's
-/// vectors.
-pub(crate) fn mix(weights: &[f32], values: &[f32], stride: usize, dim: usize, out: &mut [f32]) {
-    Arch::new().dispatch(Mix { weights, values, stride, dim, out });
+/// Σ weight · value: `weights` is heads x positions, `values` positions x `width`, a head of values for each group of heads; `out` is heads x dim. Sums
+/// depend on the width of the CPU's vectors.
+pub(crate) fn mix(weights: &[f32], values: &[f32], width: usize, dim: usize, out: &mut [f32]) {
+    Arch::new().dispatch(Mix { weights, values, width, dim, out });
 }
 
 struct Mix<'a> {
     weights: &'a [f32],
     values: &'a [f32],
-    stride: usize,
+    width: usize,
     dim: usize,
     out: &'a mut [f32],
 }
@@ -167,28 +172,32 @@ impl WithSimd for Mix<'_> {
     fn with_simd<S: Simd>(self, simd: S) {
         /// Values at a time, so that sums are loaded and stored less often.
         const AT_ONCE: usize = 4;
-        let Self { weights, values, stride, dim, out } = self;
-        let span = values.len().div_ceil(stride);
+        let Self { weights, values, width, dim, out } = self;
+        let span = values.len() / width;
+        let group = out.len() / width;
         out.fill(0.0);
-        for (block, values) in values.chunks(AT_ONCE * stride).enumerate() {
-            let n = values.len().div_ceil(stride);
-            // Behind the last value, the last once more, with no weight.
-            let rows: [_; AT_ONCE] = std::array::from_fn(|i| {
-                let first = i.min(n - 1) * stride;
-                S::as_simd_f32s(&values[first..first + dim])
-            });
-            for (weights, out) in weights.chunks_exact(span).zip(out.chunks_exact_mut(dim)) {
-                let weight: [f32; AT_ONCE] =
-                    std::array::from_fn(|i| if i < n { weights[block * AT_ONCE + i] } else { 0.0 });
-                let (out, out_rest) = S::as_mut_simd_f32s(out);
-                let wide = weight.map(|weight| simd.splat_f32s(weight));
-                let [a, b, c, d] = rows.map(|(row, _)| row);
-                for ((((out, &a), &b), &c), &d) in out.iter_mut().zip(a).zip(b).zip(c).zip(d) {
-                    let first = simd.mul_add_f32s(wide[1], b, simd.mul_add_f32s(wide[0], a, *out));
-                    *out = simd.mul_add_f32s(wide[3], d, simd.mul_add_f32s(wide[2], c, first));
-                }
-                for (d, out) in out_rest.iter_mut().enumerate() {
-                    *out += rows.iter().zip(weight).map(|((_, rest), weight)| rest[d] * weight).sum::<f32>();
+        for (block, values) in values.chunks(AT_ONCE * width).enumerate() {
+            let n = values.len() / width;
+            let groups = weights.chunks_exact(group * span).zip(out.chunks_exact_mut(group * dim));
+            for (head, (weights, out)) in groups.enumerate() {
+                // Behind the last value, the last once more, with no weight.
+                let rows: [_; AT_ONCE] = std::array::from_fn(|i| {
+                    let first = i.min(n - 1) * width + head * dim;
+                    S::as_simd_f32s(&values[first..first + dim])
+                });
+                for (weights, out) in weights.chunks_exact(span).zip(out.chunks_exact_mut(dim)) {
+                    let weight: [f32; AT_ONCE] =
+                        std::array::from_fn(|i| if i < n { weights[block * AT_ONCE + i] } else { 0.0 });
+                    let (out, out_rest) = S::as_mut_simd_f32s(out);
+                    let wide = weight.map(|weight| simd.splat_f32s(weight));
+                    let [a, b, c, d] = rows.map(|(row, _)| row);
+                    for ((((out, &a), &b), &c), &d) in out.iter_mut().zip(a).zip(b).zip(c).zip(d) {
+                        let first = simd.mul_add_f32s(wide[1], b, simd.mul_add_f32s(wide[0], a, *out));
+                        *out = simd.mul_add_f32s(wide[3], d, simd.mul_add_f32s(wide[2], c, first));
+                    }
+                    for (d, out) in out_rest.iter_mut().enumerate() {
+                        *out += rows.iter().zip(weight).map(|((_, rest), weight)| rest[d] * weight).sum::<f32>();
+                    }
                 }
             }
         }

@@ -21,7 +21,7 @@ const FEW: usize = 3;
 
 /// Positions of a task with few queries: their scores and values stay in cache. The same for any number of threads, so that results do not
 /// depend on it.
-const SPAN: usize = 256;
+const SPAN: usize = 128;
 
 /// What attention works in.
 #[derive(Debug)]
@@ -33,14 +33,12 @@ pub(super) struct Workspace {
     tasks: Vec<Task>,
 }
 
-/// Some positions of one query and the heads that share keys and values.
+/// Some positions for the queries of one row, all heads: keys and values lie side by side.
 #[derive(Debug, Clone, Copy)]
 struct Task {
     sequence: usize,
     /// Row of the queries of all sequences.
     row: usize,
-    /// Head of keys and values.
-    head: usize,
     first: usize,
     span: usize,
 }
@@ -76,7 +74,7 @@ impl Workspace {
         }
     }
 
-    /// Each task gives, for every head of its group, the largest score m, Σ e^(score - m) and Σ e^(score - m) v; those of a head are then
+    /// Each task gives, for every head, the largest score m, Σ e^(score - m) and Σ e^(score - m) v; those of a head are then
     /// put together in the order of their positions.
     fn few(
         &mut self,
@@ -88,40 +86,35 @@ impl Workspace {
         wide: bool,
     ) {
         let Attention { n_heads, n_kv_heads, head_dim, scale, window, score_cap, .. } = *attention;
-        let group = n_heads / n_kv_heads;
+        let (width, q_size) = (n_kv_heads * head_dim, n_heads * head_dim);
         let Self { scores, parts, tasks } = self;
         tasks.clear();
         let mut row = 0;
         for (sequence, Sequence { past, rows, .. }) in sequences.iter().enumerate() {
             for end in past + 1..=past + rows {
                 let begin = window.map_or(0, |w| end.saturating_sub(w));
-                for head in 0..n_kv_heads {
-                    let spans = (begin..end).step_by(SPAN);
-                    tasks.extend(spans.map(|first| Task { sequence, row, head, first, span: SPAN.min(end - first) }));
-                }
+                let spans = (begin..end).step_by(SPAN);
+                tasks.extend(spans.map(|first| Task { sequence, row, first, span: SPAN.min(end - first) }));
                 row += 1;
             }
         }
-        let part_len = group * (head_dim + 2);
+        let part_len = n_heads * (head_dim + 2);
         let parts = take(parts, tasks.len() * part_len);
         let run = |(task, part): (&Task, &mut [f32])| {
             let own = rayon::current_thread_index().map_or(0, |i| i + 1) % scores.len();
             let mut scores = scores[own].lock().unwrap_or_else(PoisonError::into_inner);
-            let scores = take(&mut scores, group * task.span);
-            let (keys, values) = context.of(task.sequence);
-            let stride = n_kv_heads * head_dim;
-            let at = task.first * stride + task.head * head_dim;
-            let end = at + (task.span - 1) * stride + head_dim;
-            let queries = &q[(task.row * n_kv_heads + task.head) * group * head_dim..][..group * head_dim];
-            let (sums, mixed) = part.split_at_mut(2 * group);
-            math::scores(queries, head_dim, &keys[at..end], stride, scale, scores);
+            let scores = take(&mut scores, n_heads * task.span);
+            let [keys, values] =
+                <[_; 2]>::from(context.of(task.sequence)).map(|x| &x[task.first * width..][..task.span * width]);
+            let (sums, mixed) = part.split_at_mut(2 * n_heads);
+            math::scores(&q[task.row * q_size..][..q_size], head_dim, keys, width, scale, scores);
             if let Some(cap) = score_cap {
                 math::cap(scores, cap);
             }
             for (scores, sums) in scores.chunks_exact_mut(task.span).zip(sums.as_chunks_mut::<2>().0) {
                 *sums = math::exponentials(scores);
             }
-            math::mix(scores, &values[at..end], stride, head_dim, mixed);
+            math::mix(scores, values, width, head_dim, mixed);
         };
         let work = tasks.iter().zip(parts.chunks_exact_mut(part_len));
         if wide {
@@ -130,12 +123,11 @@ impl Workspace {
             work.for_each(run);
         }
         for (tasks, parts) in pieces(tasks, parts, part_len) {
-            let heads = (tasks[0].row * n_kv_heads + tasks[0].head) * group;
-            let out = &mut out[heads * head_dim..][..group * head_dim];
+            let out = &mut out[tasks[0].row * q_size..][..q_size];
             for (g, out) in out.chunks_exact_mut(head_dim).enumerate() {
                 let part = |i: usize| {
                     let part = &parts[i * part_len..][..part_len];
-                    (part[2 * g], part[2 * g + 1], &part[2 * group + g * head_dim..][..head_dim])
+                    (part[2 * g], part[2 * g + 1], &part[2 * n_heads + g * head_dim..][..head_dim])
                 };
                 let top = (0..tasks.len()).map(|i| part(i).0).fold(f32::NEG_INFINITY, f32::max);
                 let factor = |m: f32| if m == top { 1.0 } else { (m - top).exp() };
@@ -150,10 +142,10 @@ impl Workspace {
     }
 }
 
-/// The tasks of one row and head, with their parts.
+/// The tasks of one row, with their parts.
 fn pieces<'a>(tasks: &'a [Task], parts: &'a [f32], part_len: usize) -> impl Iterator<Item = (&'a [Task], &'a [f32])> {
     let mut parts = parts;
-    tasks.chunk_by(|a, b| (a.row, a.head) == (b.row, b.head)).map(move |tasks| {
+    tasks.chunk_by(|a, b| a.row == b.row).map(move |tasks| {
         let (own, rest) = parts.split_at(tasks.len() * part_len);
         parts = rest;
         (tasks, own)
