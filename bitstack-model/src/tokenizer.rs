@@ -148,7 +148,7 @@ impl Tokenizer {
     /// # Errors
     /// [`ModelError::Tokenizer`] when the tokenizer fails.
     pub fn encode_as_is(&self, text: &str) -> Result<Vec<u32>, ModelError> {
-        guarded(|| Ok(self.inner.encode_fast(text, false)?.get_ids().to_vec()))
+        self.encode_at_once(text, false)
     }
 
     /// Text of some tokens, special ones left out. Bytes that are not UTF-8 become U+FFFD.

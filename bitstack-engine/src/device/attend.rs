@@ -116,11 +116,10 @@ impl Workspace {
             }
             math::mix(scores, values, width, head_dim, mixed);
         };
-        let work = tasks.iter().zip(parts.chunks_exact_mut(part_len));
         if wide {
             tasks.par_iter().zip(parts.par_chunks_exact_mut(part_len)).for_each(run);
         } else {
-            work.for_each(run);
+            tasks.iter().zip(parts.chunks_exact_mut(part_len)).for_each(run);
         }
         for (tasks, parts) in pieces(tasks, parts, part_len) {
             let out = &mut out[tasks[0].row * q_size..][..q_size];
